@@ -1,0 +1,226 @@
+//! The serial port: a 16550 at COM1, with a twin of the same registers in memory.
+
+use std::{
+    fs::File,
+    io::{self, Write},
+};
+
+use serde::{Deserialize, Serialize};
+use vm_superio::{
+    Trigger,
+    serial::{NoEvents, Serial, SerialState},
+};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::{
+    device::{Device, Effect},
+    error::{Error, Result},
+};
+
+const STATE_VERSION: u16 = 1;
+
+/// Bytes the receive buffer holds at most (vm-superio's FIFO).
+const IN_BUFFER_MAX: usize = 0x40;
+
+/// Where the guest's output goes.
+pub enum SerialSink {
+    /// Nowhere.
+    None,
+    /// To this process's standard output, flushed at each line's end.
+    Stdout,
+    /// To a file.
+    File(File),
+    /// To whatever the embedder wants. Called by vCPU threads: it should not block.
+    Custom(Box<dyn Write + Send>),
+}
+
+impl std::fmt::Debug for SerialSink {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            SerialSink::None => "None",
+            SerialSink::Stdout => "Stdout",
+            SerialSink::File(_) => "File",
+            SerialSink::Custom(_) => "Custom",
+        })
+    }
+}
+
+impl Write for SerialSink {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = match self {
+            SerialSink::None => Ok(bytes.len()),
+            SerialSink::Stdout => io::stdout().write(bytes),
+            SerialSink::File(file) => file.write(bytes),
+            SerialSink::Custom(sink) => sink.write(bytes),
+        };
+        // A full disk or a closed pipe is no reason to stop the guest, or to answer it an error.
+        written.or(Ok(bytes.len()))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Raises the port's interrupt line through an event that KVM listens to.
+struct Line(EventFd);
+
+impl Trigger for Line {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.write(1)
+    }
+}
+
+/// The serial port.
+pub struct SerialPort {
+    port: Serial<Line, NoEvents, SerialSink>,
+}
+
+impl SerialPort {
+    /// A port as after power-on; `interrupt` is what KVM's irqfd listens to.
+    pub fn new(sink: SerialSink, interrupt: EventFd) -> Self {
+        Self { port: Serial::new(Line(interrupt), sink) }
+    }
+}
+
+/// The registers, in our own type: the format of a saved state is ours, not a library's.
+#[derive(Debug, Serialize, Deserialize)]
+struct Saved {
+    divisor: [u8; 2],
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    in_buffer: Vec<u8>,
+}
+
+impl Device for SerialPort {
+    fn name(&self) -> &'static str {
+        "serial"
+    }
+
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        data.fill(0xff);
+        if let ([byte], Ok(offset)) = (data, u8::try_from(offset)) {
+            *byte = self.port.read(offset);
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) -> Effect {
+        if let ([byte], Ok(offset)) = (data, u8::try_from(offset))
+            && let Err(error) = self.port.write(offset, *byte)
+        {
+            tracing::debug!(?error, "serial port");
+        }
+        Effect::None
+    }
+
+    fn state_version(&self) -> u16 {
+        STATE_VERSION
+    }
+
+    fn save(&self) -> Result<Vec<u8>> {
+        let state = self.port.state();
+        let saved = Saved {
+            divisor: [state.baud_divisor_low, state.baud_divisor_high],
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            in_buffer: state.in_buffer,
+        };
+        postcard::to_allocvec(&saved).map_err(|error| Error::State(format!("serial: {error}")))
+    }
+
+    fn restore(&mut self, version: u16, bytes: &[u8]) -> Result<()> {
+        if version != STATE_VERSION {
+            return Err(Error::State(format!("serial: version {version} is not {STATE_VERSION}")));
+        }
+        let saved: Saved =
+            postcard::from_bytes(bytes).map_err(|error| Error::State(format!("serial: {error}")))?;
+        if saved.in_buffer.len() > IN_BUFFER_MAX {
+            return Err(Error::State(format!("serial: {} bytes are buffered", saved.in_buffer.len())));
+        }
+        let state = SerialState {
+            baud_divisor_low: saved.divisor[0],
+            baud_divisor_high: saved.divisor[1],
+            interrupt_enable: saved.interrupt_enable,
+            interrupt_identification: saved.interrupt_identification,
+            line_control: saved.line_control,
+            line_status: saved.line_status,
+            modem_control: saved.modem_control,
+            modem_status: saved.modem_status,
+            scratch: saved.scratch,
+            in_buffer: saved.in_buffer,
+        };
+        let interrupt = self
+            .port
+            .interrupt_evt()
+            .0
+            .try_clone()
+            .map_err(Error::host("duplicate the serial port's interrupt"))?;
+        let sink = std::mem::replace(self.port.writer_mut(), SerialSink::None);
+        self.port = Serial::from_state(&state, Line(interrupt), NoEvents, sink)
+            .map_err(|error| Error::State(format!("serial: {error:?}")))?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Buffer(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Buffer {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn port(buffer: &Buffer) -> SerialPort {
+        SerialPort::new(SerialSink::Custom(Box::new(buffer.clone())), EventFd::new(0).unwrap())
+    }
+
+    #[test]
+    fn output_reaches_the_sink_before_and_after_a_restore() {
+        let buffer = Buffer::default();
+        let mut first = port(&buffer);
+        first.write(0, b"a");
+        first.write(7, &[0x5a]);
+        first.write(0, b"too long is ignored");
+        let mut second = port(&buffer);
+        second.restore(1, &first.save().unwrap()).unwrap();
+        second.write(0, b"b");
+        let mut scratch = [0];
+        second.read(7, &mut scratch);
+        assert_eq!(scratch, [0x5a]);
+        assert_eq!(*buffer.0.lock().unwrap(), b"ab");
+    }
+
+    #[test]
+    fn a_state_that_is_too_long_or_of_another_version_is_refused() {
+        let mut port = port(&Buffer::default());
+        let mut saved = port.save().unwrap();
+        assert!(port.restore(2, &saved).is_err());
+        saved.pop();
+        saved.extend([0x80, 1]);
+        saved.extend([0; 128]);
+        assert!(port.restore(1, &saved).is_err());
+    }
+}

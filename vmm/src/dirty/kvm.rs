@@ -1,0 +1,128 @@
+//! KVM's dirty log.
+
+use std::sync::Arc;
+
+use kvm_bindings::{
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
+    KVM_MEM_LOG_DIRTY_PAGES, kvm_enable_cap,
+};
+use kvm_ioctls::VmFd;
+
+use super::{DirtyLog, LogMode, words_for};
+use crate::{
+    addresses::PAGE_SIZE,
+    error::{Error, Result},
+    memory::{GuestMemory, SpaceInfo},
+    sys,
+};
+
+/// The log of one KVM VM. Slots are spaces; logging is on only between start and stop, because a logged
+/// slot costs the guest a fault for each first write and KVM its huge pages.
+pub struct KvmLog {
+    vm: Arc<VmFd>,
+    memory: Arc<GuestMemory>,
+    spaces: Vec<SpaceInfo>,
+    mode: LogMode,
+}
+
+impl KvmLog {
+    /// Asks the host for the best mode it has. `best` caps it, so that tests can drive the others.
+    pub(crate) fn new(vm: Arc<VmFd>, memory: Arc<GuestMemory>, best: LogMode) -> Self {
+        let offered = vm.check_extension_raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into());
+        let offered = u32::try_from(offered).unwrap_or(0);
+        let mode = choose(offered, best);
+        let flags = match mode {
+            LogMode::ManualInitiallySet => KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET,
+            LogMode::Manual => KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
+            LogMode::Plain => 0,
+        };
+        let mut log = Self { spaces: memory.layout(), vm, memory, mode };
+        if flags != 0 {
+            let request = kvm_enable_cap {
+                cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+                args: [flags.into(), 0, 0, 0],
+                ..Default::default()
+            };
+            if let Err(error) = log.vm.enable_cap(&request) {
+                tracing::warn!(%error, "the host offers manual dirty-log protection but refuses it");
+                log.mode = LogMode::Plain;
+            }
+        }
+        log
+    }
+
+    fn set_flags(&self, flags: u32) -> std::io::Result<()> {
+        for (slot, region) in (0_u32..).zip(self.memory.regions()) {
+            sys::set_memory_slot(&self.vm, slot, region, flags)?;
+        }
+        Ok(())
+    }
+}
+
+fn choose(offered: u32, best: LogMode) -> LogMode {
+    let initially_set = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
+    match best {
+        LogMode::ManualInitiallySet if offered & initially_set == initially_set => LogMode::ManualInitiallySet,
+        LogMode::ManualInitiallySet | LogMode::Manual if offered & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE != 0 => {
+            LogMode::Manual
+        }
+        _ => LogMode::Plain,
+    }
+}
+
+impl DirtyLog for KvmLog {
+    fn mode(&self) -> LogMode {
+        self.mode
+    }
+
+    fn start(&mut self) -> Result<()> {
+        self.set_flags(KVM_MEM_LOG_DIRTY_PAGES).map_err(|source| {
+            if let Err(error) = self.set_flags(0) {
+                tracing::warn!(%error, "dirty logging could not be switched off again");
+            }
+            Error::Host { action: "start dirty logging", source }
+        })
+    }
+
+    fn stop(&mut self) -> Result<()> {
+        self.set_flags(0).map_err(Error::host("stop dirty logging"))
+    }
+
+    fn get(&mut self, slot: usize) -> Result<Vec<u64>> {
+        let Some(space) = self.spaces.get(slot) else { return Ok(Vec::new()) };
+        let bytes = usize::try_from(space.pages * PAGE_SIZE).unwrap_or(usize::MAX);
+        let mut bits = self
+            .vm
+            .get_dirty_log(u32::try_from(slot).unwrap_or(u32::MAX), bytes)
+            .map_err(Error::kvm("read the dirty log"))?;
+        bits.resize(words_for(*space), 0);
+        Ok(bits)
+    }
+
+    fn clear(&mut self, slot: usize, first: u64, pages: u64, bits: &[u64]) -> Result<()> {
+        let pages = u32::try_from(pages)
+            .map_err(|_| Error::Protocol(format!("{pages} pages are too many for one range")))?;
+        let slot = u32::try_from(slot).unwrap_or(u32::MAX);
+        sys::clear_dirty_log(&self.vm, slot, first, pages, bits).map_err(Error::host("clear the dirty log"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_best_mode_the_host_offers_is_chosen() {
+        use LogMode::{Manual, ManualInitiallySet, Plain};
+        for (offered, best, chosen) in [
+            (3, ManualInitiallySet, ManualInitiallySet),
+            (1, ManualInitiallySet, Manual),
+            (0, ManualInitiallySet, Plain),
+            (2, ManualInitiallySet, Plain),
+            (3, Manual, Manual),
+            (3, Plain, Plain),
+        ] {
+            assert_eq!(choose(offered, best), chosen, "{offered} {best:?}");
+        }
+    }
+}

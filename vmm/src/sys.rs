@@ -1,0 +1,99 @@
+//! The system calls that no crate wraps safely for us. All of this crate's `unsafe` is here and in
+//! [`crate::vcpu::kick`](crate::vcpu).
+
+use std::io;
+
+use kvm_bindings::{KVMIO, Xsave, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1};
+use kvm_bindings::{kvm_userspace_memory_region, kvm_xsave};
+use kvm_ioctls::{VcpuFd, VmFd};
+use vm_memory::{GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress};
+use vmm_sys_util::{ioctl::ioctl_with_ref, ioctl_iowr_nr};
+
+// KVM_CLEAR_DIRTY_LOG of include/uapi/linux/kvm.h; kvm-ioctls 0.25 does not have it.
+ioctl_iowr_nr!(kvm_clear_dirty_log_nr, KVMIO, 0xc0, kvm_clear_dirty_log);
+
+/// Makes a mapped region the guest's memory slot, or changes its flags (KVM_SET_USER_MEMORY_REGION).
+///
+/// The caller keeps `region` mapped for as long as a vCPU of `vm` may run; [`crate::vm::Vm`] does so by
+/// owning the memory and joining its vCPU threads before it lets go of it.
+pub(crate) fn set_memory_slot(vm: &VmFd, slot: u32, region: &GuestRegionMmap, flags: u32) -> io::Result<()> {
+    let userspace_addr =
+        region.get_host_address(MemoryRegionAddress(0)).map_err(io::Error::other)?.addr() as u64;
+    let description = kvm_userspace_memory_region {
+        slot,
+        flags,
+        guest_phys_addr: region.start_addr().0,
+        memory_size: region.len(),
+        userspace_addr,
+    };
+    // SAFETY: address and length are those of one live mapping, which outlives the VM (see above) and
+    // which Rust code touches through volatile accesses only.
+    unsafe { vm.set_user_memory_region(description) }
+        .map_err(|errno| io::Error::from_raw_os_error(errno.errno()))
+}
+
+/// Clears bits of a slot's dirty log and write-protects these pages again (KVM_CLEAR_DIRTY_LOG).
+///
+/// `first_page` is a multiple of 64; `pages` is one too, except at the slot's end. Bit n of `bits`
+/// stands for page `first_page + n`.
+pub(crate) fn clear_dirty_log(
+    vm: &VmFd,
+    slot: u32,
+    first_page: u64,
+    pages: u32,
+    bits: &[u64],
+) -> io::Result<()> {
+    if bits.len() < (pages as usize).div_ceil(64) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let request = kvm_clear_dirty_log {
+        slot,
+        num_pages: pages,
+        first_page,
+        __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 { dirty_bitmap: bits.as_ptr().cast_mut().cast() },
+    };
+    // SAFETY: the kernel reads the request and one bit a page of `bits`, whose length was checked; it
+    // writes to neither.
+    let answer = unsafe { ioctl_with_ref(vm, kvm_clear_dirty_log_nr(), &request) };
+    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Asks for transparent huge pages under a region (madvise(2), MADV_HUGEPAGE). A wish: hosts may refuse.
+pub(crate) fn ask_huge_pages(region: &GuestRegionMmap) -> io::Result<()> {
+    let start = region.get_host_address(MemoryRegionAddress(0)).map_err(io::Error::other)?;
+    let length = usize::try_from(region.len()).map_err(io::Error::other)?;
+    // SAFETY: the range is exactly one live mapping, and this advice changes no contents.
+    unsafe { rustix::mm::madvise(start.cast(), length, rustix::mm::Advice::LinuxHugepage) }?;
+    Ok(())
+}
+
+/// Reads the FPU and vector state. `words` is the size of the area in 32-bit words, from
+/// KVM_CAP_XSAVE2; without that capability it is 1024.
+pub(crate) fn get_xsave(vcpu: &VcpuFd, words: usize) -> io::Result<Vec<u32>> {
+    let mut area = Xsave::new(words.saturating_sub(XSAVE_BASE_WORDS)).map_err(io::Error::other)?;
+    // SAFETY: the area is as large as KVM_CAP_XSAVE2 says, and the guest cannot enlarge it: we never
+    // ask arch_prctl for permissions beyond what the capability already counts.
+    unsafe { vcpu.get_xsave2(&mut area) }.map_err(|errno| io::Error::from_raw_os_error(errno.errno()))?;
+    let mut words = area.as_fam_struct_ref().xsave.region.to_vec();
+    words.extend_from_slice(area.as_slice());
+    Ok(words)
+}
+
+/// Writes the FPU and vector state; `state` must have exactly the size this host uses.
+pub(crate) fn set_xsave(vcpu: &VcpuFd, state: &[u32], words: usize) -> io::Result<()> {
+    if state.len() != words || words < XSAVE_BASE_WORDS {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let (base, extra) = state.split_at(XSAVE_BASE_WORDS);
+    let mut area = Xsave::from_entries(extra).map_err(io::Error::other)?;
+    let mut xsave = kvm_xsave::default();
+    xsave.region.copy_from_slice(base);
+    // SAFETY: only the fixed part in front of the flexible array is replaced, not its length.
+    let header = unsafe { area.as_mut_fam_struct() };
+    header.xsave.region = xsave.region;
+    // SAFETY: the area is as large as KVM_CAP_XSAVE2 says, so the kernel reads inside it.
+    unsafe { vcpu.set_xsave2(&area) }.map_err(|errno| io::Error::from_raw_os_error(errno.errno()))
+}
+
+/// 32-bit words in the fixed part of `kvm_xsave` (asm/kvm.h).
+pub(crate) const XSAVE_BASE_WORDS: usize = 1024;
