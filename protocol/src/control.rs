@@ -1,0 +1,161 @@
+//! The conversation on the control stream: offer, rounds, state, commit.
+//!
+//! ```text
+//! sender                              receiver
+//! Hello ──────────────────────────────▶
+//!       ◀────────────────────────────── Hello
+//! Offer + machine blob ───────────────▶  checks everything, makes the memory
+//!       ◀────────────────────────────── Accept            (or Refuse)
+//! … page streams: round 0 … ══════════▶
+//!       ◀────────────────────────────── RoundDone 0        (all of it is in memory)
+//! … page streams: round n, frozen … ══▶
+//! State + blob ───────────────────────▶  waits for round n, loads, checks
+//!       ◀────────────────────────────── Ready             (or Failed)
+//! Commit ─────────────────────────────▶  starts
+//!       ◀────────────────────────────── Started
+//! Done ───────────────────────────────▶  may forget
+//! ```
+//!
+//! Instead of `Offer`, a sender that lost its link behind `Commit` says `Ask` on a new connection and is told the
+//! `Outcome`. Either end may say why it gives up: `Cancel` downstream, `Failed` upstream.
+
+use crate::MigrationId;
+use crate::layout::Layout;
+use serde::{Deserialize, Serialize};
+
+/// The most bytes of state or machine description in one message: 64 MiB, enough for thousands of vCPUs.
+pub const MAX_BLOB_BYTES: u32 = 64 << 20;
+
+/// The longest name of a workload in bytes.
+pub const MAX_NAME_BYTES: usize = 64;
+
+/// What the sender says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "kebab-case")]
+pub enum Downstream {
+    /// Who the sender is.
+    Hello(crate::handshake::Hello),
+    /// Will you take this workload? The blob describes its machine, for the destination's VMM.
+    Offer(Offer),
+    /// The workload is frozen, its last pages are in `last_round`; the blob is its [state](crate::state).
+    State {
+        /// The round that must have ended on every page stream before the state may be loaded.
+        last_round: u32,
+    },
+    /// It is yours: start it. Behind this message the source never resumes by itself.
+    Commit {
+        /// Which migration.
+        migration: MigrationId,
+    },
+    /// The source is gone; the receiver may forget this migration.
+    Done {
+        /// Which migration.
+        migration: MigrationId,
+    },
+    /// The sender gives up before `Commit`; the workload goes on at the source.
+    Cancel {
+        /// Why, for the receiver's log.
+        reason: String,
+    },
+    /// What became of a migration whose answer was lost?
+    Ask {
+        /// Which migration.
+        migration: MigrationId,
+    },
+}
+
+/// A workload that looks for a place.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Offer {
+    /// The migration's name, chosen by the sender.
+    pub migration: MigrationId,
+    /// What kind of workload, and so what the machine blob and the state are.
+    pub kind: WorkloadKind,
+    /// The workload's name; the receiver may give it another.
+    pub name: String,
+    /// Its memory.
+    pub layout: Layout,
+    /// How many page streams the sender will open, at least 1.
+    pub page_streams: u16,
+}
+
+/// The kinds of workload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WorkloadKind {
+    /// A KVM virtual machine on x86-64 under the `vmm` crate.
+    Vm,
+}
+
+/// What the receiver says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "kebab-case")]
+pub enum Upstream {
+    /// Who the receiver is.
+    Hello(crate::handshake::Hello),
+    /// The memory is there; send pages.
+    Accept,
+    /// The receiver will not take this workload; nothing was changed.
+    Refuse {
+        /// Why, as a class that a script can act on.
+        code: RefuseCode,
+        /// Why, for the operator of the sender.
+        reason: String,
+    },
+    /// Every page of this round is in memory.
+    RoundDone {
+        /// The round, from 0.
+        round: u32,
+    },
+    /// The state is loaded and everything was checked; only `Commit` is missing.
+    Ready,
+    /// The workload runs here.
+    Started {
+        /// Which migration.
+        migration: MigrationId,
+    },
+    /// The receiver gave up before it started anything; the source is the workload.
+    Failed {
+        /// Why, for the operator of the sender.
+        reason: String,
+    },
+    /// The answer to `Ask`.
+    Outcome {
+        /// Which migration.
+        migration: MigrationId,
+        /// What became of it here.
+        outcome: Outcome,
+    },
+}
+
+/// Why a receiver refuses a workload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RefuseCode {
+    /// The protocol versions or capabilities do not fit.
+    Version,
+    /// The layout is larger than the receiver allows or has.
+    Memory,
+    /// A workload of that name runs there.
+    NameTaken,
+    /// The destination's CPU or devices lack what the workload uses.
+    Machine,
+    /// The receiver is busy with another migration.
+    Busy,
+    /// The offer contradicts the protocol.
+    BadOffer,
+    /// The destination could not build the workload (no KVM, no permission, …).
+    Host,
+}
+
+/// What became of a migration, by the receiver's word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// It runs, or ran, at the destination: the source must never run again.
+    Started,
+    /// It was discarded and will never start: the source may resume.
+    Discarded,
+    /// The receiver does not know it. That proves nothing: the source must stay frozen.
+    Unknown,
+}

@@ -1,0 +1,251 @@
+//! The control socket: what an engine says to a VMM on a unix stream socket, and what it answers.
+//!
+//! Every message is an [envelope](crate::envelope). The client speaks first, one request at a time, and gets one
+//! reply to each. A connection begins with [`Request::Hello`]; its role decides what follows:
+//!
+//! - `query`: only [`Request::Status`]. Any number at once, also while a session holds the VM.
+//! - `session`: everything. One at a time: a second one is refused with the pid of the holder.
+//!
+//! The end of a session is a message of its own: if its socket closes (the engine died),
+//! - a source that is not pledged resumes, gets back every dirty bit that was taken, and stops tracking;
+//! - a pledged source stays frozen until a session says [`Request::Resume`] or [`Request::HandOver`];
+//! - a destination that was not started discards itself.
+//!
+//! File descriptors travel with the reply that says so, as `SCM_RIGHTS` with its first byte.
+
+use crate::MigrationId;
+use crate::layout::Layout;
+use serde::{Deserialize, Serialize};
+
+/// The version of this protocol: a VMM refuses a client with another one.
+pub const VERSION: u16 = 1;
+
+/// The most bytes of blob in a request: state and machine descriptions, and page sets of 64 MiB (2 TiB of memory).
+pub const MAX_BLOB_BYTES: u32 = 64 << 20;
+
+/// The most file descriptors with one message: one for each space. Linux allows 253 (`SCM_MAX_FD`).
+pub const MAX_FDS: usize = 253;
+
+/// What a client asks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "kebab-case")]
+pub enum Request {
+    /// First message. Answered by `Welcome` or `Refused`.
+    Hello {
+        /// Must be [`VERSION`].
+        version: u16,
+        /// What the connection is for.
+        role: Role,
+        /// Who asks, for messages to others: for instance `migrate send`.
+        client: String,
+    },
+    /// How is it? Answered by `Status`.
+    Status,
+    /// What is it? Answered by `Description`, its machine blob, and one memfd for each space.
+    Describe,
+    /// Begin to track writes; every page counts as dirty. Answered by `Tracking`.
+    TrackStart,
+    /// Which pages are dirty now? Takes nothing. Answered by `Dirty` and the page sets of all spaces, one behind
+    /// the other, as [`PageSet::write_to`](crate::page::PageSet::write_to) writes them.
+    Harvest,
+    /// Take these pages, all of which the last `Harvest` named dirty or which are not: they are clean from now on,
+    /// and whoever reads them behind the answer misses nothing that the log will not say again. Answered by `Done`.
+    Take {
+        /// The space.
+        space: u16,
+        /// First page.
+        first: u64,
+        /// Length in pages.
+        count: u64,
+    },
+    /// These pages, taken before, were not delivered: they are dirty again. The blob is as in `Dirty`.
+    /// Answered by `Done`.
+    Redirty,
+    /// Stop tracking. Answered by `Done`.
+    TrackStop,
+    /// Stop all vCPUs and devices. Answered by `Done` once nothing writes to memory any more.
+    Freeze,
+    /// The state of a frozen workload. Answered by `Saved` and the state blob.
+    Save,
+    /// `Commit` is about to be sent: do not resume by yourself from now on. Answered by `Done`.
+    Pledge {
+        /// Which migration.
+        migration: MigrationId,
+        /// Where it goes, for `status` and recovery: an address an operator can use.
+        peer: String,
+    },
+    /// Go on here. A pledged source goes on only for the migration it was pledged to, when the engine knows that
+    /// the destination will never start. Answered by `Done`.
+    Resume {
+        /// The migration of the pledge, if there is one.
+        migration: Option<MigrationId>,
+    },
+    /// The destination has it: end. Only for a pledged source. Answered by `Done`, then the process ends.
+    HandOver {
+        /// The migration of the pledge.
+        migration: MigrationId,
+    },
+    /// Stop the VM and end the process. Answered by `Done`.
+    Terminate,
+    /// Destination: become this workload. The blob is the machine description of the source.
+    /// Answered by `Description` and the memfds, or by an error that says what this host lacks.
+    Prepare {
+        /// The name to run under.
+        name: String,
+        /// Its memory.
+        layout: Layout,
+    },
+    /// Destination: load this state (the blob) and check it. Answered by `Done`.
+    Load,
+    /// Destination: run. Answered by `Done` once the vCPUs were released; from then on the VM is on its own feet.
+    Start {
+        /// The migration that brought it, remembered for [`Status::arrived_by`].
+        migration: MigrationId,
+    },
+    /// Destination: forget everything and end the process. Answered by `Done`.
+    Discard,
+}
+
+/// What a connection is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Role {
+    /// Only questions.
+    Query,
+    /// Holds the VM.
+    Session,
+}
+
+/// What a VMM answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "kebab-case")]
+pub enum Reply {
+    /// To `Hello`.
+    Welcome {
+        /// The VMM's [`VERSION`].
+        version: u16,
+        /// Name and version of the VMM, for the log.
+        software: String,
+        /// How it is.
+        status: Status,
+    },
+    /// To `Hello`: another session holds the VM, or the version is wrong.
+    Refused {
+        /// What the client should know.
+        reason: String,
+        /// The process that holds it, where that is the reason.
+        holder_pid: Option<u32>,
+    },
+    /// To `Status`.
+    Status(Status),
+    /// To `Describe` and `Prepare`. The blob describes the machine; memfds come along, in the order of the layout.
+    Description {
+        /// The name.
+        name: String,
+        /// Its memory.
+        layout: Layout,
+    },
+    /// To `TrackStart`.
+    Tracking {
+        /// How writes are tracked, for reports.
+        mode: TrackingMode,
+    },
+    /// To `Harvest`.
+    Dirty {
+        /// Dirty pages of all spaces together.
+        pages: u64,
+    },
+    /// To `Save`. The blob is the state.
+    Saved,
+    /// Done as asked.
+    Done,
+    /// Not done; the VM is as before.
+    Error {
+        /// The class of the error.
+        code: ErrorCode,
+        /// What happened and what to do.
+        message: String,
+    },
+}
+
+/// How the host tracks writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TrackingMode {
+    /// `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` with `INITIALLY_SET`.
+    ManualInitiallySet,
+    /// `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`.
+    Manual,
+    /// Reading the log clears it.
+    Plain,
+}
+
+/// Why a request was not carried out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ErrorCode {
+    /// The request does not fit the protocol or its bounds.
+    BadRequest,
+    /// The request does not fit the state the VM is in.
+    WrongState,
+    /// The machine or its state cannot run on this host.
+    Unsupported,
+    /// The host refused something (KVM, memory, files).
+    Host,
+}
+
+/// How a VM is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// Its name.
+    pub name: String,
+    /// Its phase.
+    pub phase: Phase,
+    /// The VMM's process.
+    pub pid: u32,
+    /// Memory in bytes.
+    pub memory_bytes: u64,
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// Milliseconds since the VMM started.
+    pub uptime_ms: u64,
+    /// Where the serial port goes, for people.
+    pub serial: String,
+    /// The process that holds a session, if one does.
+    pub holder_pid: Option<u32>,
+    /// Who that process said it is.
+    pub holder: Option<String>,
+    /// The migration that brought it here, if one did.
+    pub arrived_by: Option<MigrationId>,
+    /// The migration it is pledged to, if it is.
+    pub pledged_to: Option<Pledge>,
+}
+
+/// A source that waits for the answer to its `Commit`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pledge {
+    /// Which migration.
+    pub migration: MigrationId,
+    /// Where it went.
+    pub peer: String,
+}
+
+/// The phases of a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// Its vCPUs run.
+    Running,
+    /// Its vCPUs stand still; a session holds it.
+    Frozen,
+    /// Its vCPUs stand still until the outcome of a migration is known.
+    Pledged,
+    /// A destination that waits for `Prepare`.
+    Incoming,
+    /// A destination that takes pages.
+    Prepared,
+    /// A destination that was loaded and waits for `Start`.
+    Loaded,
+    /// Its guest powered off or crashed; the process is about to end.
+    Stopped,
+}
