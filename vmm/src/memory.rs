@@ -15,7 +15,7 @@ use std::{
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use vm_memory::{
-    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap,
 };
 
 use crate::{
@@ -26,8 +26,8 @@ use crate::{
 
 /// The least memory a VM can have: below this the boot structures leave no room for an image. Bytes.
 pub const MIN_MEMORY_BYTES: u64 = 2 << 20;
-/// The most memory a VM can have, in bytes: 4 TiB, a sanity bound well inside 46 address bits.
-pub const MAX_MEMORY_BYTES: u64 = 4 << 40;
+/// The most memory a VM can have, in bytes: 2 TiB, whose page sets just fit a control message.
+pub const MAX_MEMORY_BYTES: u64 = 2 << 40;
 
 /// One contiguous piece of guest-physical RAM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

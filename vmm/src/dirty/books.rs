@@ -2,6 +2,22 @@
 
 use crate::error::{Error, Result};
 
+/// Pages as whole words of a bitmap.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Words {
+    /// The page of the first bit; a multiple of 64.
+    pub first: u64,
+    /// Bit n is page `first + n`.
+    pub bits: Vec<u64>,
+}
+
+impl Words {
+    /// How many pages are in them.
+    pub fn count(&self) -> u64 {
+        self.bits.iter().map(|word| u64::from(word.count_ones())).sum()
+    }
+}
+
 /// Two sets of pages of one space.
 ///
 /// A page can be in both: taken, and dirty again since.
@@ -34,32 +50,42 @@ impl Books {
         self.trim();
     }
 
-    /// Whether a range may be taken: inside the space, and made of whole words of 64 pages except where
-    /// it ends with the space (the rule of KVM_CLEAR_DIRTY_LOG, kvm api.rst).
+    /// The pending pages of a range, as whole words with nothing outside the range in them.
     ///
     /// # Errors
-    /// [`Error::Protocol`] that says which rule is broken.
-    pub fn check_range(&self, first: u64, pages: u64) -> Result<()> {
+    /// [`Error::Protocol`] when the range is empty or not inside the space.
+    pub fn peek(&self, first: u64, pages: u64) -> Result<Words> {
         let end = first.checked_add(pages).filter(|end| *end <= self.pages && pages > 0).ok_or_else(|| {
             Error::Protocol(format!("{pages} pages from page {first} are not in a space of {}", self.pages))
         })?;
-        if !first.is_multiple_of(64) || (!pages.is_multiple_of(64) && end != self.pages) {
-            return Err(Error::Protocol(format!("{pages} pages from page {first} are not whole words of 64")));
+        let start = first - first % 64;
+        let (skip, words) = (index(start / 64), index((end - start).div_ceil(64)));
+        let mut bits: Vec<u64> = self.pending.iter().skip(skip).take(words).copied().collect();
+        if let Some(word) = bits.first_mut() {
+            *word &= u64::MAX << (first % 64);
         }
-        Ok(())
+        if let (Some(word), 1..) = (bits.last_mut(), end % 64) {
+            *word &= (1 << (end % 64)) - 1;
+        }
+        Ok(Words { first: start, bits })
     }
 
-    /// The pending bits of a range that [`Self::check_range`] accepted.
-    pub fn peek(&self, first: u64, pages: u64) -> Vec<u64> {
-        let (first, words) = (index(first / 64), index(pages.div_ceil(64)));
-        self.pending.iter().skip(first).take(words).copied().collect()
+    /// How many pages the words starting at page `first` really stand for: fewer than 64 each only at the
+    /// end of the space, as KVM_CLEAR_DIRTY_LOG wants it (kvm api.rst).
+    pub fn span(&self, words: &Words) -> u64 {
+        (words.bits.len() as u64 * 64).min(self.pages.saturating_sub(words.first))
     }
 
-    /// Moves pages from pending to taken; bit n is page `first + n`.
-    pub fn move_to_taken(&mut self, first: u64, bits: &[u64]) {
-        let skip = index(first / 64);
+    /// The pending pages as words from page 0 on.
+    pub fn pending(&self) -> &[u64] {
+        &self.pending
+    }
+
+    /// Moves pages from pending to taken.
+    pub fn move_to_taken(&mut self, words: &Words) {
+        let skip = index(words.first / 64);
         for ((pending, taken), bits) in
-            self.pending.iter_mut().skip(skip).zip(self.taken.iter_mut().skip(skip)).zip(bits)
+            self.pending.iter_mut().skip(skip).zip(self.taken.iter_mut().skip(skip)).zip(&words.bits)
         {
             *pending &= !bits;
             *taken |= bits;
@@ -122,21 +148,23 @@ mod tests {
     }
 
     #[test]
-    fn a_range_may_end_with_the_space_unaligned() {
+    fn a_range_is_masked_to_what_was_asked() {
         let books = Books::all_pending(70);
-        books.check_range(64, 6).unwrap();
-        books.check_range(0, 70).unwrap();
-        assert!(books.check_range(64, 5).is_err());
-        assert_eq!(books.peek(64, 6), [0b11_1111]);
+        assert_eq!(books.peek(64, 6).unwrap(), Words { first: 64, bits: vec![0b11_1111] });
+        assert_eq!(books.peek(62, 3).unwrap(), Words { first: 0, bits: vec![0b11 << 62, 1] });
+        assert_eq!(books.peek(5, 1).unwrap(), Words { first: 0, bits: vec![1 << 5] });
+        assert_eq!(books.peek(0, 70).unwrap().count(), 70);
+        assert_eq!(books.span(&books.peek(0, 70).unwrap()), 70);
+        assert_eq!(books.span(&books.peek(3, 2).unwrap()), 64);
     }
 
     #[test]
     fn a_taken_page_can_be_pending_again() {
         let mut books = Books::all_pending(64);
-        books.move_to_taken(0, &[0b1]);
+        books.move_to_taken(&Words { first: 0, bits: vec![0b1] });
         books.merge(&[0b1]);
-        assert_eq!(books.peek(0, 64), [u64::MAX]);
-        books.move_to_taken(0, &[u64::MAX]);
+        assert_eq!(books.pending_pages(), 64);
+        books.move_to_taken(&Words { first: 0, bits: vec![u64::MAX] });
         assert_eq!(books.pending_pages(), 0);
         books.give_back();
         assert_eq!(books.pending_pages(), 64);

@@ -16,7 +16,7 @@ mod kvm;
 
 use std::sync::Arc;
 
-pub use books::Books;
+pub use books::{Books, Words};
 pub use kvm::KvmLog;
 
 use crate::{
@@ -119,38 +119,30 @@ impl Tracker {
         self.books.iter().map(Books::pending_pages).collect()
     }
 
-    /// The pending bits of a range, without taking them. Rules for the range as in [`Self::take`].
-    ///
-    /// # Errors
-    /// As [`Self::take`].
-    pub fn peek(&self, space: usize, first: u64, pages: u64) -> Result<Vec<u64>> {
-        self.must_track("look at dirty pages")?;
-        let books = self.books.get(space).ok_or_else(|| no_such_space(space))?;
-        books.check_range(first, pages)?;
-        Ok(books.peek(first, pages))
+    /// The pending pages of each space as words from page 0 on, as of the last harvest.
+    pub fn pending_words(&self) -> impl Iterator<Item = &[u64]> {
+        self.books.iter().map(Books::pending)
     }
 
-    /// Takes the pending pages of a range: re-arms their write protection and returns them, bit n being
-    /// page `first + n`. Only then may they be read.
-    ///
-    /// `first` must be a multiple of 64, and so must `pages`, except where the range ends with the space.
+    /// Takes the pending pages of a range: re-arms their write protection and returns them. Only then may
+    /// they be read.
     ///
     /// # Errors
     /// [`Error::Protocol`] for a bad range, [`Error::WrongState`] when not tracking, [`Error::Host`]
     /// when the host refuses; nothing is taken then.
-    pub fn take(&mut self, space: usize, first: u64, pages: u64) -> Result<Vec<u64>> {
+    pub fn take(&mut self, space: usize, first: u64, pages: u64) -> Result<Words> {
         self.must_track("take dirty pages")?;
         let books = self.books.get_mut(space).ok_or_else(|| no_such_space(space))?;
-        books.check_range(first, pages)?;
-        let bits = books.peek(first, pages);
-        if bits.iter().all(|word| *word == 0) {
-            return Ok(bits);
+        let words = books.peek(first, pages)?;
+        if words.count() > 0 {
+            if self.log.mode() != LogMode::Plain {
+                // Bits that are not set in the words stay as they are, so the span may be wider than
+                // what was asked for.
+                self.log.clear(space, words.first, books.span(&words), &words.bits)?;
+            }
+            books.move_to_taken(&words);
         }
-        if self.log.mode() != LogMode::Plain {
-            self.log.clear(space, first, pages, &bits)?;
-        }
-        books.move_to_taken(first, &bits);
-        Ok(bits)
+        Ok(words)
     }
 
     /// Makes pages pending again that were taken but did not arrive. Bit n of `bits` is page `first + n`.
@@ -304,8 +296,8 @@ mod tests {
             tracker.harvest().unwrap();
             let after = tracker.take(0, 0, PAGES).unwrap();
             // Page 7 is read after the take, so its second write is in; page 8 comes with the next.
-            assert_eq!(taken[0] & (1 << 7), 1 << 7, "{mode:?}");
-            assert_eq!(after[0] & (1 << 8), 1 << 8, "{mode:?}");
+            assert_eq!(taken.bits[0] & (1 << 7), 1 << 7, "{mode:?}");
+            assert_eq!(after.bits[0] & (1 << 8), 1 << 8, "{mode:?}");
         }
     }
 
@@ -317,15 +309,15 @@ mod tests {
         tracker.take(0, 0, PAGES).unwrap();
         tracker.memory.write(65 * 4096, &[1]).unwrap();
         assert_eq!(tracker.harvest().unwrap(), [1]);
-        assert_eq!(tracker.take(0, 64, 64).unwrap(), [2]);
+        assert_eq!(tracker.take(0, 65, 3).unwrap(), Words { first: 64, bits: vec![2] });
     }
 
     #[test]
-    fn ranges_that_are_not_aligned_or_beyond_the_end_are_refused() {
+    fn ranges_beyond_the_end_are_refused() {
         let mut tracker = tracker(&Simulated::new(LogMode::Manual));
         tracker.start().unwrap();
         for (space, first, pages) in
-            [(1, 0, 64), (0, 1, 64), (0, 0, 63), (0, 0, PAGES + 64), (0, PAGES, 64), (0, u64::MAX - 63, 64), (0, 0, 0)]
+            [(1, 0, 64), (0, 0, PAGES + 1), (0, PAGES, 1), (0, u64::MAX - 63, 64), (0, 0, 0)]
         {
             assert!(tracker.take(space, first, pages).is_err(), "{space} {first} {pages}");
         }
@@ -359,7 +351,7 @@ mod tests {
             4 => (0..PAGES).prop_map(Step::Write),
             1 => (0..PAGES).prop_map(Step::Own),
             2 => Just(Step::Harvest),
-            2 => (0..8_u64, 1..=8_u64).prop_map(|(first, words)| Step::Take(first, words.min(8 - first))),
+            2 => (0..PAGES, 1..=PAGES).prop_map(|(first, pages)| Step::Take(first, pages.min(PAGES - first))),
             1 => Just(Step::Redirty),
             1 => Just(Step::GiveBack),
         ]
@@ -375,8 +367,8 @@ mod tests {
             let mut copy = vec![u64::MAX; PAGES as usize];
             let mut version = 1;
             tracker.start().unwrap();
-            let mut last_taken: Option<(u64, Vec<u64>)> = None;
-            for step in steps.into_iter().chain([Step::Harvest, Step::Take(0, 8)]) {
+            let mut last_taken: Option<Words> = None;
+            for step in steps.into_iter().chain([Step::Harvest, Step::Take(0, PAGES)]) {
                 match step {
                     Step::Write(page) => {
                         guest[page as usize] = version;
@@ -389,18 +381,18 @@ mod tests {
                         version += 1;
                     }
                     Step::Harvest => drop(tracker.harvest().unwrap()),
-                    Step::Take(word, words) => {
-                        let bits = tracker.take(0, word * 64, words * 64).unwrap();
-                        for page in 0..words * 64 {
-                            if bits[(page / 64) as usize] & (1 << (page % 64)) != 0 {
-                                let page = (word * 64 + page) as usize;
-                                copy[page] = guest[page];
+                    Step::Take(first, pages) => {
+                        let words = tracker.take(0, first, pages).unwrap();
+                        for page in first..first + pages {
+                            let bit = page - words.first;
+                            if words.bits[(bit / 64) as usize] & (1 << (bit % 64)) != 0 {
+                                copy[page as usize] = guest[page as usize];
                             }
                         }
-                        last_taken = Some((word * 64, bits));
+                        last_taken = Some(words);
                     }
-                    Step::Redirty => if let Some((first, bits)) = last_taken.take() {
-                        tracker.redirty(0, first, &bits).unwrap();
+                    Step::Redirty => if let Some(words) = last_taken.take() {
+                        tracker.redirty(0, words.first, &words.bits).unwrap();
                     },
                     Step::GiveBack => tracker.give_back(),
                 }
