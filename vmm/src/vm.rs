@@ -1,0 +1,263 @@
+//! A VM: memory, vCPUs and devices under one roof, and what can be done with them together.
+
+use std::{
+    sync::{Arc, mpsc::Sender},
+    time::{Duration, Instant},
+};
+
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, nested::KvmNestedStateBuffer};
+use kvm_ioctls::{VcpuFd, VmFd};
+use protocol::state::State;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::{
+    addresses::{KVM_IDENTITY_MAP, KVM_TSS, SERIAL_IRQ},
+    boot::{self, KernelSource, Start},
+    cpuid,
+    devices::{Devices, SerialSink},
+    dirty::{KvmLog, LogMode, Tracker},
+    error::{Error, Result},
+    host::Host,
+    memory::GuestMemory,
+    state::{
+        self, Catchup, MACHINE_SECTION, Machine, VERSION, VM_SECTION, VcpuContext, VcpuState, VmState,
+        device_section, vcpu_section,
+    },
+    sys,
+    vcpu::{Vcpu, VcpuEvent},
+};
+
+/// A virtual machine. It starts paused; whoever owns it says when it runs.
+///
+/// The fields are dropped in their order: the vCPU threads are joined before KVM lets go of the VM, and
+/// that before the memory is unmapped.
+pub(crate) struct Vm {
+    vcpus: Vec<Vcpu>,
+    tracker: Tracker,
+    devices: Arc<Devices>,
+    vm: Arc<VmFd>,
+    memory: Arc<GuestMemory>,
+    machine: Machine,
+    clock_realtime: bool,
+}
+
+/// What a VM is built of, without what runs in it.
+struct Parts {
+    vm: Arc<VmFd>,
+    memory: Arc<GuestMemory>,
+    devices: Arc<Devices>,
+    fds: Vec<VcpuFd>,
+    machine: Machine,
+}
+
+impl Vm {
+    /// Builds a VM and loads its kernel. `{tsc_khz}` is added to the command line: a guest that cannot
+    /// measure its clock reads it there.
+    ///
+    /// # Errors
+    /// [`Error::Config`], [`Error::Image`] or [`Error::Host`].
+    pub(crate) fn boot(
+        host: &Host,
+        memory_bytes: u64,
+        vcpus: u32,
+        kernel: &KernelSource,
+        cmdline: &str,
+        serial: SerialSink,
+        events: &Sender<VcpuEvent>,
+    ) -> Result<Self> {
+        state::check_vcpus(vcpus, host)?;
+        let leaves = cpuid::describe(host, vcpus);
+        let xsave_words = u32::try_from(host.xsave_words).unwrap_or(u32::MAX);
+        let machine = Machine { vcpus, tsc_khz: 0, xsave_words, cpuid: leaves };
+        let mut parts = Parts::build(host, memory_bytes, machine, serial)?;
+        let tsc_khz = parts.tsc_khz()?;
+        parts.machine.tsc_khz = tsc_khz;
+        let cmdline = format!("{cmdline} tsc_khz={tsc_khz}");
+        let start = boot::load(&parts.memory, kernel, cmdline.trim_start())?;
+        for (index, fd) in (0_u32..).zip(&parts.fds) {
+            parts.start_registers(index, fd, start)?;
+        }
+        parts.finish(host, events)
+    }
+
+    /// Builds the VM that a peer described, its memory zeroed and its vCPUs without a state.
+    ///
+    /// # Errors
+    /// [`Error::MissingFeatures`] that names what this host lacks, [`Error::Config`] or [`Error::Host`].
+    pub(crate) fn prepare(
+        host: &Host,
+        memory_bytes: u64,
+        machine: Machine,
+        serial: SerialSink,
+        events: &Sender<VcpuEvent>,
+    ) -> Result<Self> {
+        machine.check(host)?;
+        let parts = Parts::build(host, memory_bytes, machine, serial)?;
+        if parts.machine.tsc_must_be_set(parts.tsc_khz()?, host.tsc_scaling)? {
+            for fd in &parts.fds {
+                fd.set_tsc_khz(parts.machine.tsc_khz).map_err(Error::kvm("scale a vCPU's TSC"))?;
+            }
+        }
+        parts.finish(host, events)
+    }
+
+    /// The machine as the guest sees it.
+    pub(crate) fn machine(&self) -> &Machine {
+        &self.machine
+    }
+
+    /// The memory.
+    pub(crate) fn memory(&self) -> &Arc<GuestMemory> {
+        &self.memory
+    }
+
+    /// The dirty tracking.
+    pub(crate) fn tracker(&mut self) -> &mut Tracker {
+        &mut self.tracker
+    }
+
+    /// Lets all vCPUs run.
+    pub(crate) fn resume(&self) {
+        for vcpu in &self.vcpus {
+            vcpu.resume();
+        }
+    }
+
+    /// Stops all vCPUs. When it returns, nothing writes to guest memory any more, and all registers are
+    /// the truth. Says how long it took.
+    ///
+    /// # Errors
+    /// [`Error::GuestEnded`] when a vCPU ended meanwhile: there is nothing left to resume then.
+    pub(crate) fn pause(&self) -> Result<Duration> {
+        let started = Instant::now();
+        // All are asked before any is waited for.
+        let pending: Vec<_> = self.vcpus.iter().map(Vcpu::pause).collect();
+        let mut alive = true;
+        for answer in pending {
+            alive &= answer.wait()?;
+        }
+        if alive { Ok(started.elapsed()) } else { Err(Error::GuestEnded("it powered off or crashed".into())) }
+    }
+
+    /// The state of a paused VM, as the bytes of a [`State`].
+    ///
+    /// # Errors
+    /// [`Error::Host`] or [`Error::State`].
+    pub(crate) fn save(&self) -> Result<Vec<u8>> {
+        let mut saved = State::default();
+        let pending: Vec<_> = self.vcpus.iter().map(Vcpu::save).collect();
+        saved.push(MACHINE_SECTION, VERSION, state::encode(&self.machine)?);
+        saved.push(VM_SECTION, VERSION, state::encode(&VmState::save(&self.vm)?)?);
+        for (index, answer) in (0_u32..).zip(pending) {
+            saved.push(vcpu_section(index), VERSION, state::encode(&answer.wait()??)?);
+        }
+        self.devices.for_each(|device| {
+            saved.push(device_section(device.name()), device.state_version(), device.save()?);
+            Ok::<(), Error>(())
+        })?;
+        saved.encode().map_err(|error| Error::State(error.to_string()))
+    }
+
+    /// Loads a state into a prepared VM; everything is checked before the first part is changed.
+    ///
+    /// # Errors
+    /// [`Error::State`] when it does not fit, [`Error::Host`] when KVM refuses a part of it: the VM must
+    /// then not be started.
+    pub(crate) fn load(&self, bytes: &[u8]) -> Result<()> {
+        let saved = State::decode(bytes).map_err(|error| Error::State(error.to_string()))?;
+        let machine: Machine = state::decode(&saved, MACHINE_SECTION)?;
+        if machine != self.machine {
+            return Err(Error::State("it is of another machine than was prepared".into()));
+        }
+        let vm: VmState = state::decode(&saved, VM_SECTION)?;
+        vm.check()?;
+        let vcpus = (0..machine.vcpus)
+            .map(|index| state::decode(&saved, &vcpu_section(index)).map(Box::new))
+            .collect::<Result<Vec<Box<VcpuState>>>>()?;
+        let mut expected = 2 + vcpus.len();
+        self.devices.for_each(|device| {
+            expected += 1;
+            let name = device_section(device.name());
+            let section = saved
+                .section(&name)
+                .ok_or_else(|| Error::State(format!("there is no section {name:?}")))?;
+            device.restore(section.version, &section.body)
+        })?;
+        if saved.sections.len() != expected {
+            return Err(Error::State(format!(
+                "it has {} sections, this VM {expected}: it has devices that are unknown here",
+                saved.sections.len()
+            )));
+        }
+
+        let elapsed = vm.elapsed();
+        vm.load(&self.vm, elapsed, self.clock_realtime)?;
+        let catchup = Catchup { elapsed, tsc_khz: machine.tsc_khz };
+        let pending: Vec<_> =
+            self.vcpus.iter().zip(vcpus).map(|(vcpu, state)| vcpu.load(state, catchup)).collect();
+        pending.into_iter().try_for_each(|answer| answer.wait()?)
+    }
+}
+
+impl Parts {
+    fn build(host: &Host, memory_bytes: u64, machine: Machine, serial: SerialSink) -> Result<Self> {
+        let memory = Arc::new(GuestMemory::create(memory_bytes)?);
+        let vm = Arc::new(host.kvm.create_vm().map_err(Error::kvm("create a VM"))?);
+        vm.set_identity_map_address(KVM_IDENTITY_MAP)
+            .map_err(Error::kvm("place the identity-map page"))?;
+        vm.set_tss_address(KVM_TSS as usize).map_err(Error::kvm("place the task state segment"))?;
+        vm.create_irq_chip().map_err(Error::kvm("create the interrupt controllers"))?;
+        // Port 0x61 must exist for guests that calibrate their clock by the PIT's gate there.
+        vm.create_pit2(kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() })
+            .map_err(Error::kvm("create the PIT"))?;
+        for (slot, region) in (0_u32..).zip(memory.regions()) {
+            sys::set_memory_slot(&vm, slot, region, 0).map_err(Error::host("take the guest's memory"))?;
+        }
+        let interrupt = EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK)
+            .map_err(Error::host("create the serial port's interrupt"))?;
+        vm.register_irqfd(&interrupt, SERIAL_IRQ).map_err(Error::kvm("connect the serial port's interrupt"))?;
+        let devices = Arc::new(Devices::new(serial, interrupt));
+        let mut fds = Vec::new();
+        for index in 0..machine.vcpus {
+            let fd = vm.create_vcpu(index.into()).map_err(Error::kvm("create a vCPU"))?;
+            fd.set_cpuid2(&cpuid::for_vcpu(&machine.cpuid, index)?)
+                .map_err(Error::kvm("take a vCPU's CPUID"))?;
+            fds.push(fd);
+        }
+        Ok(Self { vm, memory, devices, fds, machine })
+    }
+
+    fn tsc_khz(&self) -> Result<u32> {
+        let first = self.fds.first().ok_or_else(|| Error::Config("a VM needs a vCPU".into()))?;
+        first.get_tsc_khz().map_err(Error::kvm("say how fast the TSC runs"))
+    }
+
+    fn start_registers(&self, index: u32, fd: &VcpuFd, start: Start) -> Result<()> {
+        if !start.runs_at_once(index) {
+            return Ok(());
+        }
+        let mut sregs = fd.get_sregs().map_err(Error::kvm("read a vCPU's segment registers"))?;
+        let regs = start.registers(index, &mut sregs);
+        fd.set_sregs(&sregs).map_err(Error::kvm("take a vCPU's segment registers"))?;
+        fd.set_regs(&regs).map_err(Error::kvm("take a vCPU's registers"))?;
+        let runnable = kvm_bindings::kvm_mp_state { mp_state: kvm_bindings::KVM_MP_STATE_RUNNABLE };
+        fd.set_mp_state(runnable).map_err(Error::kvm("take a vCPU's run state"))
+    }
+
+    fn finish(self, host: &Host, events: &Sender<VcpuEvent>) -> Result<Vm> {
+        let Self { vm, memory, devices, fds, machine } = self;
+        let first = fds.first().ok_or_else(|| Error::Config("a VM needs a vCPU".into()))?;
+        let context = VcpuContext {
+            msrs: state::readable_msrs(first, &host.msrs)?.into(),
+            xsave_words: host.xsave_words,
+            nested: (1..=size_of::<KvmNestedStateBuffer>()).contains(&host.nested_bytes),
+        };
+        let vcpus = (0_u32..)
+            .zip(fds)
+            .map(|(index, fd)| Vcpu::spawn(index, fd, devices.clone(), context.clone(), events.clone()))
+            .collect::<Result<Vec<_>>>()?;
+        let log = KvmLog::new(vm.clone(), memory.clone(), LogMode::ManualInitiallySet);
+        let tracker = Tracker::new(memory.clone(), Box::new(log));
+        Ok(Vm { vcpus, tracker, devices, vm, memory, machine, clock_realtime: host.clock_realtime })
+    }
+}
