@@ -73,11 +73,11 @@ impl Runner {
             parked_until: None,
         };
         while let Some(command) = thread.next_command(&self.commands) {
-            if let Some(command) = command {
-                thread.obey(command);
-            }
-            if thread.running && thread.parked_until.is_none() {
-                thread.enter();
+            match command {
+                Some(command) => thread.obey(command),
+                // Only after a look that found nothing: entering straight after a command would
+                // overlook one whose kick came while the thread was not in KVM_RUN.
+                None => thread.enter(),
             }
         }
     }
