@@ -64,18 +64,36 @@ pub enum Error {
     /// The other end of the control socket broke the protocol.
     #[error("control protocol: {0}")]
     Protocol(String),
+    /// Nothing answers at the control socket.
+    #[error("no VM answers at {path}: {reason}")]
+    Unreachable {
+        /// Where.
+        path: PathBuf,
+        /// Why not.
+        reason: String,
+    },
+    /// Another session holds the VM, or the VMM speaks another version.
+    #[error("the VMM refused the connection: {reason}")]
+    Busy {
+        /// The VMM's own words.
+        reason: String,
+        /// The process that holds the VM.
+        holder_pid: Option<u32>,
+    },
     /// The VMM answered a request with an error of its own.
-    #[error("the VMM refused to {asked}: {text}")]
+    #[error("the VMM could not {asked}: {text}")]
     Refused {
         /// What was asked, as an infinitive.
         asked: &'static str,
+        /// The class of the error.
+        code: protocol::monitor::ErrorCode,
         /// The VMM's own words.
         text: String,
     },
-    /// The other end of the control socket did not answer in time.
-    #[error("waited {waited_ms} ms for the VMM to {what}, in vain")]
+    /// Something did not happen in time.
+    #[error("waited {waited_ms} ms to {what}, in vain")]
     Timeout {
-        /// What was waited for, as an infinitive.
+        /// What should have happened, as an infinitive.
         what: &'static str,
         /// How long.
         waited_ms: u64,

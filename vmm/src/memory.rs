@@ -14,9 +14,7 @@ use std::{
 };
 
 use rustix::fs::{MemfdFlags, SealFlags};
-use vm_memory::{
-    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap,
-};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap};
 
 use crate::{
     addresses::{HOLE_END, HOLE_START, PAGE_SIZE},
@@ -44,7 +42,9 @@ pub struct SpaceInfo {
 /// [`Error::Config`] when the size is not a whole number of pages or out of bounds.
 pub fn spaces_for(memory_bytes: u64) -> Result<Vec<SpaceInfo>> {
     if !memory_bytes.is_multiple_of(PAGE_SIZE) {
-        return Err(Error::Config(format!("memory of {memory_bytes} bytes is not a multiple of {PAGE_SIZE}")));
+        return Err(Error::Config(format!(
+            "memory of {memory_bytes} bytes is not a multiple of {PAGE_SIZE}"
+        )));
     }
     if !(MIN_MEMORY_BYTES..=MAX_MEMORY_BYTES).contains(&memory_bytes) {
         return Err(Error::Config(format!(
@@ -234,7 +234,9 @@ mod tests {
 
     #[test]
     fn sizes_out_of_bounds_are_refused() {
-        for bytes in [0, 4095, MIN_MEMORY_BYTES - 4096, MIN_MEMORY_BYTES + 1, MAX_MEMORY_BYTES + 4096, u64::MAX] {
+        for bytes in
+            [0, 4095, MIN_MEMORY_BYTES - 4096, MIN_MEMORY_BYTES + 1, MAX_MEMORY_BYTES + 4096, u64::MAX]
+        {
             assert!(spaces_for(bytes).is_err(), "{bytes}");
         }
     }

@@ -24,7 +24,7 @@ use crate::{
         device_section, vcpu_section,
     },
     sys,
-    vcpu::{Vcpu, VcpuEvent},
+    vcpu::{Event, Vcpu},
 };
 
 /// A virtual machine. It starts paused; whoever owns it says when it runs.
@@ -63,7 +63,7 @@ impl Vm {
         kernel: &KernelSource,
         cmdline: &str,
         serial: SerialSink,
-        events: &Sender<VcpuEvent>,
+        events: &Sender<Event>,
     ) -> Result<Self> {
         state::check_vcpus(vcpus, host)?;
         let leaves = cpuid::describe(host, vcpus);
@@ -89,7 +89,7 @@ impl Vm {
         memory_bytes: u64,
         machine: Machine,
         serial: SerialSink,
-        events: &Sender<VcpuEvent>,
+        events: &Sender<Event>,
     ) -> Result<Self> {
         machine.check(host)?;
         let parts = Parts::build(host, memory_bytes, machine, serial)?;
@@ -178,9 +178,8 @@ impl Vm {
         self.devices.for_each(|device| {
             expected += 1;
             let name = device_section(device.name());
-            let section = saved
-                .section(&name)
-                .ok_or_else(|| Error::State(format!("there is no section {name:?}")))?;
+            let section =
+                saved.section(&name).ok_or_else(|| Error::State(format!("there is no section {name:?}")))?;
             device.restore(section.version, &section.body)
         })?;
         if saved.sections.len() != expected {
@@ -203,8 +202,7 @@ impl Parts {
     fn build(host: &Host, memory_bytes: u64, machine: Machine, serial: SerialSink) -> Result<Self> {
         let memory = Arc::new(GuestMemory::create(memory_bytes)?);
         let vm = Arc::new(host.kvm.create_vm().map_err(Error::kvm("create a VM"))?);
-        vm.set_identity_map_address(KVM_IDENTITY_MAP)
-            .map_err(Error::kvm("place the identity-map page"))?;
+        vm.set_identity_map_address(KVM_IDENTITY_MAP).map_err(Error::kvm("place the identity-map page"))?;
         vm.set_tss_address(KVM_TSS as usize).map_err(Error::kvm("place the task state segment"))?;
         vm.create_irq_chip().map_err(Error::kvm("create the interrupt controllers"))?;
         // Port 0x61 must exist for guests that calibrate their clock by the PIT's gate there.
@@ -215,7 +213,8 @@ impl Parts {
         }
         let interrupt = EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK)
             .map_err(Error::host("create the serial port's interrupt"))?;
-        vm.register_irqfd(&interrupt, SERIAL_IRQ).map_err(Error::kvm("connect the serial port's interrupt"))?;
+        vm.register_irqfd(&interrupt, SERIAL_IRQ)
+            .map_err(Error::kvm("connect the serial port's interrupt"))?;
         let devices = Arc::new(Devices::new(serial, interrupt));
         let mut fds = Vec::new();
         for index in 0..machine.vcpus {
@@ -244,7 +243,7 @@ impl Parts {
         fd.set_mp_state(runnable).map_err(Error::kvm("take a vCPU's run state"))
     }
 
-    fn finish(self, host: &Host, events: &Sender<VcpuEvent>) -> Result<Vm> {
+    fn finish(self, host: &Host, events: &Sender<Event>) -> Result<Vm> {
         let Self { vm, memory, devices, fds, machine } = self;
         let first = fds.first().ok_or_else(|| Error::Config("a VM needs a vCPU".into()))?;
         let context = VcpuContext {

@@ -15,7 +15,7 @@ use crate::{
     devices::SerialSink,
     host::Host,
     test_images::{self, COUNTERS, LOAD, MAILBOX},
-    vcpu::{Ending, VcpuEvent},
+    vcpu::{Ending, Event, VcpuEvent},
     vm::Vm,
 };
 
@@ -47,10 +47,15 @@ impl Write for Output {
 }
 
 fn flat(image: Vec<u8>) -> KernelSource {
-    KernelSource::Flat { image: Bytes::Inline(image.into()), load_address: LOAD, entry: LOAD, ring: Ring::User }
+    KernelSource::Flat {
+        image: Bytes::Inline(image.into()),
+        load_address: LOAD,
+        entry: LOAD,
+        ring: Ring::User,
+    }
 }
 
-fn boot(host: &Host, vcpus: u32, image: Vec<u8>, sink: SerialSink) -> (Vm, Receiver<VcpuEvent>) {
+fn boot(host: &Host, vcpus: u32, image: Vec<u8>, sink: SerialSink) -> (Vm, Receiver<Event>) {
     let (sender, events) = channel();
     (Vm::boot(host, MEMORY, vcpus, &flat(image), "", sink, &sender).unwrap(), events)
 }
@@ -81,7 +86,7 @@ fn a_flat_guest_at_cpl_3_prints_and_powers_off() {
     let (vm, events) = boot(&host, 1, test_images::hello(b"hello\n", 7), sink);
     vm.resume();
     let event = events.recv_timeout(Duration::from_secs(20)).unwrap();
-    assert_eq!(event, VcpuEvent { index: 0, ending: Ending::PowerOff(7) });
+    assert_eq!(event, Event::Vcpu(VcpuEvent { index: 0, ending: Ending::PowerOff(7) }));
     assert_eq!(*output.0.lock().unwrap(), b"hello\n");
     assert!(vm.pause().is_err());
 }
@@ -92,7 +97,7 @@ fn a_triple_fault_ends_the_guest_and_nothing_else() {
     let (vm, events) = boot(&host, 1, test_images::crash(), SerialSink::None);
     vm.resume();
     let event = events.recv_timeout(Duration::from_secs(20)).unwrap();
-    assert_eq!(event.ending, Ending::Shutdown);
+    assert_eq!(event, Event::Vcpu(VcpuEvent { index: 0, ending: Ending::Shutdown }));
 }
 
 #[test]
@@ -124,7 +129,7 @@ fn no_kick_is_lost_in_hundreds_of_pauses() {
 }
 
 /// Copies the memory and state of a paused VM into a new one.
-fn move_to_new(host: &Host, source: &Vm) -> (Vm, Receiver<VcpuEvent>) {
+fn move_to_new(host: &Host, source: &Vm) -> (Vm, Receiver<Event>) {
     let (sender, events) = channel();
     let machine = crate::state::Machine::decode(&source.machine().encode().unwrap()).unwrap();
     let target = Vm::prepare(host, MEMORY, machine, SerialSink::None, &sender).unwrap();

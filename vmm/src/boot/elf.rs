@@ -230,7 +230,8 @@ mod tests {
     #[test]
     fn segments_must_lie_in_memory() {
         let memory = GuestMemory::create(2 << 20).unwrap();
-        for (address, fits) in [(0x10_0000, true), (0x1f_ffff, false), (u64::MAX - 8, false), (0x1000, false)] {
+        for (address, fits) in [(0x10_0000, true), (0x1f_ffff, false), (u64::MAX - 8, false), (0x1000, false)]
+        {
             assert_eq!(load(&memory, &elf(address, &[0x90; 16], None)).is_ok(), fits, "{address:#x}");
         }
         let outside = load(&memory, &elf(0x10_0000, &[0x90; 16], Some(0xffff_fff0)));

@@ -64,8 +64,7 @@ pub(super) fn write(memory: &GuestMemory, cmdline: &str) -> Result<()> {
 fn write_start_info(memory: &GuestMemory, map: &[(u64, u64)]) -> Result<()> {
     let mut bytes = Vec::new();
     for (address, size) in map {
-        let entry =
-            hvm_memmap_table_entry { addr: *address, size: *size, type_: RAM, ..Default::default() };
+        let entry = hvm_memmap_table_entry { addr: *address, size: *size, type_: RAM, ..Default::default() };
         bytes.extend_from_slice(entry.as_slice());
     }
     memory.write(PVH_MEMMAP, &bytes)?;

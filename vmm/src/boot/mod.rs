@@ -100,11 +100,7 @@ impl Start {
     }
 
     /// The registers a vCPU starts with, made from what KVM gave it at its creation.
-    pub(crate) fn registers(
-        &self,
-        vcpu: u32,
-        sregs: &mut kvm_bindings::kvm_sregs,
-    ) -> kvm_bindings::kvm_regs {
+    pub(crate) fn registers(&self, vcpu: u32, sregs: &mut kvm_bindings::kvm_sregs) -> kvm_bindings::kvm_regs {
         match *self {
             Start::Pvh { entry } => pvh::registers(entry, sregs),
             Start::Elf64 { entry } => long_mode::elf_registers(entry, sregs),

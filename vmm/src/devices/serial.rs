@@ -3,6 +3,8 @@
 use std::{
     fs::File,
     io::{self, Write},
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
 };
 
 use serde::{Deserialize, Serialize};
@@ -28,20 +30,41 @@ pub enum SerialSink {
     None,
     /// To this process's standard output, flushed at each line's end.
     Stdout,
-    /// To a file.
-    File(File),
+    /// To a file; the path is for people.
+    File(File, PathBuf),
     /// To whatever the embedder wants. Called by vCPU threads: it should not block.
     Custom(Box<dyn Write + Send>),
 }
 
+impl SerialSink {
+    /// Appends to a file, which is created with mode 0600 if it is not there.
+    ///
+    /// # Errors
+    /// [`Error::Config`] that names the file.
+    pub fn append_to(path: &Path) -> Result<Self> {
+        let file = File::options()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .open(path)
+            .map_err(|error| Error::Config(format!("serial port to {}: {error}", path.display())))?;
+        Ok(SerialSink::File(file, path.to_owned()))
+    }
+
+    /// Where it goes, for people.
+    pub fn describe(&self) -> String {
+        match self {
+            SerialSink::None => "none".into(),
+            SerialSink::Stdout => "stdout".into(),
+            SerialSink::File(_, path) => format!("file {}", path.display()),
+            SerialSink::Custom(_) => "the embedding process".into(),
+        }
+    }
+}
+
 impl std::fmt::Debug for SerialSink {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            SerialSink::None => "None",
-            SerialSink::Stdout => "Stdout",
-            SerialSink::File(_) => "File",
-            SerialSink::Custom(_) => "Custom",
-        })
+        f.write_str(&self.describe())
     }
 }
 
@@ -50,7 +73,7 @@ impl Write for SerialSink {
         let written = match self {
             SerialSink::None => Ok(bytes.len()),
             SerialSink::Stdout => io::stdout().write(bytes),
-            SerialSink::File(file) => file.write(bytes),
+            SerialSink::File(file, _) => file.write(bytes),
             SerialSink::Custom(sink) => sink.write(bytes),
         };
         // A full disk or a closed pipe is no reason to stop the guest, or to answer it an error.

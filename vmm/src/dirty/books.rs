@@ -55,9 +55,13 @@ impl Books {
     /// # Errors
     /// [`Error::Protocol`] when the range is empty or not inside the space.
     pub fn peek(&self, first: u64, pages: u64) -> Result<Words> {
-        let end = first.checked_add(pages).filter(|end| *end <= self.pages && pages > 0).ok_or_else(|| {
-            Error::Protocol(format!("{pages} pages from page {first} are not in a space of {}", self.pages))
-        })?;
+        let end =
+            first.checked_add(pages).filter(|end| *end <= self.pages && pages > 0).ok_or_else(|| {
+                Error::Protocol(format!(
+                    "{pages} pages from page {first} are not in a space of {}",
+                    self.pages
+                ))
+            })?;
         let start = first - first % 64;
         let (skip, words) = (index(start / 64), index((end - start).div_ceil(64)));
         let mut bits: Vec<u64> = self.pending.iter().skip(skip).take(words).copied().collect();

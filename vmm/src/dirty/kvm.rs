@@ -62,8 +62,12 @@ impl KvmLog {
 fn choose(offered: u32, best: LogMode) -> LogMode {
     let initially_set = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
     match best {
-        LogMode::ManualInitiallySet if offered & initially_set == initially_set => LogMode::ManualInitiallySet,
-        LogMode::ManualInitiallySet | LogMode::Manual if offered & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE != 0 => {
+        LogMode::ManualInitiallySet if offered & initially_set == initially_set => {
+            LogMode::ManualInitiallySet
+        }
+        LogMode::ManualInitiallySet | LogMode::Manual
+            if offered & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE != 0 =>
+        {
             LogMode::Manual
         }
         _ => LogMode::Plain,

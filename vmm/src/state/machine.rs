@@ -42,8 +42,7 @@ impl Machine {
     /// # Errors
     /// [`Error::State`] that says what is wrong with it.
     pub fn decode(bytes: &[u8]) -> Result<Self> {
-        let state =
-            protocol::state::State::decode(bytes).map_err(|error| Error::State(error.to_string()))?;
+        let state = protocol::state::State::decode(bytes).map_err(|error| Error::State(error.to_string()))?;
         decode(&state, MACHINE_SECTION)
     }
 

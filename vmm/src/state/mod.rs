@@ -71,8 +71,7 @@ pub(crate) fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>> {
 
 /// Reads the body of a section of ours, all of it.
 pub(crate) fn decode<T: DeserializeOwned>(state: &protocol::state::State, name: &str) -> Result<T> {
-    let section =
-        state.section(name).ok_or_else(|| Error::State(format!("there is no section {name:?}")))?;
+    let section = state.section(name).ok_or_else(|| Error::State(format!("there is no section {name:?}")))?;
     if section.version != VERSION {
         return Err(Error::State(format!(
             "section {name:?} has version {}, this VMM knows {VERSION}: use a VMM as new as the source's",

@@ -70,8 +70,7 @@ pub(crate) fn write(vcpu: &VcpuFd, values: &[(u32, u64)]) -> Result<()> {
             .iter()
             .map(|(index, data)| kvm_msr_entry { index: *index, data: *data, ..Default::default() })
             .collect();
-        let done =
-            vcpu.set_msrs(&wrap(&entries)?).map_err(Error::kvm("write model-specific registers"))?;
+        let done = vcpu.set_msrs(&wrap(&entries)?).map_err(Error::kvm("write model-specific registers"))?;
         rest = &rest[done.min(batch.len())..];
         if done < batch.len()
             && let Some(((index, value), after)) = rest.split_first()

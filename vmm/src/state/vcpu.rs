@@ -3,8 +3,8 @@
 use std::{sync::Arc, time::Duration};
 
 use kvm_bindings::{
-    KVM_MAX_XCRS, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs, nested::KvmNestedStateBuffer,
-    kvm_vcpu_events, kvm_xcrs,
+    KVM_MAX_XCRS, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events,
+    kvm_xcrs, nested::KvmNestedStateBuffer,
 };
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
@@ -115,7 +115,8 @@ impl VcpuState {
             return Err(Error::State(format!("a vCPU has {} XCRs", self.xcrs.nr_xcrs)));
         }
         // KVM goes by the length inside the buffer, so it must be the buffer's own at most.
-        if self.nested.as_ref().is_some_and(|nested| nested.size as usize > size_of::<KvmNestedStateBuffer>()) {
+        if self.nested.as_ref().is_some_and(|nested| nested.size as usize > size_of::<KvmNestedStateBuffer>())
+        {
             return Err(Error::State("a vCPU's nested state is longer than any can be".into()));
         }
         if self.nested.is_some() && !context.nested {

@@ -105,7 +105,8 @@ mod tests {
 
     #[test]
     fn the_clock_catches_up_by_hand_or_by_kvm() {
-        let saved = kvm_clock_data { clock: 100, flags: KVM_CLOCK_REALTIME, realtime: 7, ..Default::default() };
+        let saved =
+            kvm_clock_data { clock: 100, flags: KVM_CLOCK_REALTIME, realtime: 7, ..Default::default() };
         let by_hand = caught_up(&saved, Duration::from_nanos(5), false);
         assert_eq!((by_hand.clock, by_hand.flags), (105, 0));
         let by_kvm = caught_up(&saved, Duration::from_nanos(5), true);

@@ -4,12 +4,7 @@
 //! handler sets `immediate_exit` in the thread's own `kvm_run` page, and KVM_RUN returns at once
 //! (kvm api.rst, KVM_RUN).
 
-use std::{
-    cell::Cell,
-    ptr,
-    sync::OnceLock,
-    thread::JoinHandle,
-};
+use std::{cell::Cell, ptr, sync::OnceLock, thread::JoinHandle};
 
 use kvm_ioctls::VcpuFd;
 use libc::{c_int, c_void, siginfo_t};

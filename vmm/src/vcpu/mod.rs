@@ -28,6 +28,7 @@ use std::{
 use kvm_ioctls::VcpuFd;
 
 use crate::{
+    config::ExitReason,
     devices::Devices,
     error::{Error, Result},
     state::{Catchup, VcpuContext, VcpuState},
@@ -55,6 +56,15 @@ pub(crate) enum Ending {
 pub(crate) struct VcpuEvent {
     pub(crate) index: u32,
     pub(crate) ending: Ending,
+}
+
+/// What whoever runs a VM waits for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Event {
+    /// A vCPU ended.
+    Vcpu(VcpuEvent),
+    /// Somebody asked for the end.
+    End(ExitReason),
 }
 
 /// What the VM tells a vCPU thread. Each answers on its own channel.
@@ -106,7 +116,7 @@ impl Vcpu {
         fd: VcpuFd,
         devices: Arc<Devices>,
         context: VcpuContext,
-        events: Sender<VcpuEvent>,
+        events: Sender<Event>,
     ) -> Result<Self> {
         kick::install()?;
         let (commands, receiver) = channel();

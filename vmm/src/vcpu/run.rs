@@ -11,7 +11,7 @@ use std::{
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use super::{Command, Ending, VcpuEvent, kick::Target};
+use super::{Command, Ending, Event, VcpuEvent, kick::Target};
 use crate::{
     device::Effect,
     devices::Devices,
@@ -29,7 +29,7 @@ pub(super) struct Runner {
     devices: Arc<Devices>,
     context: VcpuContext,
     commands: Receiver<Command>,
-    events: Sender<VcpuEvent>,
+    events: Sender<Event>,
 }
 
 /// What one stay in the guest led to.
@@ -51,7 +51,7 @@ impl Runner {
         devices: Arc<Devices>,
         context: VcpuContext,
         commands: Receiver<Command>,
-        events: Sender<VcpuEvent>,
+        events: Sender<Event>,
     ) -> Self {
         Self { index, fd, devices, context, commands, events }
     }
@@ -88,7 +88,7 @@ struct Thread {
     target: Target,
     devices: Arc<Devices>,
     context: VcpuContext,
-    events: Sender<VcpuEvent>,
+    events: Sender<Event>,
     running: bool,
     /// The guest cannot go on; the event was sent.
     ended: bool,
@@ -130,6 +130,9 @@ impl Thread {
             Command::Pause(answer) => {
                 self.finish();
                 self.running = false;
+                // Guests with kvmclock are told that they were paused, so that their watchdogs keep
+                // quiet; those without it answer EINVAL.
+                let _ = self.target.fd().kvmclock_ctrl();
                 let _ = answer.send(!self.ended);
             }
             Command::Save(answer) => {
@@ -173,7 +176,7 @@ impl Thread {
     fn end(&mut self, ending: Ending) {
         self.running = false;
         self.ended = true;
-        let _ = self.events.send(VcpuEvent { index: self.index, ending });
+        let _ = self.events.send(Event::Vcpu(VcpuEvent { index: self.index, ending }));
     }
 }
 
@@ -189,7 +192,9 @@ fn step(fd: &mut VcpuFd, devices: &Devices) -> Step {
             Step::Access(Effect::None)
         }
         Ok(VcpuExit::IoOut(port, data)) => Step::Access(devices.port_write(port, data)),
-        Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::SetTpr | VcpuExit::IoapicEoi(_)) => Step::Again,
+        Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::SetTpr | VcpuExit::IoapicEoi(_)) => {
+            Step::Again
+        }
         Ok(VcpuExit::Hlt) => Step::Ended(Ending::Failed("the guest halted outside the kernel's APIC".into())),
         Ok(VcpuExit::Shutdown) => Step::Ended(Ending::Shutdown),
         Ok(VcpuExit::SystemEvent(kind, _)) => Step::Ended(system_event(kind)),
@@ -197,7 +202,9 @@ fn step(fd: &mut VcpuFd, devices: &Devices) -> Step {
             "the processor refused to enter the guest: reason {reason:#x} on CPU {cpu}"
         ))),
         Ok(VcpuExit::InternalError) => Step::Ended(Ending::Failed(internal_error(fd))),
-        Ok(exit) => Step::Ended(Ending::Failed(format!("KVM left the guest for a reason unknown here: {exit:?}"))),
+        Ok(exit) => {
+            Step::Ended(Ending::Failed(format!("KVM left the guest for a reason unknown here: {exit:?}")))
+        }
         Err(errno) => match std::io::Error::from_raw_os_error(errno.errno()).kind() {
             std::io::ErrorKind::Interrupted | std::io::ErrorKind::WouldBlock => Step::Interrupted,
             _ => Step::Ended(Ending::Failed(format!("KVM_RUN failed: {errno}"))),
@@ -217,6 +224,7 @@ fn system_event(kind: u32) -> Ending {
 
 /// What KVM says about an error inside it, with where the guest was.
 fn internal_error(fd: &VcpuFd) -> String {
-    let place = fd.get_regs().map_or_else(|_| "an unknown address".to_owned(), |regs| format!("{:#x}", regs.rip));
+    let place =
+        fd.get_regs().map_or_else(|_| "an unknown address".to_owned(), |regs| format!("{:#x}", regs.rip));
     format!("KVM could not emulate the guest's instruction at {place}")
 }
