@@ -120,7 +120,7 @@ pub(super) fn write_tables(memory: &GuestMemory) -> Result<()> {
     write_words(memory, BOOT_PDPT, (0..gibs).map(|gib| directory(gib) | PRESENT_WRITABLE_USER))?;
     for gib in 0..gibs {
         let entries =
-            (0..ENTRIES).map(|entry| gib * GIB + entry * MIB_2 | LARGE_PAGE | PRESENT_WRITABLE_USER);
+            (0..ENTRIES).map(|entry| (gib * GIB + entry * MIB_2) | LARGE_PAGE | PRESENT_WRITABLE_USER);
         write_words(memory, directory(gib), entries)?;
     }
     Ok(())

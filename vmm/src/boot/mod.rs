@@ -138,7 +138,7 @@ pub fn load(memory: &GuestMemory, source: &KernelSource, cmdline: &str) -> Resul
 
 /// Checks that an image's bytes lie in RAM and above the boot structures.
 fn check_place(memory: &GuestMemory, start: u64, length: u64) -> Result<(), ImageError> {
-    let end = start.checked_add(length).unwrap_or(u64::MAX);
+    let end = start.saturating_add(length);
     if !memory.contains(start, length) {
         return Err(ImageError::OutsideMemory { start, end });
     }
