@@ -20,6 +20,7 @@
 //! `Outcome`. Either end may say why it gives up: `Cancel` downstream, `Failed` upstream.
 
 use crate::MigrationId;
+use crate::error::{ProtocolError, Result};
 use crate::layout::Layout;
 use serde::{Deserialize, Serialize};
 
@@ -28,6 +29,20 @@ pub const MAX_BLOB_BYTES: u32 = 64 << 20;
 
 /// The longest name of a workload in bytes.
 pub const MAX_NAME_BYTES: usize = 64;
+
+/// Checks a workload's name: 1 to [`MAX_NAME_BYTES`] letters, digits, `.`, `_` and `-`, not beginning with `.` or
+/// `-`. It becomes part of a file name and an argument on the other host.
+///
+/// # Errors
+/// `Name`.
+pub fn check_name(name: &str) -> Result<()> {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
+    let fits = (1..=MAX_NAME_BYTES).contains(&name.len()) && name.bytes().all(allowed);
+    if fits && !name.starts_with(['.', '-']) {
+        return Ok(());
+    }
+    Err(ProtocolError::Name { limit: MAX_NAME_BYTES })
+}
 
 /// What the sender says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -158,4 +173,21 @@ pub enum Outcome {
     Discarded,
     /// The receiver does not know it. That proves nothing: the source must stay frozen.
     Unknown,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_can_stand_in_a_path_and_on_a_command_line() {
+        let long = "a".repeat(MAX_NAME_BYTES);
+        for good in ["a", "web-1", "db_2.eu", long.as_str()] {
+            check_name(good).unwrap();
+        }
+        let too_long = "a".repeat(MAX_NAME_BYTES + 1);
+        for bad in ["", ".", "..", "../x", "a/b", "-v", ".hidden", "a b", "a\nb", "ä", too_long.as_str()] {
+            assert!(check_name(bad).is_err(), "{bad:?}");
+        }
+    }
 }
