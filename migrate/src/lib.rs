@@ -13,7 +13,11 @@
 
 pub mod error;
 pub mod source;
+pub mod memory;
 pub mod link;
 pub mod destination;
+pub mod paths;
+pub mod units;
+pub mod exit;
 
 pub use error::{Error, Result};
