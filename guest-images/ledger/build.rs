@@ -24,7 +24,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         .arg(out.join("ledger.elf"))
         // Panic messages name source files: keep the build machine's paths out of the image.
         .arg(format!("--remap-path-prefix={}=ledger", here.display()))
-        .args(["-Dwarnings", "-Dunsafe_op_in_unsafe_fn"])
+        .arg("-Dunsafe_op_in_unsafe_fn")
         .args(["-Copt-level=3", "-Ccodegen-units=1", "-Clto=fat", "-Cpanic=abort", "-Cstrip=symbols"])
         .args(["-Crelocation-model=static", "-Ccode-model=small", "-Cforce-unwind-tables=no"])
         .args(["-Clink-arg=-nostartfiles", "-Clink-arg=-nostdlib", "-Clink-arg=-static"])

@@ -4,9 +4,9 @@ use core::fmt;
 use core::ptr;
 
 use crate::model::layout::{PAGE_SIZE, Ranges, STATS_GPA, VERSION_TABLE_GPA};
+use crate::model::page::Content;
 use crate::model::params::{Params, Rate, Serial};
 use crate::model::pattern::Pattern;
-use crate::model::page::Content;
 use crate::model::stats::{self, State, at};
 
 /// The stats block. All stores are volatile: each is one instruction, in program order.
@@ -19,7 +19,7 @@ impl Block {
     }
 
     fn pointer<T>(&self, offset: usize) -> *mut T {
-        assert!(offset % size_of::<T>() == 0 && offset < PAGE_SIZE as usize);
+        assert!(offset.is_multiple_of(size_of::<T>()) && offset < PAGE_SIZE as usize);
         ptr::with_exposed_provenance_mut(STATS_GPA as usize + offset)
     }
 

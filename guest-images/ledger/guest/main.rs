@@ -84,9 +84,7 @@ extern "C" fn ledger_main(start_info: u64) -> ! {
     }
 }
 
-fn start(
-    start_info: u64, block: &mut Block, devices: &mut Devices,
-) -> Result<(Params, Ranges), Refusal> {
+fn start(start_info: u64, block: &mut Block, devices: &mut Devices) -> Result<(Params, Ranges), Refusal> {
     let info = StartInfo::at(start_info).ok_or(Refusal::StartInfo)?;
     let mut line = [0; start_info::COMMAND_LINE_BYTES];
     let line = info.command_line(&mut line);

@@ -26,7 +26,9 @@ struct Table([UnsafeCell<u64>; 512]);
 unsafe impl Sync for Table {}
 
 impl Table {
-    const EMPTY: Table = Table([const { UnsafeCell::new(0) }; 512]);
+    const fn empty() -> Table {
+        Table([const { UnsafeCell::new(0) }; 512])
+    }
 
     fn set(&self, index: usize, entry: u64) {
         // SAFETY: in this table; only the processor's page walk reads it, which takes 8 bytes at once.
@@ -34,7 +36,7 @@ impl Table {
     }
 }
 
-static HIGH: [Table; DIRECTORIES] = [Table::EMPTY; DIRECTORIES];
+static HIGH: [Table; DIRECTORIES] = [const { Table::empty() }; DIRECTORIES];
 
 unsafe extern "C" {
     /// The table that boot.s made: entry n is the n-th GiB.

@@ -240,7 +240,11 @@ impl Workload {
             let _ = writeln!(self.devices, "ledger: sound after {} iterations", self.iterations);
         } else {
             let _ = write!(self.block.message(), "{errors} errors");
-            let _ = writeln!(self.devices, "ledger: BROKEN after {} iterations, errors={errors}", self.iterations);
+            let _ = writeln!(
+                self.devices,
+                "ledger: BROKEN after {} iterations, errors={errors}",
+                self.iterations
+            );
         }
         self.block.set_state(if sound { State::Done } else { State::Failed });
         self.devices.flush();

@@ -106,7 +106,7 @@ impl Ranges {
     /// Adds a range as it is; it must lie behind those already there.
     pub fn push(&mut self, range: Range) -> Result<(), LayoutError> {
         let behind = self.as_slice().last().map_or(0, Range::end);
-        let aligned = range.start % PAGE_SIZE == 0 && range.len % PAGE_SIZE == 0;
+        let aligned = range.start.is_multiple_of(PAGE_SIZE) && range.len.is_multiple_of(PAGE_SIZE);
         if !aligned || range.len == 0 || range.start < behind || range.len > MAX_RAM_GPA {
             return Err(LayoutError::BadRange);
         }

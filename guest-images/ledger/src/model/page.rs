@@ -161,8 +161,7 @@ pub fn write(page: &mut Page, id: &Identity) {
     }
     let (lines, _) = page.as_chunks_mut::<LANES>();
     let Some((header, body)) = lines.split_first_mut() else { return };
-    let mut new =
-        [MAGIC, id.page, u64::from(id.version), id.iteration, id.seed, 0, 0, 0];
+    let mut new = [MAGIC, id.page, u64::from(id.version), id.iteration, id.seed, 0, 0, 0];
     let mut lanes = Lanes::new();
     lanes.add(&new);
     let base = mix(mix(id.seed, id.page), u64::from(id.version));
@@ -245,7 +244,13 @@ const fn vocabulary() -> [u64; 256] {
 /// Checks a page by what it says of itself: is it the expected version of page `page`, and whole?
 ///
 /// Gives the damage and the version its header claims (0 if it has none).
-pub fn check(page: &Page, number: u64, version: u32, seed: u64, content: Content) -> Result<(), (Damage, u32)> {
+pub fn check(
+    page: &Page,
+    number: u64,
+    version: u32,
+    seed: u64,
+    content: Content,
+) -> Result<(), (Damage, u32)> {
     let header = [page[0], page[1], page[4]];
     let claimed = page[2];
     if !content.is_blank(version) {

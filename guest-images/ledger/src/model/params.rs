@@ -109,7 +109,9 @@ impl fmt::Display for ParamError {
         write!(f, "{}= ", self.key)?;
         match self.problem {
             Problem::NotANumber => f.write_str("takes a whole decimal number"),
-            Problem::NotASize => f.write_str("takes a size: a whole number, optionally followed by K, M or G"),
+            Problem::NotASize => {
+                f.write_str("takes a size: a whole number, optionally followed by K, M or G")
+            }
             Problem::NotPages => write!(f, "takes whole pages: make it a multiple of {PAGE_SIZE}"),
             Problem::NotAChoice(choices) => write!(f, "takes one of {choices}"),
             Problem::OutOfRange(least, most) => write!(f, "must lie between {least} and {most}"),
@@ -142,7 +144,7 @@ fn size(key: &'static str, value: &str) -> Result<u64, ParamError> {
     let wrong = ParamError { key, problem: Problem::NotASize };
     let count = number(key, digits.unwrap_or(""), 0, u64::MAX).map_err(|_| wrong)?;
     let bytes = count.checked_mul(1 << shift).ok_or(wrong)?;
-    if bytes % PAGE_SIZE != 0 {
+    if !bytes.is_multiple_of(PAGE_SIZE) {
         return Err(ParamError { key, problem: Problem::NotPages });
     }
     if !(PAGE_SIZE..=MAX_DATA_BYTES).contains(&bytes) {
