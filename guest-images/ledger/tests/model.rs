@@ -92,7 +92,7 @@ proptest! {
     ) {
         let id = Identity { seed, page: number, version, iteration: 3, content };
         let mut page = fresh(&id);
-        page[word] ^= 1 << bit;
+        page[word] ^= 1u64 << bit;
         prop_assert!(page::check(&page, number, version, seed, content).is_err());
     }
 

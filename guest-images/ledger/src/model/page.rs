@@ -219,7 +219,7 @@ static VOCABULARY: [u64; 256] = vocabulary();
 const SYLLABLES: &[u8; 64] = b"rolamitesunovadikeparulobetigosemafinurecodalihopesitumavegonaki";
 
 /// How many different words there are.
-const DISTINCT: usize = 96;
+const DISTINCT: usize = 56;
 
 const fn vocabulary() -> [u64; 256] {
     let mut cells = [0; 256];
