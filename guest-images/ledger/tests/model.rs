@@ -13,10 +13,8 @@ fn patterns() -> impl Strategy<Value = Pattern> {
     prop_oneof![
         Just(Pattern::Seq),
         Just(Pattern::Uniform),
-        (1..=100u8, 0..=100u8).prop_map(|(pages_percent, writes_percent)| Pattern::Hot {
-            pages_percent,
-            writes_percent
-        })
+        (1..=100u8, 0..=100u8)
+            .prop_map(|(pages_percent, writes_percent)| Pattern::Hot { pages_percent, writes_percent })
     ]
 }
 
@@ -209,7 +207,8 @@ fn estimated_compressed_bytes(input: &[u8]) -> usize {
             (at, literals) = (at + 1, literals + 1);
             continue;
         }
-        let length = (0..).take_while(|i| at + i < input.len() && input[candidate + i] == input[at + i]).count();
+        let length =
+            (0..).take_while(|i| at + i < input.len() && input[candidate + i] == input[at + i]).count();
         // A token, an offset, and the literals before it.
         out += 3 + literals;
         (at, literals) = (at + length, 0);
