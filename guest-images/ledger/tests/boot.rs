@@ -2,6 +2,8 @@
 //!
 //! Needs qemu-system-x86_64; says so and passes where there is none.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking, its helpers too")]
+
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt;

@@ -1,5 +1,7 @@
 //! Properties of the model: what guest and host agree on.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
+
 use ledger::model::layout::{MAX_RAM_GPA, MMIO_BYTES, MMIO_GPA, data_start};
 use ledger::model::page::{self, Identity, Page, WORDS};
 use ledger::{Content, Damage, PAGE_SIZE, Params, Pattern, Problem, Range, Ranges, Rate, Serial};

@@ -1,5 +1,7 @@
 //! `verify` accepts sound memory frozen at any moment, and finds every kind of damage.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
+
 use std::convert::Infallible;
 
 use ledger::model::layout::{STATS_GPA, VERSION_TABLE_GPA};
