@@ -20,6 +20,8 @@
 //! `Outcome`. Either end may say why it gives up: `Cancel` downstream, `Failed` upstream.
 
 use crate::MigrationId;
+use crate::error::{ProtocolError, Result};
+use crate::frame::MAX_PAGE_STREAMS;
 use crate::layout::Layout;
 use serde::{Deserialize, Serialize};
 
@@ -77,6 +79,54 @@ pub struct Offer {
     pub layout: Layout,
     /// How many page streams the sender will open, at least 1.
     pub page_streams: u16,
+}
+
+impl Offer {
+    /// Checks an offer from outside: its name, its layout against `max_memory_bytes`, its number of page streams.
+    ///
+    /// # Errors
+    /// As [`check_name`] and [`Layout::validate`]; `Value` or `TooLarge` for the number of page streams.
+    pub fn check(&self, max_memory_bytes: u64) -> Result<()> {
+        check_name(&self.name)?;
+        self.layout.validate(max_memory_bytes)?;
+        let (what, found) = ("the number of page streams", u64::from(self.page_streams));
+        if found == 0 {
+            return Err(ProtocolError::Value { what, found });
+        }
+        if self.page_streams > MAX_PAGE_STREAMS {
+            return Err(ProtocolError::TooLarge { what, found, limit: u64::from(MAX_PAGE_STREAMS) });
+        }
+        Ok(())
+    }
+}
+
+/// Checks the name of a workload: 1 to [`MAX_NAME_BYTES`] ASCII letters, digits, `.`, `_` and `-`, the first one a
+/// letter or a digit. A name becomes a file name and a word on a command line, so it can be neither a path nor an
+/// option.
+///
+/// # Errors
+/// `TooLarge` or `Value`.
+pub fn check_name(name: &str) -> Result<()> {
+    if name.len() > MAX_NAME_BYTES {
+        let (found, limit) = (name.len() as u64, MAX_NAME_BYTES as u64);
+        return Err(ProtocolError::TooLarge { what: "the length of a workload's name", found, limit });
+    }
+    let Some(first) = name.bytes().next() else {
+        return Err(ProtocolError::Value { what: "the length of a workload's name", found: 0 });
+    };
+    if !first.is_ascii_alphanumeric() {
+        return Err(ProtocolError::Value {
+            what: "the first byte of a workload's name (a letter or a digit)",
+            found: u64::from(first),
+        });
+    }
+    match name.bytes().find(|byte| !byte.is_ascii_alphanumeric() && !b"._-".contains(byte)) {
+        None => Ok(()),
+        Some(byte) => Err(ProtocolError::Value {
+            what: "a byte of a workload's name (a letter, a digit, '.', '_' or '-')",
+            found: u64::from(byte),
+        }),
+    }
 }
 
 /// The kinds of workload.
