@@ -36,12 +36,16 @@ impl GuestMemory {
             )));
         }
         let spaces = layout.spaces.iter().zip(files).map(|(space, file)| {
-            let cannot =
-                |why: &dyn std::fmt::Display| Error::Host(format!("space {} cannot be mapped: {why}", space.id.0));
+            let cannot = |why: &dyn std::fmt::Display| {
+                Error::Host(format!("space {} cannot be mapped: {why}", space.id.0))
+            };
             let bytes = space.pages * PAGE_SIZE as u64;
             let seals = rustix::fs::fcntl_get_seals(&file).map_err(|error| cannot(&error))?;
             if !seals.contains(SealFlags::SHRINK) {
-                return Err(Error::Workload(format!("the memory file of space {} is not sealed against shrinking", space.id.0)));
+                return Err(Error::Workload(format!(
+                    "the memory file of space {} is not sealed against shrinking",
+                    space.id.0
+                )));
             }
             let found = rustix::fs::fstat(&file).map_err(|error| cannot(&error))?.st_size;
             if u64::try_from(found).ok() != Some(bytes) {
@@ -98,7 +102,8 @@ impl GuestMemory {
     }
 
     fn slice(&self, space: SpaceId, offset: u64, length: usize) -> Result<vm_memory::VolatileSlice<'_>> {
-        let outside = || Error::Workload(format!("{length} bytes at {offset:#x} lie outside space {}", space.0));
+        let outside =
+            || Error::Workload(format!("{length} bytes at {offset:#x} lie outside space {}", space.0));
         let offset = usize::try_from(offset).map_err(|_| outside())?;
         self.space(space)?.region.get_slice(offset, length).map_err(|_| outside())
     }
@@ -110,7 +115,9 @@ impl Mapped {
         match rustix::fs::seek(&self.file, SeekFrom::Data(page * PAGE_SIZE as u64)) {
             Ok(offset) => Ok(Some(offset / PAGE_SIZE as u64)),
             Err(rustix::io::Errno::NXIO) => Ok(None),
-            Err(error) => Err(Error::Host(format!("the guest's memory file does not tell its data: {error}"))),
+            Err(error) => {
+                Err(Error::Host(format!("the guest's memory file does not tell its data: {error}")))
+            }
         }
     }
 

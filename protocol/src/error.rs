@@ -78,7 +78,7 @@ pub enum ProtocolError {
     },
     /// A name that could not stand in a path or on a command line.
     #[error(
-        "a workload's name has 1 to {limit} letters, digits, '.', '_' and '-', and begins with a letter, a digit or '_'"
+        "a workload's name has 1 to {limit} letters, digits, '.', '_' and '-', and begins with a letter or a digit"
     )]
     Name {
         /// The longest name in bytes.

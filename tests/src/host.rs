@@ -70,7 +70,8 @@ impl Host {
     /// # Panics
     /// If it does not come up.
     pub fn run_ledger(&self, name: &str, memory: &str, cmdline: &str, more: &[&str]) -> Finished {
-        let mut args = vec!["vm", "run", "--name", name, "--memory", memory, "--cmdline", cmdline, "--detach"];
+        let mut args =
+            vec!["vm", "run", "--name", name, "--memory", memory, "--cmdline", cmdline, "--detach"];
         args.extend(more);
         self.run(&args).success()
     }
@@ -169,7 +170,9 @@ impl Drop for Host {
         let marker = self.dir.path().to_string_lossy().into_owned();
         let Ok(entries) = std::fs::read_dir("/proc") else { return };
         for entry in entries.flatten() {
-            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else {
+                continue;
+            };
             let command = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
             let ours = i32::try_from(std::process::id()).is_ok_and(|own| own == pid);
             if !ours
