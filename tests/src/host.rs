@@ -138,6 +138,26 @@ impl Host {
         format!("{}\n{}", read("log").unwrap_or_default(), read("serial").unwrap_or_default())
     }
 
+    /// Waits until the ledger of a VM has filled its memory and writes.
+    ///
+    /// # Panics
+    /// After [`STEP_LIMIT`](crate::process::STEP_LIMIT).
+    pub fn wait_ledger_running(&self, name: &str) {
+        let until = Instant::now() + crate::process::STEP_LIMIT;
+        loop {
+            let asked = self.run(&["ledger", name]);
+            if asked.lines.last().is_some_and(|ledger| ledger["state"] == "running") {
+                return;
+            }
+            assert!(
+                Instant::now() < until,
+                "the ledger of {name} does not get to run: {asked:#?}\n{}",
+                self.log(name)
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
     /// The guest's account of itself.
     ///
     /// # Panics

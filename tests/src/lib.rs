@@ -3,6 +3,14 @@
 //! A [`Host`] is a runtime directory and a key directory of its own, so two of them on one machine behave like two
 //! machines. Everything a test starts ends when its `Host` is dropped, also when the test fails.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a harness of tests: what goes wrong in it fails the test, with its words"
+)]
+
+pub mod guest;
 pub mod host;
 pub mod process;
 pub mod relay;
