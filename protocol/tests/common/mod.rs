@@ -5,3 +5,4 @@
 pub(crate) mod files;
 pub(crate) mod reader;
 pub(crate) mod samples;
+pub(crate) mod strategies;
