@@ -137,6 +137,7 @@ impl Workload {
         if now < self.last {
             self.block.add(at::TSC_BACKWARDS, 1);
             self.block.forget_gaps(now);
+            self.start = self.start.wrapping_sub(self.last - now);
             self.writes.restart(now);
             self.scrub.restart(now);
             self.next_report = now.wrapping_add(self.report_cycles);

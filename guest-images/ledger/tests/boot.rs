@@ -204,6 +204,11 @@ fn a_long_gap_is_noticed() {
         vm.thaw();
         let long = |stats: &Stats| stats.longest_gap_since(before).filter(|gap| gap.cycles > 200_000_000);
         let stats = vm.wait_for(|stats| long(stats).is_some());
+        vm.freeze();
+        let gaps = Stats::read(vm.read()).unwrap().gaps;
+        vm.thaw();
+        assert!(gaps.windows(2).all(|pair| pair[0].tsc_end < pair[1].tsc_end), "{gaps:?}");
+        assert!(gaps.windows(2).all(|pair| pair[0].cycles > pair[1].cycles), "{gaps:?}");
         assert!(stats.longest_gap.cycles >= long(&stats).unwrap().cycles);
     }
 }
