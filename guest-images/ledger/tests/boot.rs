@@ -166,12 +166,13 @@ fn guest_and_host_both_notice_what_is_lost_stale_torn_and_foreign() {
         let vm = Vm::boot(accelerator, line);
         vm.wait_for(|stats| stats.state == State::Running);
         vm.freeze();
-        let setup = Stats::read(vm.read()).unwrap().setup.unwrap();
+        let stats = Stats::read(vm.read()).unwrap();
+        let (setup, seen) = (stats.setup.unwrap(), stats.iterations);
         let gpa = |page| setup.ranges.gpa_of(page).unwrap();
         let old = vm.page(gpa(255));
         vm.thaw();
         // Page 255 is the last of the working set; at 2 MB/s it is not written again before it is scrubbed.
-        vm.wait_for(|stats| stats.iterations > 256 && stats.iterations % 256 < 64);
+        vm.wait_for(|stats| stats.iterations > seen + 256 && stats.iterations % 256 < 64);
         vm.freeze();
         vm.memory.write_all_at(&[0; PAGE_SIZE as usize], gpa(4000)).unwrap();
         vm.memory.write_all_at(&old, gpa(255)).unwrap();
