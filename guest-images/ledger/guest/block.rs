@@ -113,13 +113,31 @@ impl Block {
         self.put_u32(at::RANGE_COUNT, ranges.as_slice().len() as u32);
     }
 
-    /// A place in the ring of long gaps; the count comes after what it counts.
+    /// Adds a gap to the list, in place of the earlier ones it outdoes.
     pub fn note_gap(&mut self, tsc_end: u64, gap: u64) {
-        let count = self.get(at::GAP_COUNT);
-        let slot = at::GAP_RING + (count as usize % stats::GAPS) * 16;
-        self.put(slot, tsc_end);
+        let mut listed = (self.get(at::GAPS_LISTED) as usize).min(stats::GAPS);
+        while listed > 0 && self.get(at::GAP_LIST + (listed - 1) * 16 + 8) <= gap {
+            listed -= 1;
+        }
+        if listed == stats::GAPS {
+            self.put(at::GAPS_SINCE, self.get(at::GAP_LIST));
+            for offset in (at::GAP_LIST..at::GAP_LIST + (stats::GAPS - 1) * 16).step_by(8) {
+                self.put(offset, self.get(offset + 16));
+            }
+            listed -= 1;
+        }
+        // In this order a block frozen in between has the new gap in the place of one it outdoes, and what
+        // follows it in the list is never the first after any moment.
+        let slot = at::GAP_LIST + listed * 16;
         self.put(slot + 8, gap);
-        self.put(at::GAP_COUNT, count.wrapping_add(1));
+        self.put(slot, tsc_end);
+        self.put(at::GAPS_LISTED, listed as u64 + 1);
+    }
+
+    /// The TSC went back: moments before now cannot be told from those to come.
+    pub fn forget_gaps(&mut self, now: u64) {
+        self.put(at::GAPS_SINCE, now);
+        self.put(at::GAPS_LISTED, 0);
     }
 
     /// Counts an error and keeps it, if it is among the first.

@@ -47,9 +47,9 @@ pub struct Pace {
     origin: u64,
 }
 
-/// How far beyond the last unit a pace may lag before the rest is forgotten, in ticks. Two, because a park
-/// of a tick commonly ends late by part of another.
-const CATCH_UP_TICKS: u64 = 2;
+/// How far a pace may lag before the rest is forgotten, in ticks. Ten, because a host that shares its cores
+/// takes the vCPU away for several milliseconds at a time, which should not lower the rate.
+const CATCH_UP_TICKS: u64 = 10;
 
 impl Pace {
     pub fn never() -> Pace {

@@ -136,12 +136,17 @@ impl Workload {
         let now = clock::now();
         if now < self.last {
             self.block.add(at::TSC_BACKWARDS, 1);
+            self.block.forget_gaps(now);
+            self.start = self.start.wrapping_sub(self.last - now);
             self.writes.restart(now);
             self.scrub.restart(now);
             self.next_report = now.wrapping_add(self.report_cycles);
         } else {
             let gap = now - self.last;
             if gap > 2 * self.tick_cycles {
+                self.block.add(at::GAP_COUNT, 1);
+            }
+            if gap > self.tick_cycles / 2 {
                 self.block.note_gap(now, gap);
             }
             if gap > self.block.get(at::LONGEST_GAP) {

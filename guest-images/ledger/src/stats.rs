@@ -159,9 +159,11 @@ pub struct Stats {
     pub tsc_last: u64,
     /// The longest gap between ticks since the start.
     pub longest_gap: Gap,
-    /// The newest gaps longer than two ticks, oldest first, at most 32.
+    /// Gaps longer than half a tick, oldest first, without those that a later one was as long as.
     pub gaps: Vec<Gap>,
-    /// How many such gaps there were; those missing in `gaps` were overwritten by newer ones.
+    /// `gaps` is complete for what ended after this TSC; commonly 0.
+    pub gaps_since: u64,
+    /// How many gaps were longer than two ticks.
     pub gap_count: u64,
     /// How often the TSC was found to have gone back.
     pub tsc_backwards: u64,
@@ -237,9 +239,9 @@ impl Fields<'_> {
     }
 
     fn gaps(&self) -> Vec<Gap> {
-        let count = self.u64(at::GAP_COUNT);
-        (count.saturating_sub(GAPS as u64)..count)
-            .map(|n| at::GAP_RING + (n % GAPS as u64) as usize * 16)
+        let listed = self.u64(at::GAPS_LISTED).min(GAPS as u64) as usize;
+        (0..listed)
+            .map(|n| at::GAP_LIST + n * 16)
             .map(|slot| Gap { tsc_end: self.u64(slot), cycles: self.u64(slot + 8) })
             .collect()
     }
@@ -327,6 +329,7 @@ impl Stats {
                 cycles: fields.u64(at::LONGEST_GAP),
             },
             gaps: fields.gaps(),
+            gaps_since: fields.u64(at::GAPS_SINCE),
             gap_count: fields.u64(at::GAP_COUNT),
             tsc_backwards: fields.u64(at::TSC_BACKWARDS),
             message: fields.text(at::MESSAGE, at::COMMAND_LINE),
@@ -346,15 +349,17 @@ impl Stats {
         self.errors.iter().fold(0, |sum, count| sum.saturating_add(*count))
     }
 
-    /// The longest gap that ended at or after `tsc`. `None` if none since then was longer than two ticks,
-    /// or if so many were that the ring may have lost it.
+    /// The longest gap that ended at or after `tsc`: after a migration, with a TSC from before it, the
+    /// downtime as the guest saw it (and up to one park, a tick at most).
+    ///
+    /// `None` if none since then was longer than half a tick, or if the list no longer goes back so far
+    /// (then `tsc` is not later than `gaps_since`).
     pub fn longest_gap_since(&self, tsc: u64) -> Option<Gap> {
-        let lost_some = self.gap_count > self.gaps.len() as u64;
-        if lost_some && self.gaps.first().is_some_and(|oldest| oldest.tsc_end >= tsc) {
-            // The ring begins after `tsc`; only if the longest of all is later is the answer known.
-            return Some(self.longest_gap).filter(|gap| gap.tsc_end >= tsc);
+        if tsc <= self.gaps_since && self.gaps_since != 0 {
+            // Still known if the longest of all came later.
+            return Some(self.longest_gap).filter(|gap| gap.tsc_end >= tsc && self.tsc_backwards == 0);
         }
-        self.gaps.iter().copied().filter(|gap| gap.tsc_end >= tsc).max_by_key(|gap| gap.cycles)
+        self.gaps.iter().copied().find(|gap| gap.tsc_end >= tsc)
     }
 
     /// TSC cycles as microseconds, if the guest knew its frequency.

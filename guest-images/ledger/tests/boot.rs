@@ -166,12 +166,13 @@ fn guest_and_host_both_notice_what_is_lost_stale_torn_and_foreign() {
         let vm = Vm::boot(accelerator, line);
         vm.wait_for(|stats| stats.state == State::Running);
         vm.freeze();
-        let setup = Stats::read(vm.read()).unwrap().setup.unwrap();
+        let stats = Stats::read(vm.read()).unwrap();
+        let (setup, seen) = (stats.setup.unwrap(), stats.iterations);
         let gpa = |page| setup.ranges.gpa_of(page).unwrap();
         let old = vm.page(gpa(255));
         vm.thaw();
         // Page 255 is the last of the working set; at 2 MB/s it is not written again before it is scrubbed.
-        vm.wait_for(|stats| stats.iterations > 256 && stats.iterations % 256 < 64);
+        vm.wait_for(|stats| stats.iterations > seen + 256 && stats.iterations % 256 < 64);
         vm.freeze();
         vm.memory.write_all_at(&[0; PAGE_SIZE as usize], gpa(4000)).unwrap();
         vm.memory.write_all_at(&old, gpa(255)).unwrap();
@@ -204,6 +205,11 @@ fn a_long_gap_is_noticed() {
         vm.thaw();
         let long = |stats: &Stats| stats.longest_gap_since(before).filter(|gap| gap.cycles > 200_000_000);
         let stats = vm.wait_for(|stats| long(stats).is_some());
+        vm.freeze();
+        let gaps = Stats::read(vm.read()).unwrap().gaps;
+        vm.thaw();
+        assert!(gaps.windows(2).all(|pair| pair[0].tsc_end < pair[1].tsc_end), "{gaps:?}");
+        assert!(gaps.windows(2).all(|pair| pair[0].cycles > pair[1].cycles), "{gaps:?}");
         assert!(stats.longest_gap.cycles >= long(&stats).unwrap().cycles);
     }
 }

@@ -360,19 +360,34 @@ fn a_guest_that_has_not_started_is_no_verdict() {
 }
 
 #[test]
-fn gaps_are_found_since_a_moment() {
+fn a_guest_that_panicked_is_not_sound() {
     let mut guest = Guest::filled("fill=1M");
-    for n in 0..40 {
-        let slot = at::GAP_RING + n % 32 * 16;
-        guest.put(STATS_GPA, slot, 1000 + n as u64);
-        guest.put(STATS_GPA, slot + 8, if n == 20 { 500 } else { n as u64 });
+    guest.put_u32(at::STATE, State::Failed.code());
+    guest.memory[STATS_GPA as usize + at::MESSAGE] = b'x';
+    let verdict = guest.verify();
+    assert_eq!((verdict.guest_failure.as_deref(), verdict.is_sound()), (Some("x"), false));
+}
+
+#[test]
+fn the_longest_gap_since_a_moment_is_the_first_listed_after_it() {
+    let mut guest = Guest::filled("fill=1M");
+    for (n, (tsc_end, cycles)) in [(1000, 500), (2000, 90), (3000, 20)].into_iter().enumerate() {
+        guest.put(STATS_GPA, at::GAP_LIST + n * 16, tsc_end);
+        guest.put(STATS_GPA, at::GAP_LIST + n * 16 + 8, cycles);
     }
-    guest.put(STATS_GPA, at::GAP_COUNT, 40);
-    let stats = Stats::read(guest.read()).unwrap();
-    assert_eq!(stats.gaps.len(), 32);
-    assert_eq!(stats.longest_gap_since(1010).map(|gap| gap.cycles), Some(500));
-    assert_eq!(stats.longest_gap_since(1021).map(|gap| gap.cycles), Some(39));
-    assert_eq!(stats.longest_gap_since(1040), None);
-    // Gaps since 1000 are no longer all there.
-    assert_eq!(stats.longest_gap_since(1000), None);
+    guest.put(STATS_GPA, at::GAPS_LISTED, 3);
+    let longest = |guest: &Guest, since| {
+        Stats::read(guest.read()).unwrap().longest_gap_since(since).map(|gap| gap.cycles)
+    };
+    assert_eq!(longest(&guest, 0), Some(500));
+    assert_eq!(longest(&guest, 1000), Some(500));
+    assert_eq!(longest(&guest, 1001), Some(90));
+    assert_eq!(longest(&guest, 2500), Some(20));
+    assert_eq!(longest(&guest, 3001), None);
+    // The list lost what was before 900; the longest of all is known to be later than that.
+    guest.put(STATS_GPA, at::GAPS_SINCE, 900);
+    assert_eq!(longest(&guest, 800), None);
+    guest.put(STATS_GPA, at::LONGEST_GAP, 500);
+    guest.put(STATS_GPA, at::LONGEST_GAP_END, 1000);
+    assert_eq!(longest(&guest, 800), Some(500));
 }

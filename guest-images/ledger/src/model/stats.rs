@@ -18,7 +18,7 @@ pub const MAGIC: u64 = u64::from_le_bytes(*b"LDGRSTAT");
 /// The version of this layout.
 pub const VERSION: u32 = 1;
 
-/// How many long gaps the ring holds.
+/// How many gaps the list has room for. Its expected length is the logarithm of the gaps there were.
 pub const GAPS: usize = 32;
 
 /// How many errors are kept in full.
@@ -131,13 +131,20 @@ pub mod at {
     pub const LONGEST_GAP: usize = 0x280;
     /// TSC at its end.
     pub const LONGEST_GAP_END: usize = 0x288;
-    /// How many gaps were longer than two ticks; gap n stands in slot n mod 32 of [`GAP_RING`].
+    /// How many gaps were longer than two ticks.
     pub const GAP_COUNT: usize = 0x290;
     /// How often the TSC was found to have gone back.
     pub const TSC_BACKWARDS: usize = 0x298;
+    /// How many entries [`GAP_LIST`] has.
+    pub const GAPS_LISTED: usize = 0x2A0;
+    /// The list is complete for all that ended after this TSC; 0 unless it ever overflowed or the TSC went
+    /// back.
+    pub const GAPS_SINCE: usize = 0x2A8;
 
-    /// 32 slots: TSC at the gap's end, gap in TSC cycles.
-    pub const GAP_RING: usize = 0x300;
+    /// Up to 32 times: TSC at the gap's end, gap in TSC cycles. Gaps longer than half a tick, oldest first,
+    /// without those that a later one was at least as long as: so each is the longest since the one
+    /// before it ended, and the first that ended at or after a moment is the longest since that moment.
+    pub const GAP_LIST: usize = 0x300;
     /// 16 errors of 32 bytes: page, `u32` expected version, `u32` found version, `u32` kind (0 lost,
     /// 1 stale, 2 torn, 3 foreign), `u32` found by (0 write, 1 scrub, 2 last check), iterations done.
     pub const ERROR_LIST: usize = 0x500;
