@@ -41,3 +41,11 @@ need_rust() {
 }
 
 usable_kvm() { [ -r /dev/kvm ] && [ -w /dev/kvm ]; }
+
+# check_guest: formats and lints the bare guest, which is no cargo target because it is built by a build script.
+check_guest() {
+  rustfmt --check --edition 2024 guest-images/ledger/guest/main.rs
+  mkdir -p target/guest-lints
+  clippy-driver --edition 2024 guest-images/ledger/guest/main.rs --crate-type bin -Cpanic=abort \
+    --emit=metadata --out-dir target/guest-lints -D warnings
+}
