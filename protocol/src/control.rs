@@ -20,6 +20,8 @@
 //! `Outcome`. Either end may say why it gives up: `Cancel` downstream, `Failed` upstream.
 
 use crate::MigrationId;
+use crate::error::{ProtocolError, Result};
+use crate::frame::MAX_PAGE_STREAMS;
 use crate::layout::Layout;
 use serde::{Deserialize, Serialize};
 
@@ -28,6 +30,21 @@ pub const MAX_BLOB_BYTES: u32 = 64 << 20;
 
 /// The longest name of a workload in bytes.
 pub const MAX_NAME_BYTES: usize = 64;
+
+/// Checks a workload's name: 1 to [`MAX_NAME_BYTES`] letters, digits, `.`, `_` and `-`, the first one a
+/// letter or a digit. It becomes part of a file name and a word on a command line, so it can be neither a path nor an
+/// option.
+///
+/// # Errors
+/// `Name`.
+pub fn check_name(name: &str) -> Result<()> {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
+    let fits = (1..=MAX_NAME_BYTES).contains(&name.len()) && name.bytes().all(allowed);
+    if fits && name.starts_with(|first: char| first.is_ascii_alphanumeric()) {
+        return Ok(());
+    }
+    Err(ProtocolError::Name { limit: MAX_NAME_BYTES })
+}
 
 /// What the sender says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -77,6 +94,25 @@ pub struct Offer {
     pub layout: Layout,
     /// How many page streams the sender will open, at least 1.
     pub page_streams: u16,
+}
+
+impl Offer {
+    /// Checks an offer from outside: its name, its layout against `max_memory_bytes`, its number of page streams.
+    ///
+    /// # Errors
+    /// As [`check_name`] and [`Layout::validate`]; `Value` or `TooLarge` for the number of page streams.
+    pub fn check(&self, max_memory_bytes: u64) -> Result<()> {
+        check_name(&self.name)?;
+        self.layout.validate(max_memory_bytes)?;
+        let (what, found) = ("the number of page streams", u64::from(self.page_streams));
+        if found == 0 {
+            return Err(ProtocolError::Value { what, found });
+        }
+        if self.page_streams > MAX_PAGE_STREAMS {
+            return Err(ProtocolError::TooLarge { what, found, limit: u64::from(MAX_PAGE_STREAMS) });
+        }
+        Ok(())
+    }
 }
 
 /// The kinds of workload.
@@ -158,4 +194,23 @@ pub enum Outcome {
     Discarded,
     /// The receiver does not know it. That proves nothing: the source must stay frozen.
     Unknown,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_can_stand_in_a_path_and_on_a_command_line() {
+        let long = "a".repeat(MAX_NAME_BYTES);
+        for good in ["a", "web-1", "0", "db_2.eu", long.as_str()] {
+            check_name(good).unwrap();
+        }
+        let too_long = "a".repeat(MAX_NAME_BYTES + 1);
+        for bad in
+            ["", ".", "..", "../x", "a/b", "-v", ".hidden", "_x", "a b", "a\nb", "ä", too_long.as_str()]
+        {
+            assert!(check_name(bad).is_err(), "{bad:?}");
+        }
+    }
 }

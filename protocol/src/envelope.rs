@@ -87,5 +87,9 @@ pub fn encode<T: Serialize>(message: &T, blob: &[u8]) -> Result<Vec<u8>> {
 /// # Errors
 /// `Body` with the parser's words.
 pub fn decode<T: DeserializeOwned>(what: &'static str, json: &[u8]) -> Result<T> {
+    // The parser would take an array of the members' values for the object, which no document allows.
+    if json.trim_ascii_start().first() != Some(&b'{') {
+        return Err(ProtocolError::Body { what, why: "it is not a JSON object".into() });
+    }
     serde_json::from_slice(json).map_err(|error| ProtocolError::Body { what, why: error.to_string() })
 }

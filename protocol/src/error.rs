@@ -76,6 +76,14 @@ pub enum ProtocolError {
         /// What is wrong with it.
         why: String,
     },
+    /// A name that could not stand in a path or on a command line.
+    #[error(
+        "a workload's name has 1 to {limit} letters, digits, '.', '_' and '-', and begins with a letter or a digit"
+    )]
+    Name {
+        /// The longest name in bytes.
+        limit: usize,
+    },
     /// A message body that is not the JSON it should be.
     #[error("a {what} message could not be understood: {why}")]
     Body {

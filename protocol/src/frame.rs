@@ -10,6 +10,7 @@
 //! the payload. A round ends on a stream with a `RoundEnd` frame: all of its other fields but `round` are zero.
 
 use crate::error::{ProtocolError, Result};
+use crate::layout::MAX_SPACE_PAGES;
 use crate::page::{PageRun, SpaceId};
 use crate::payload::Encoding;
 use twox_hash::XxHash3_64;
@@ -30,7 +31,8 @@ pub const MAX_FRAME_PAGES: u32 = 256;
 pub const MAX_PAGE_STREAMS: u16 = 64;
 
 /// Pages that lie together on one stream: 2 MiB stripes. A page's stream is
-/// `(first / STRIPE_PAGES) % streams`, so two versions of it can never overtake each other.
+/// `(first / STRIPE_PAGES) % streams`, so two versions of it can never overtake each other. No frame crosses the
+/// border of a stripe.
 pub const STRIPE_PAGES: u64 = 512;
 
 const KIND_PAGES: u8 = 1;
@@ -123,8 +125,10 @@ impl Frame {
     /// [`FrameSum`] and call [`FrameSum::verify`].
     ///
     /// # Errors
-    /// `Value` or `TooLarge` for a field that cannot be. Whether the run lies in the layout is the caller's to
-    /// check, with [`Layout::check`](crate::layout::Layout::check).
+    /// `Value` or `TooLarge` for a field that cannot be, `OutsideLayout` for pages that no layout can have: so a run
+    /// that was decoded never overflows, and never crosses a stripe. Whether it lies in the layout is the caller's to
+    /// check, with [`Layout::check`](crate::layout::Layout::check), and whether it came on its own stream, with
+    /// [`check_stream`].
     pub fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<(Self, FrameSum)> {
         let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
         let u32_at = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
@@ -146,6 +150,7 @@ impl Frame {
                 }
                 let payload_bytes = u32_at(16);
                 encoding.check_payload(run.count, payload_bytes)?;
+                check_place(&run)?;
                 Self::Pages { run, encoding, payload_bytes, round }
             }
             KIND_ROUND_END => {
@@ -233,4 +238,32 @@ impl Xxh3 {
 /// The stream that pages from `first` on travel on, out of `streams` (at least one).
 pub fn stream_of(first: u64, streams: u16) -> u16 {
     ((first / STRIPE_PAGES) % u64::from(streams.max(1))) as u16
+}
+
+/// Checks that a run came on the stream it belongs to: on another one, an older version of a page could arrive
+/// behind a newer one and stay.
+///
+/// # Errors
+/// `Value` naming the stream it came on.
+pub fn check_stream(run: &PageRun, stream: u16, streams: u16) -> Result<()> {
+    if stream_of(run.first, streams) == stream {
+        return Ok(());
+    }
+    Err(ProtocolError::Value { what: "the stream of these pages", found: u64::from(stream) })
+}
+
+/// What can be said of a run without the layout. Before this, its arithmetic may overflow.
+fn check_place(run: &PageRun) -> Result<()> {
+    let (first, count) = (run.first, u64::from(run.count));
+    if first > MAX_SPACE_PAGES - count {
+        return Err(ProtocolError::OutsideLayout { space: run.space.0, first, count });
+    }
+    let in_stripe = first % STRIPE_PAGES;
+    if in_stripe + count > STRIPE_PAGES {
+        return Err(ProtocolError::Value {
+            what: "the page count of a page frame that would leave its stripe",
+            found: count,
+        });
+    }
+    Ok(())
 }

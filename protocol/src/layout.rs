@@ -91,14 +91,14 @@ impl Layout {
         Ok(())
     }
 
-    /// Pages of all spaces together.
+    /// Pages of all spaces together; the largest number there is for a layout that was not validated and has more.
     pub fn total_pages(&self) -> u64 {
-        self.spaces.iter().map(|space| space.pages).sum()
+        self.spaces.iter().fold(0, |sum, space| sum.saturating_add(space.pages))
     }
 
-    /// Bytes of all spaces together.
+    /// Bytes of all spaces together; as [`Layout::total_pages`] for what is too much to count.
     pub fn total_bytes(&self) -> u64 {
-        self.total_pages() * PAGE_SIZE as u64
+        self.total_pages().saturating_mul(PAGE_SIZE as u64)
     }
 
     /// The space with this number.

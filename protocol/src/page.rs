@@ -89,8 +89,12 @@ impl PageSet {
     /// As [`PageSet::from_words`].
     pub fn from_bytes(pages: u64, bytes: &[u8]) -> Result<Self> {
         let needed = Self::byte_len(pages);
-        if (bytes.len() as u64) != needed {
-            return Err(ProtocolError::Truncated { what: "a page set", found: bytes.len() as u64, needed });
+        let found = bytes.len() as u64;
+        if found < needed {
+            return Err(ProtocolError::Truncated { what: "a page set", found, needed });
+        }
+        if found > needed {
+            return Err(ProtocolError::TooLarge { what: "a page set in bytes", found, limit: needed });
         }
         let words = bytes.as_chunks::<8>().0.iter().map(|chunk| u64::from_le_bytes(*chunk)).collect();
         Self::from_words(pages, words)

@@ -10,6 +10,7 @@
 //! outside the body, so that an owner can refuse or convert it before reading it.
 
 use crate::error::{ProtocolError, Result};
+use std::collections::HashSet;
 use twox_hash::XxHash3_64;
 
 /// First bytes of a state.
@@ -56,7 +57,7 @@ impl State {
     /// The bytes on the wire.
     ///
     /// # Errors
-    /// `TooLarge` or `Value` when a section does not fit the format.
+    /// `TooLarge` or `Value` when a section does not fit the format, or has the name of another.
     pub fn encode(&self) -> Result<Vec<u8>> {
         let found = self.sections.len() as u64;
         let sections = u16::try_from(found).ok().filter(|count| usize::from(*count) <= MAX_SECTIONS).ok_or(
@@ -71,8 +72,12 @@ impl State {
         bytes.extend_from_slice(&MAJOR.to_le_bytes());
         bytes.extend_from_slice(&sections.to_le_bytes());
         bytes.extend_from_slice(&[0; 4]);
-        for section in &self.sections {
+        let mut names = HashSet::new();
+        for (index, section) in self.sections.iter().enumerate() {
             let name_bytes = check_name(section.name.as_bytes())?;
+            if !names.insert(section.name.as_str()) {
+                return Err(repeated(index));
+            }
             let found = section.body.len() as u64;
             let limit = u64::from(u32::MAX);
             let body_bytes = u32::try_from(found).map_err(|_| ProtocolError::TooLarge {
@@ -127,7 +132,7 @@ impl State {
             rest = tail;
             Ok(head)
         };
-        let mut names = std::collections::HashSet::new();
+        let mut names = HashSet::new();
         let mut state = Self::default();
         for _ in 0..count {
             let name_bytes = usize::from(take(1)?[0]);
@@ -140,10 +145,7 @@ impl State {
             let length = u32::from_le_bytes([length[0], length[1], length[2], length[3]]);
             let body = take(length as usize)?.to_vec();
             if !names.insert(name.clone()) {
-                return Err(ProtocolError::Value {
-                    what: "a state section's name",
-                    found: state.sections.len() as u64,
-                });
+                return Err(repeated(state.sections.len()));
             }
             state.sections.push(Section { name, version, body });
         }
@@ -155,6 +157,10 @@ impl State {
         }
         Ok(state)
     }
+}
+
+fn repeated(index: usize) -> ProtocolError {
+    ProtocolError::Value { what: "the section that repeats another one's name", found: index as u64 }
 }
 
 fn check_name(name: &[u8]) -> Result<u8> {

@@ -1,0 +1,67 @@
+//! What can go wrong in a migration, split by whose fault it is.
+
+use protocol::ProtocolError;
+use protocol::control::RefuseCode;
+use std::time::Duration;
+
+/// A `Result` whose error is an [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why something was not done. The text says what happened, to what, and what to do next.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The peer sent bytes that the protocol does not allow.
+    #[error("the peer broke the protocol: {0}")]
+    Protocol(#[from] ProtocolError),
+    /// The peer will not take the workload.
+    #[error("the destination refuses: {reason}")]
+    Refused {
+        /// The class of the refusal.
+        code: RefuseCode,
+        /// The peer's words, cut and cleaned.
+        reason: String,
+    },
+    /// The peer gave up.
+    #[error("the peer gave up: {reason}")]
+    PeerFailed {
+        /// The peer's words, cut and cleaned.
+        reason: String,
+    },
+    /// The connection could not be made, or was lost.
+    #[error("the link failed: {0}")]
+    Link(String),
+    /// The two ends do not trust each other.
+    #[error("{0}")]
+    Identity(String),
+    /// Something did not happen in time.
+    #[error("waited {} s for {what}", .after.as_secs_f32())]
+    TimedOut {
+        /// What was waited for.
+        what: &'static str,
+        /// How long.
+        after: Duration,
+    },
+    /// The workload, or its VMM, did not do what it was asked.
+    #[error("{0}")]
+    Workload(String),
+    /// This host lacks something or refused something.
+    #[error("{0}")]
+    Host(String),
+    /// The migration did not converge within the bounds the operator set.
+    #[error("{0}")]
+    NotConverged(String),
+    /// The operator stopped it.
+    #[error("interrupted; {0}")]
+    Interrupted(String),
+    /// `Commit` was sent and no answer came: the source stays frozen.
+    #[error("{0}")]
+    InDoubt(String),
+    /// The command line asks for something that cannot be.
+    #[error("{0}")]
+    Usage(String),
+}
+
+/// Words of a peer, made fit for a terminal: one line, no control characters, at most 300 characters.
+pub fn clean(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(300).collect()
+}

@@ -1,0 +1,38 @@
+//! Exit codes, as docs/scripting.md lists them.
+
+use crate::error::Error;
+
+/// The guest's ledger, or the guest itself, says that something is broken.
+pub const GUEST: u8 = 11;
+
+/// The exit code of an error: one for each class of fault, so that a script can act on it.
+pub fn code(error: &Error) -> u8 {
+    match error {
+        Error::Usage(_) => 2,
+        Error::Host(_) => 3,
+        Error::Workload(_) => 4,
+        Error::Identity(_) => 5,
+        Error::Refused { .. } => 6,
+        Error::Link(_) | Error::TimedOut { .. } | Error::PeerFailed { .. } => 7,
+        Error::Protocol(_) => 8,
+        Error::NotConverged(_) => 9,
+        Error::InDoubt(_) => 10,
+        Error::Interrupted(_) => 130,
+    }
+}
+
+/// The class of an error as `--json` names it.
+pub fn class(error: &Error) -> &'static str {
+    match error {
+        Error::Usage(_) => "usage",
+        Error::Host(_) => "host",
+        Error::Workload(_) => "workload",
+        Error::Identity(_) => "identity",
+        Error::Refused { .. } => "refused",
+        Error::Link(_) | Error::TimedOut { .. } | Error::PeerFailed { .. } => "link",
+        Error::Protocol(_) => "protocol",
+        Error::NotConverged(_) => "not-converged",
+        Error::InDoubt(_) => "in-doubt",
+        Error::Interrupted(_) => "interrupted",
+    }
+}

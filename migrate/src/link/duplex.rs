@@ -1,0 +1,1 @@
+//! A link in memory, for tests.

@@ -1,0 +1,126 @@
+//! Where pages come from.
+
+use crate::error::Result;
+use protocol::MigrationId;
+use protocol::control::WorkloadKind;
+use protocol::layout::Layout;
+use protocol::page::{PageRun, PageSet, SpaceId};
+
+/// What a workload is, for the offer.
+#[derive(Debug, Clone)]
+pub struct Workload {
+    /// Its kind.
+    pub kind: WorkloadKind,
+    /// Its name.
+    pub name: String,
+    /// Its memory.
+    pub layout: Layout,
+    /// The machine description for the destination's VMM, opaque to the engine.
+    pub machine: Vec<u8>,
+}
+
+/// A running workload whose memory can be taken away page by page while it runs.
+///
+/// The engine calls `track` once, then for every round `harvest` and, batch by batch, `take`, `present`, `read`;
+/// then `freeze`, one more round, `state`, `pledge`, and exactly one of `resume` and `hand_over`.
+///
+/// A source that is dropped without either resumes its workload if it was not pledged, and leaves it frozen if
+/// it was.
+pub trait Source {
+    /// What the workload is.
+    fn workload(&self) -> &Workload;
+
+    /// Begins to track writes: every page counts as dirty. Answers how it tracks, for reports.
+    ///
+    /// # Errors
+    /// `Workload` when the host cannot.
+    fn track(&mut self) -> Result<String>;
+
+    /// The pages that are dirty now, one set for each space, in the layout's order. Takes nothing.
+    ///
+    /// # Errors
+    /// `Workload`.
+    fn harvest(&mut self) -> Result<Vec<PageSet>>;
+
+    /// Takes the dirty pages that the last harvest saw in this range: they are clean from now on.
+    ///
+    /// *A write that `read` behind this call does not see is dirty again:* the bits are cleared before the bytes are
+    /// read, so a live round may read a torn page, and that is sound, because that page will be in the next harvest.
+    ///
+    /// # Errors
+    /// `Workload`.
+    fn take(&mut self, space: SpaceId, first: u64, count: u64) -> Result<()>;
+
+    /// Removes from `pages` those that were never touched and so read as zeros, without touching them. Called
+    /// behind `take`, for the same range.
+    ///
+    /// # Errors
+    /// `Workload`.
+    fn present(&mut self, space: SpaceId, first: u64, count: u64, pages: &mut PageSet) -> Result<()>;
+
+    /// Copies the bytes of a run, as they are now, into `buffer`, which is exactly as long.
+    ///
+    /// # Errors
+    /// `Workload`.
+    fn read(&self, run: PageRun, buffer: &mut [u8]) -> Result<()>;
+
+    /// These pages were taken and not delivered: they are dirty again, so that the next attempt is correct.
+    ///
+    /// # Errors
+    /// `Workload`.
+    fn redirty(&mut self, pages: &[PageSet]) -> Result<()>;
+
+    /// Stops the workload. Behind this call nothing writes to its memory any more.
+    ///
+    /// # Errors
+    /// `Workload`; it runs on then.
+    fn freeze(&mut self) -> Result<()>;
+
+    /// The state of the frozen workload, as [`protocol::state`] encodes it.
+    ///
+    /// # Errors
+    /// `Workload`.
+    fn state(&mut self) -> Result<Vec<u8>>;
+
+    /// Says that `Commit` is about to be sent: whatever dies from now on, the workload does not resume by itself.
+    ///
+    /// # Errors
+    /// `Workload`.
+    fn pledge(&mut self, migration: MigrationId, peer: &str) -> Result<()>;
+
+    /// The workload goes on here. Before `pledge` always allowed; behind it only when the destination has said that
+    /// it will never start this migration.
+    ///
+    /// # Errors
+    /// `Workload`.
+    fn resume(self: Box<Self>) -> Result<()>;
+
+    /// The destination has it: the workload ends here.
+    ///
+    /// # Errors
+    /// `Workload`; the destination runs all the same.
+    fn hand_over(self: Box<Self>, committed: Committed) -> Result<()>;
+
+    /// The operator's order, or a crash of the engine, in a phase where the workload must stay frozen and
+    /// recoverable: lets go of it without resuming it.
+    fn leave_frozen(self: Box<Self>);
+}
+
+/// Proof that `Commit` was sent after `Ready` was read, and that the destination has started the workload. Only
+/// the outbound engine makes one.
+#[derive(Debug)]
+pub struct Committed {
+    migration: MigrationId,
+}
+
+impl Committed {
+    /// For the commit handshake alone.
+    pub(crate) fn new(migration: MigrationId) -> Self {
+        Self { migration }
+    }
+
+    /// Which migration.
+    pub fn migration(&self) -> MigrationId {
+        self.migration
+    }
+}

@@ -1,0 +1,80 @@
+//! Sizes and durations as people write and read them.
+
+use std::time::Duration;
+
+/// A size in bytes from text such as `512M`, `1GiB` or `4096`. `K`, `M`, `G` and `T` are powers of 1024, as `KiB`
+/// and so on are; `kB`, `MB` and so on are powers of 1000.
+///
+/// # Errors
+/// What is wrong with the text.
+pub fn size(text: &str) -> Result<u64, String> {
+    let text = text.trim();
+    let binary = match text.as_bytes() {
+        [.., digit, b'K' | b'M' | b'G' | b'T'] if digit.is_ascii_digit() => format!("{text}iB"),
+        _ => text.to_owned(),
+    };
+    let size: bytesize::ByteSize =
+        binary.parse().map_err(|_| format!("{text:?} is not a size: write for instance 512MiB or 1GiB"))?;
+    Ok(size.as_u64())
+}
+
+/// A duration from text such as `50ms`, `10s` or `5m`.
+///
+/// # Errors
+/// What is wrong with the text.
+pub fn duration(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text.trim())
+        .map_err(|_| format!("{text:?} is not a duration: write for instance 50ms, 10s or 5m"))
+}
+
+/// Bytes for people: `12.5 MiB`.
+pub fn show_bytes(bytes: u64) -> String {
+    bytesize::ByteSize(bytes).display().iec().to_string()
+}
+
+/// Microseconds for people: `850 us`, `12.3 ms`, `4.56 s`.
+pub fn show_us(us: u64) -> String {
+    match us {
+        0..1_000 => format!("{us} us"),
+        1_000..1_000_000 => format!("{:.1} ms", us as f64 / 1e3),
+        _ => format!("{:.2} s", us as f64 / 1e6),
+    }
+}
+
+/// Bytes per second for people: `640 MB/s`, in powers of 1000 as links are measured.
+pub fn show_rate(bytes_per_s: u64) -> String {
+    format!("{}/s", bytesize::ByteSize(bytes_per_s).display().si())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_as_people_write_them() {
+        for (text, bytes) in [
+            ("4096", 4096),
+            ("64K", 64 << 10),
+            ("768M", 768 << 20),
+            ("1GiB", 1 << 30),
+            ("1 GiB", 1 << 30),
+            ("2T", 2 << 40),
+            ("1GB", 1_000_000_000),
+        ] {
+            assert_eq!(size(text), Ok(bytes), "{text}");
+        }
+        for text in ["", "G", "-1G", "ten", "1.5.2G", "1XB"] {
+            assert!(size(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn durations_are_read_and_shown() {
+        assert_eq!(duration("50ms"), Ok(Duration::from_millis(50)));
+        assert_eq!(duration("5m"), Ok(Duration::from_secs(300)));
+        assert!(duration("50").is_err());
+        assert_eq!(show_us(850), "850 us");
+        assert_eq!(show_us(12_345), "12.3 ms");
+        assert_eq!(show_us(4_560_000), "4.56 s");
+    }
+}

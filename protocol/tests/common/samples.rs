@@ -1,0 +1,317 @@
+//! One value of every message, and the lists that say that none is missing.
+
+use protocol::MigrationId;
+use protocol::control::{Downstream, Offer, Outcome, RefuseCode, Upstream, WorkloadKind};
+use protocol::handshake::Hello;
+use protocol::layout::{Layout, Space, SpaceKind};
+use protocol::monitor::{ErrorCode, Phase, Pledge, Reply, Request, Role, Status, TrackingMode};
+use protocol::page::{PageSet, SpaceId};
+use protocol::state::State;
+
+pub(crate) const MIGRATION: MigrationId = MigrationId(0x0011_2233_4455_6677_8899_aabb_ccdd_eeff);
+
+pub(crate) const DOWNSTREAM_TYPES: [&str; 7] = ["hello", "offer", "state", "commit", "done", "cancel", "ask"];
+pub(crate) const UPSTREAM_TYPES: [&str; 8] =
+    ["hello", "accept", "refuse", "round-done", "ready", "started", "failed", "outcome"];
+pub(crate) const REQUEST_TYPES: [&str; 18] = [
+    "hello",
+    "status",
+    "describe",
+    "track-start",
+    "harvest",
+    "take",
+    "redirty",
+    "track-stop",
+    "freeze",
+    "save",
+    "pledge",
+    "resume",
+    "hand-over",
+    "terminate",
+    "prepare",
+    "load",
+    "start",
+    "discard",
+];
+pub(crate) const REPLY_TYPES: [&str; 9] =
+    ["welcome", "refused", "status", "description", "tracking", "dirty", "saved", "done", "error"];
+
+// A variant that is added to the crate does not compile here until it has a place in the list above, and a type in
+// the list does not pass `every_message_has_a_golden_file` until it has a sample.
+
+pub(crate) fn downstream_type(message: &Downstream) -> &'static str {
+    DOWNSTREAM_TYPES[match message {
+        Downstream::Hello(_) => 0,
+        Downstream::Offer(_) => 1,
+        Downstream::State { .. } => 2,
+        Downstream::Commit { .. } => 3,
+        Downstream::Done { .. } => 4,
+        Downstream::Cancel { .. } => 5,
+        Downstream::Ask { .. } => 6,
+    }]
+}
+
+pub(crate) fn upstream_type(message: &Upstream) -> &'static str {
+    UPSTREAM_TYPES[match message {
+        Upstream::Hello(_) => 0,
+        Upstream::Accept => 1,
+        Upstream::Refuse { .. } => 2,
+        Upstream::RoundDone { .. } => 3,
+        Upstream::Ready => 4,
+        Upstream::Started { .. } => 5,
+        Upstream::Failed { .. } => 6,
+        Upstream::Outcome { .. } => 7,
+    }]
+}
+
+pub(crate) fn request_type(message: &Request) -> &'static str {
+    REQUEST_TYPES[match message {
+        Request::Hello { .. } => 0,
+        Request::Status => 1,
+        Request::Describe => 2,
+        Request::TrackStart => 3,
+        Request::Harvest => 4,
+        Request::Take { .. } => 5,
+        Request::Redirty => 6,
+        Request::TrackStop => 7,
+        Request::Freeze => 8,
+        Request::Save => 9,
+        Request::Pledge { .. } => 10,
+        Request::Resume { .. } => 11,
+        Request::HandOver { .. } => 12,
+        Request::Terminate => 13,
+        Request::Prepare { .. } => 14,
+        Request::Load => 15,
+        Request::Start { .. } => 16,
+        Request::Discard => 17,
+    }]
+}
+
+pub(crate) fn reply_type(message: &Reply) -> &'static str {
+    REPLY_TYPES[match message {
+        Reply::Welcome { .. } => 0,
+        Reply::Refused { .. } => 1,
+        Reply::Status(_) => 2,
+        Reply::Description { .. } => 3,
+        Reply::Tracking { .. } => 4,
+        Reply::Dirty { .. } => 5,
+        Reply::Saved => 6,
+        Reply::Done => 7,
+        Reply::Error { .. } => 8,
+    }]
+}
+
+pub(crate) fn hello() -> Hello {
+    Hello { software: "migrate 0.1.0".into(), capabilities: Vec::new(), required: Vec::new() }
+}
+
+pub(crate) fn layout() -> Layout {
+    let space =
+        |id, pages, guest_address| Space { id: SpaceId(id), kind: SpaceKind::Memory, pages, guest_address };
+    Layout { spaces: vec![space(0, 786_432, 0), space(1, 262_144, 1 << 32)] }
+}
+
+pub(crate) fn downstream() -> Vec<Downstream> {
+    vec![
+        Downstream::Hello(hello()),
+        Downstream::Offer(Offer {
+            migration: MIGRATION,
+            kind: WorkloadKind::Vm,
+            name: "web-1".into(),
+            layout: layout(),
+            page_streams: 4,
+        }),
+        Downstream::State { last_round: 5 },
+        Downstream::Commit { migration: MIGRATION },
+        Downstream::Done { migration: MIGRATION },
+        Downstream::Cancel { reason: "stopped by the operator".into() },
+        Downstream::Ask { migration: MIGRATION },
+    ]
+}
+
+pub(crate) fn upstream() -> Vec<Upstream> {
+    vec![
+        Upstream::Hello(hello()),
+        Upstream::Accept,
+        Upstream::Refuse {
+            code: RefuseCode::Memory,
+            reason: "the workload has 4 GiB, --max-memory here is 1 GiB".into(),
+        },
+        Upstream::RoundDone { round: 0 },
+        Upstream::Ready,
+        Upstream::Started { migration: MIGRATION },
+        Upstream::Failed { reason: "the state's section vcpu/1 is missing".into() },
+        Upstream::Outcome { migration: MIGRATION, outcome: Outcome::Discarded },
+    ]
+}
+
+pub(crate) fn requests() -> Vec<Request> {
+    vec![
+        Request::Hello {
+            version: protocol::monitor::VERSION,
+            role: Role::Session,
+            client: "migrate send".into(),
+        },
+        Request::Status,
+        Request::Describe,
+        Request::TrackStart,
+        Request::Harvest,
+        Request::Take { space: 1, first: 4096, count: 512 },
+        Request::Redirty,
+        Request::TrackStop,
+        Request::Freeze,
+        Request::Save,
+        Request::Pledge { migration: MIGRATION, peer: "192.0.2.7:4242".into() },
+        Request::Resume { migration: Some(MIGRATION) },
+        Request::HandOver { migration: MIGRATION },
+        Request::Terminate,
+        Request::Prepare { name: "web-1".into(), layout: layout() },
+        Request::Load,
+        Request::Start { migration: MIGRATION },
+        Request::Discard,
+    ]
+}
+
+pub(crate) fn status() -> Status {
+    Status {
+        name: "web-1".into(),
+        phase: Phase::Pledged,
+        pid: 4711,
+        memory_bytes: 4 << 30,
+        vcpus: 2,
+        uptime_ms: 86_400_000,
+        serial: "web-1.serial".into(),
+        holder_pid: Some(4712),
+        holder: Some("migrate send".into()),
+        arrived_by: None,
+        pledged_to: Some(Pledge { migration: MIGRATION, peer: "192.0.2.7:4242".into() }),
+    }
+}
+
+pub(crate) fn replies() -> Vec<Reply> {
+    vec![
+        Reply::Welcome {
+            version: protocol::monitor::VERSION,
+            software: "vmm 0.1.0".into(),
+            status: Status {
+                phase: Phase::Running,
+                holder_pid: None,
+                holder: None,
+                pledged_to: None,
+                ..status()
+            },
+        },
+        Reply::Refused { reason: "migrate send (pid 4712) holds this VM".into(), holder_pid: Some(4712) },
+        Reply::Status(status()),
+        Reply::Description { name: "web-1".into(), layout: layout() },
+        Reply::Tracking { mode: TrackingMode::ManualInitiallySet },
+        Reply::Dirty { pages: 1_048_576 },
+        Reply::Saved,
+        Reply::Done,
+        Reply::Error {
+            code: ErrorCode::WrongState,
+            message: "save needs a frozen VM, this one is running: freeze it first".into(),
+        },
+    ]
+}
+
+pub(crate) fn state() -> State {
+    let mut state = State::default();
+    state.push("machine", 2, b"example".to_vec());
+    state.push("vcpu/0", 1, vec![0xaa; 5]);
+    state.push("vcpu/1", 1, Vec::new());
+    state
+}
+
+/// Pages 0, 1, 63, 64 and 69 of 70.
+pub(crate) fn page_set() -> PageSet {
+    let mut set = PageSet::empty(70);
+    for (first, count) in [(0, 2), (63, 2), (69, 1)] {
+        set.insert(first, count);
+    }
+    set
+}
+
+/// A page whose byte `i` is `i` modulo 251.
+pub(crate) fn page() -> Vec<u8> {
+    (0..protocol::page::PAGE_SIZE).map(|i| (i % 251) as u8).collect()
+}
+
+// The names that stand for something, all of them. `complete` does not compile when one is missing from its match.
+
+pub(crate) const REFUSE_CODES: [RefuseCode; 7] = [
+    RefuseCode::Version,
+    RefuseCode::Memory,
+    RefuseCode::NameTaken,
+    RefuseCode::Machine,
+    RefuseCode::Busy,
+    RefuseCode::BadOffer,
+    RefuseCode::Host,
+];
+pub(crate) const OUTCOMES: [Outcome; 3] = [Outcome::Started, Outcome::Discarded, Outcome::Unknown];
+pub(crate) const WORKLOAD_KINDS: [WorkloadKind; 1] = [WorkloadKind::Vm];
+pub(crate) const SPACE_KINDS: [SpaceKind; 1] = [SpaceKind::Memory];
+pub(crate) const ROLES: [Role; 2] = [Role::Query, Role::Session];
+pub(crate) const TRACKING_MODES: [TrackingMode; 3] =
+    [TrackingMode::ManualInitiallySet, TrackingMode::Manual, TrackingMode::Plain];
+pub(crate) const ERROR_CODES: [ErrorCode; 4] =
+    [ErrorCode::BadRequest, ErrorCode::WrongState, ErrorCode::Unsupported, ErrorCode::Host];
+pub(crate) const PHASES: [Phase; 7] = [
+    Phase::Running,
+    Phase::Frozen,
+    Phase::Pledged,
+    Phase::Incoming,
+    Phase::Prepared,
+    Phase::Loaded,
+    Phase::Stopped,
+];
+
+/// How many variants each list must have, by matches that the compiler keeps complete.
+pub(crate) fn complete() -> bool {
+    let refuse = REFUSE_CODES.map(|code| match code {
+        RefuseCode::Version => 0,
+        RefuseCode::Memory => 1,
+        RefuseCode::NameTaken => 2,
+        RefuseCode::Machine => 3,
+        RefuseCode::Busy => 4,
+        RefuseCode::BadOffer => 5,
+        RefuseCode::Host => 6,
+    });
+    let outcomes = OUTCOMES.map(|outcome| match outcome {
+        Outcome::Started => 0,
+        Outcome::Discarded => 1,
+        Outcome::Unknown => 2,
+    });
+    let kinds = WORKLOAD_KINDS.map(|kind| match kind {
+        WorkloadKind::Vm => 0,
+    });
+    let spaces = SPACE_KINDS.map(|kind| match kind {
+        SpaceKind::Memory => 0,
+    });
+    let roles = ROLES.map(|role| match role {
+        Role::Query => 0,
+        Role::Session => 1,
+    });
+    let modes = TRACKING_MODES.map(|mode| match mode {
+        TrackingMode::ManualInitiallySet => 0,
+        TrackingMode::Manual => 1,
+        TrackingMode::Plain => 2,
+    });
+    let errors = ERROR_CODES.map(|code| match code {
+        ErrorCode::BadRequest => 0,
+        ErrorCode::WrongState => 1,
+        ErrorCode::Unsupported => 2,
+        ErrorCode::Host => 3,
+    });
+    let phases = PHASES.map(|phase| match phase {
+        Phase::Running => 0,
+        Phase::Frozen => 1,
+        Phase::Pledged => 2,
+        Phase::Incoming => 3,
+        Phase::Prepared => 4,
+        Phase::Loaded => 5,
+        Phase::Stopped => 6,
+    });
+    let lists: [&[usize]; 8] = [&refuse, &outcomes, &kinds, &spaces, &roles, &modes, &errors, &phases];
+    lists.iter().all(|list| list.iter().copied().eq(0..list.len()))
+}

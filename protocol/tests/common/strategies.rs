@@ -1,0 +1,189 @@
+//! Any value of every type, for proptest.
+
+use proptest::collection::vec;
+use proptest::option;
+use proptest::prelude::*;
+use proptest::sample::select;
+
+use super::samples;
+use protocol::MigrationId;
+use protocol::control::{Downstream, Offer, Upstream};
+use protocol::frame::{Frame, MAX_FRAME_PAGES, STRIPE_PAGES};
+use protocol::handshake::Hello;
+use protocol::layout::{Layout, MAX_SPACE_PAGES, Space};
+use protocol::monitor::{Pledge, Reply, Request, Status};
+use protocol::page::{PageRun, SpaceId};
+use protocol::payload::Encoding;
+use protocol::state::{Section, State};
+
+fn migration() -> impl Strategy<Value = MigrationId> {
+    any::<u128>().prop_map(MigrationId)
+}
+
+fn text() -> impl Strategy<Value = String> {
+    any::<String>()
+}
+
+fn hello() -> impl Strategy<Value = Hello> {
+    (text(), vec(text(), 0..4), vec(text(), 0..4)).prop_map(|(software, capabilities, required)| Hello {
+        software,
+        capabilities,
+        required,
+    })
+}
+
+/// Any layout that can be written, most of them not valid.
+pub(crate) fn any_layout() -> impl Strategy<Value = Layout> {
+    let space = (any::<u16>(), select(&samples::SPACE_KINDS[..]), any::<u64>(), any::<u64>());
+    let space = space.prop_map(|(id, kind, pages, guest_address)| Space {
+        id: SpaceId(id),
+        kind,
+        pages,
+        guest_address,
+    });
+    vec(space, 0..6).prop_map(|spaces| Layout { spaces })
+}
+
+pub(crate) fn downstream() -> impl Strategy<Value = Downstream> {
+    let offer = (migration(), select(&samples::WORKLOAD_KINDS[..]), text(), any_layout(), any::<u16>());
+    let offer = offer.prop_map(|(migration, kind, name, layout, page_streams)| Offer {
+        migration,
+        kind,
+        name,
+        layout,
+        page_streams,
+    });
+    prop_oneof![
+        hello().prop_map(Downstream::Hello),
+        offer.prop_map(Downstream::Offer),
+        any::<u32>().prop_map(|last_round| Downstream::State { last_round }),
+        migration().prop_map(|migration| Downstream::Commit { migration }),
+        migration().prop_map(|migration| Downstream::Done { migration }),
+        text().prop_map(|reason| Downstream::Cancel { reason }),
+        migration().prop_map(|migration| Downstream::Ask { migration }),
+    ]
+}
+
+pub(crate) fn upstream() -> impl Strategy<Value = Upstream> {
+    prop_oneof![
+        hello().prop_map(Upstream::Hello),
+        Just(Upstream::Accept),
+        (select(&samples::REFUSE_CODES[..]), text())
+            .prop_map(|(code, reason)| Upstream::Refuse { code, reason }),
+        any::<u32>().prop_map(|round| Upstream::RoundDone { round }),
+        Just(Upstream::Ready),
+        migration().prop_map(|migration| Upstream::Started { migration }),
+        text().prop_map(|reason| Upstream::Failed { reason }),
+        (migration(), select(&samples::OUTCOMES[..]))
+            .prop_map(|(migration, outcome)| Upstream::Outcome { migration, outcome }),
+    ]
+}
+
+pub(crate) fn request() -> impl Strategy<Value = Request> {
+    prop_oneof![
+        (any::<u16>(), select(&samples::ROLES[..]), text())
+            .prop_map(|(version, role, client)| Request::Hello { version, role, client }),
+        select(vec![
+            Request::Status,
+            Request::Describe,
+            Request::TrackStart,
+            Request::Harvest,
+            Request::Redirty,
+            Request::TrackStop,
+            Request::Freeze,
+            Request::Save,
+            Request::Terminate,
+            Request::Load,
+            Request::Discard,
+        ]),
+        (any::<u16>(), any::<u64>(), any::<u64>()).prop_map(|(space, first, count)| Request::Take {
+            space,
+            first,
+            count
+        }),
+        (migration(), text()).prop_map(|(migration, peer)| Request::Pledge { migration, peer }),
+        option::of(migration()).prop_map(|migration| Request::Resume { migration }),
+        migration().prop_map(|migration| Request::HandOver { migration }),
+        (text(), any_layout()).prop_map(|(name, layout)| Request::Prepare { name, layout }),
+        migration().prop_map(|migration| Request::Start { migration }),
+    ]
+}
+
+fn status() -> impl Strategy<Value = Status> {
+    let numbers = (any::<u32>(), any::<u64>(), any::<u32>(), any::<u64>());
+    let pledge = (migration(), text()).prop_map(|(migration, peer)| Pledge { migration, peer });
+    let options = (option::of(any::<u32>()), option::of(text()), option::of(migration()), option::of(pledge));
+    (text(), select(&samples::PHASES[..]), numbers, text(), options).prop_map(
+        |(name, phase, (pid, memory_bytes, vcpus, uptime_ms), serial, options)| {
+            let (holder_pid, holder, arrived_by, pledged_to) = options;
+            Status {
+                name,
+                phase,
+                pid,
+                memory_bytes,
+                vcpus,
+                uptime_ms,
+                serial,
+                holder_pid,
+                holder,
+                arrived_by,
+                pledged_to,
+            }
+        },
+    )
+}
+
+pub(crate) fn reply() -> impl Strategy<Value = Reply> {
+    prop_oneof![
+        (any::<u16>(), text(), status()).prop_map(|(version, software, status)| Reply::Welcome {
+            version,
+            software,
+            status
+        }),
+        (text(), option::of(any::<u32>()))
+            .prop_map(|(reason, holder_pid)| Reply::Refused { reason, holder_pid }),
+        status().prop_map(Reply::Status),
+        (text(), any_layout()).prop_map(|(name, layout)| Reply::Description { name, layout }),
+        select(&samples::TRACKING_MODES[..]).prop_map(|mode| Reply::Tracking { mode }),
+        any::<u64>().prop_map(|pages| Reply::Dirty { pages }),
+        Just(Reply::Saved),
+        Just(Reply::Done),
+        (select(&samples::ERROR_CODES[..]), text())
+            .prop_map(|(code, message)| Reply::Error { code, message }),
+    ]
+}
+
+/// Any state that can be encoded.
+pub(crate) fn state() -> impl Strategy<Value = State> {
+    vec(("[!-~]{1,40}", any::<u16>(), vec(any::<u8>(), 0..200)), 0..12).prop_map(|sections| {
+        let mut names = std::collections::HashSet::new();
+        let sections = sections
+            .into_iter()
+            .filter(|(name, ..)| names.insert(name.clone()))
+            .map(|(name, version, body)| Section { name, version, body })
+            .collect();
+        State { sections }
+    })
+}
+
+/// Any frame that can be sent, with its payload.
+pub(crate) fn frame() -> impl Strategy<Value = (Frame, Vec<u8>)> {
+    let stripes = MAX_SPACE_PAGES / STRIPE_PAGES;
+    let place = (0..stripes, 0..STRIPE_PAGES, 1..=MAX_FRAME_PAGES);
+    let pages = (any::<u16>(), place, any::<bool>(), any::<u32>(), any::<u64>());
+    let pages = pages.prop_map(|(space, (stripe, offset, count), zero, round, seed)| {
+        let count = count.min((STRIPE_PAGES - offset) as u32);
+        // Payloads of a few pages are enough to find what there is to find.
+        let count = if zero { count } else { count.min(3) };
+        let run = PageRun { space: SpaceId(space), first: stripe * STRIPE_PAGES + offset, count };
+        let encoding = if zero { Encoding::Zero } else { Encoding::Raw };
+        let bytes = if zero { 0 } else { run.bytes() };
+        let payload: Vec<u8> =
+            (0..bytes as u64).map(|i| (seed.rotate_left((i % 64) as u32) ^ i) as u8).collect();
+        (Frame::Pages { run, encoding, payload_bytes: bytes as u32, round }, payload)
+    });
+    prop_oneof![
+        3 => pages,
+        1 => any::<u32>().prop_map(|round| (Frame::RoundEnd { round }, Vec::new())),
+    ]
+}

@@ -1,0 +1,230 @@
+//! A host that is a directory.
+
+use crate::process::{Finished, Running};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// One host's worth of sockets, logs and keys, in a temporary directory.
+pub struct Host {
+    dir: tempfile::TempDir,
+    program: PathBuf,
+}
+
+impl Host {
+    /// A host without keys that runs this `migrate` program.
+    ///
+    /// # Panics
+    /// If no temporary directory can be made.
+    pub fn new(program: &Path) -> Self {
+        let dir = tempfile::Builder::new().prefix("migrate-e2e-").tempdir().expect("a temporary directory");
+        Self { dir, program: program.to_owned() }
+    }
+
+    /// The directory of this host's sockets and logs.
+    pub fn runtime_dir(&self) -> PathBuf {
+        self.dir.path().join("run")
+    }
+
+    /// The directory of this host's keys.
+    pub fn keys_dir(&self) -> PathBuf {
+        self.dir.path().join("keys")
+    }
+
+    /// A file of this host's, for what a test wants to keep until its end.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// `migrate ARGS` on this host, with `--json`.
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(&self.program);
+        command.args(args).arg("--json");
+        command.arg("--runtime-dir").arg(self.runtime_dir()).arg("--keys").arg(self.keys_dir());
+        for name in ["MIGRATE_RUNTIME_DIR", "MIGRATE_KEYS", "MIGRATE_TEST_HOLD", "RUST_LOG"] {
+            command.env_remove(name);
+        }
+        command
+    }
+
+    /// Starts `migrate ARGS`.
+    pub fn start(&self, args: &[&str]) -> Running {
+        Running::start(self.command(args))
+    }
+
+    /// Starts `migrate ARGS` so that it stops itself (SIGSTOP) when it enters a phase.
+    pub fn start_held(&self, args: &[&str], phase: &str) -> Running {
+        let mut command = self.command(args);
+        command.env("MIGRATE_TEST_HOLD", phase);
+        Running::start(command)
+    }
+
+    /// Runs `migrate ARGS` to its end.
+    pub fn run(&self, args: &[&str]) -> Finished {
+        self.start(args).finish()
+    }
+
+    /// Starts a detached VM with the ledger guest.
+    ///
+    /// # Panics
+    /// If it does not come up.
+    pub fn run_ledger(&self, name: &str, memory: &str, cmdline: &str, more: &[&str]) -> Finished {
+        let mut args =
+            vec!["vm", "run", "--name", name, "--memory", memory, "--cmdline", cmdline, "--detach"];
+        args.extend(more);
+        self.run(&args).success()
+    }
+
+    /// Starts `migrate receive` on a free port and gives it and its address.
+    ///
+    /// # Panics
+    /// If it does not listen in time.
+    pub fn receive(&self, more: &[&str]) -> (Running, String) {
+        self.receive_held(more, "")
+    }
+
+    /// As [`Host::receive`], stopping itself when it enters a phase.
+    ///
+    /// # Panics
+    /// If it does not listen in time.
+    pub fn receive_held(&self, more: &[&str], phase: &str) -> (Running, String) {
+        let mut args = vec!["receive", "--listen", "127.0.0.1:0"];
+        args.extend(more);
+        let mut receiver = if phase.is_empty() { self.start(&args) } else { self.start_held(&args, phase) };
+        let listening = receiver.wait_event("listening");
+        let address = listening["address"].as_str().expect("an address").to_owned();
+        (receiver, address)
+    }
+
+    /// The VMs of this host, as `migrate vm list` tells them.
+    pub fn vms(&self) -> Vec<Value> {
+        self.run(&["vm", "list"]).success().lines
+    }
+
+    /// The phase of a VM, if it is there.
+    pub fn phase(&self, name: &str) -> Option<String> {
+        self.vms().iter().find(|vm| vm["name"] == name)?["phase"].as_str().map(str::to_owned)
+    }
+
+    /// Waits until a VM is in this phase (`None`: is gone).
+    ///
+    /// # Panics
+    /// After [`STEP_LIMIT`](crate::process::STEP_LIMIT).
+    pub fn wait_phase(&self, name: &str, wanted: Option<&str>) {
+        let until = Instant::now() + crate::process::STEP_LIMIT;
+        loop {
+            let phase = self.phase(name);
+            if phase.as_deref() == wanted {
+                return;
+            }
+            assert!(Instant::now() < until, "{name} is {phase:?}, waited for {wanted:?}\n{}", self.log(name));
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// The process of a VM's VMM.
+    ///
+    /// # Panics
+    /// If there is no such VM.
+    pub fn vm_pid(&self, name: &str) -> i32 {
+        let vm = self.vms().into_iter().find(|vm| vm["name"] == name).expect("the VM is listed");
+        i32::try_from(vm["pid"].as_i64().expect("a pid")).expect("a pid is an i32")
+    }
+
+    /// What the VMM of a detached VM and its guest said.
+    pub fn log(&self, name: &str) -> String {
+        let read = |suffix| std::fs::read_to_string(self.runtime_dir().join(format!("{name}.{suffix}")));
+        format!("{}\n{}", read("log").unwrap_or_default(), read("serial").unwrap_or_default())
+    }
+
+    /// Waits until the ledger of a VM has filled its memory and writes.
+    ///
+    /// # Panics
+    /// After [`STEP_LIMIT`](crate::process::STEP_LIMIT).
+    pub fn wait_ledger_running(&self, name: &str) {
+        let until = Instant::now() + crate::process::STEP_LIMIT;
+        loop {
+            let asked = self.run(&["ledger", name]);
+            if asked.lines.last().is_some_and(|ledger| ledger["state"] == "running") {
+                return;
+            }
+            assert!(
+                Instant::now() < until,
+                "the ledger of {name} does not get to run: {asked:#?}\n{}",
+                self.log(name)
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// The guest's account of itself.
+    ///
+    /// # Panics
+    /// If it gives none.
+    pub fn ledger(&self, name: &str) -> Value {
+        self.run(&["ledger", name]).success().lines.pop().expect("a ledger")
+    }
+
+    /// Checks the guest's memory against what the model says it must hold, and the guest's own account.
+    ///
+    /// # Panics
+    /// If anything is wrong, or if the guest does not go on writing.
+    pub fn assert_sound(&self, name: &str) {
+        let verified = self.run(&["ledger", name, "--verify"]);
+        assert_eq!(verified.code, 0, "{verified:#?}\n{}", self.log(name));
+        let before = self.ledger(name);
+        let ticks = |ledger: &Value| ledger["ticks"].as_u64().expect("ticks");
+        let until = Instant::now() + crate::process::STEP_LIMIT;
+        while ticks(&self.ledger(name)) <= ticks(&before) {
+            assert!(Instant::now() < until, "the guest {name} stands still\n{}", self.log(name));
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        // VMs outlive the program that started them, so they are ended by what their sockets say, or, where that is
+        // not to be had, by their command line, which names this host's directory.
+        let marker = self.dir.path().to_string_lossy().into_owned();
+        let Ok(entries) = std::fs::read_dir("/proc") else { return };
+        for entry in entries.flatten() {
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else {
+                continue;
+            };
+            let command = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            let ours = i32::try_from(std::process::id()).is_ok_and(|own| own == pid);
+            if !ours
+                && String::from_utf8_lossy(&command).contains(&marker)
+                && let Some(pid) = rustix::process::Pid::from_raw(pid)
+            {
+                rustix::process::kill_process(pid, rustix::process::Signal::KILL).ok();
+            }
+        }
+    }
+}
+
+/// Two hosts that trust each other.
+///
+/// # Panics
+/// If their keys cannot be made.
+pub fn trusting_pair(program: &Path) -> (Host, Host) {
+    let (a, b) = (Host::new(program), Host::new(program));
+    for host in [&a, &b] {
+        host.run(&["keys", "init"]).success();
+    }
+    trust(&a, "b", &b);
+    trust(&b, "a", &a);
+    (a, b)
+}
+
+/// Lets `host` trust `other` under a name.
+///
+/// # Panics
+/// If it does not work.
+pub fn trust(host: &Host, name: &str, other: &Host) {
+    let shown = other.run(&["keys", "show"]).success();
+    let fingerprint = shown.lines[0]["fingerprint"].as_str().expect("a fingerprint").to_owned();
+    host.run(&["keys", "trust", name, &fingerprint]).success();
+}

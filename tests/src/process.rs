@@ -1,0 +1,180 @@
+//! A program under test: its lines as they come, its exit code, and its end when the test ends.
+
+use serde_json::Value;
+use std::io::{BufRead as _, BufReader};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// The longest that any single step of a test may take before the test fails: far above what a loaded machine needs.
+pub const STEP_LIMIT: Duration = Duration::from_secs(60);
+
+/// A running program, killed when dropped.
+pub struct Running {
+    /// What it was started as, for failure texts.
+    pub what: String,
+    child: Child,
+    lines: Receiver<Value>,
+    seen: Vec<Value>,
+    stderr: Option<JoinHandle<String>>,
+    exit: Option<i32>,
+}
+
+/// A program that ended.
+#[derive(Debug)]
+pub struct Finished {
+    /// Its exit code, or minus the signal that ended it.
+    pub code: i32,
+    /// The JSON objects it printed.
+    pub lines: Vec<Value>,
+    /// What it said on stderr.
+    pub stderr: String,
+}
+
+impl Finished {
+    /// The object whose `event` is this, the last one if there are several.
+    pub fn event(&self, name: &str) -> Option<&Value> {
+        self.lines.iter().rev().find(|line| line["event"] == name)
+    }
+
+    /// This, if it exited with 0.
+    ///
+    /// # Panics
+    /// With everything the program said, if not.
+    pub fn success(self) -> Self {
+        assert_eq!(self.code, 0, "{self:#?}");
+        self
+    }
+}
+
+impl Running {
+    /// Starts a program that prints one JSON object a line.
+    ///
+    /// # Panics
+    /// If it cannot be started.
+    pub fn start(mut command: Command) -> Self {
+        let what = format!("{command:?}");
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap_or_else(|error| panic!("{what}: {error}"));
+        let stdout = child.stdout.take().expect("stdout is piped");
+        let stderr = child.stderr.take().expect("stderr is piped");
+        let (send, lines) = channel();
+        std::thread::spawn(move || {
+            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                let value = serde_json::from_str(&line).unwrap_or(Value::String(line));
+                if send.send(value).is_err() {
+                    break;
+                }
+            }
+        });
+        let stderr = std::thread::spawn(move || std::io::read_to_string(stderr).unwrap_or_default());
+        Self { what, child, lines, seen: Vec::new(), stderr: Some(stderr), exit: None }
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> i32 {
+        i32::try_from(self.child.id()).expect("a pid is an i32")
+    }
+
+    /// Waits for the first line that `wanted` accepts, and gives it.
+    ///
+    /// # Panics
+    /// After [`STEP_LIMIT`], or when the program ends first.
+    pub fn wait_for(&mut self, why: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+        let until = Instant::now() + STEP_LIMIT;
+        loop {
+            match self.lines.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                Ok(line) => {
+                    self.seen.push(line.clone());
+                    if wanted(&line) {
+                        return line;
+                    }
+                }
+                Err(error) => {
+                    let ended = error == RecvTimeoutError::Disconnected;
+                    self.signal(rustix::process::Signal::KILL);
+                    let stderr = self.stderr.take().and_then(|thread| thread.join().ok()).unwrap_or_default();
+                    panic!(
+                        "{} while waiting for {why}: {}\n{:#?}\n{stderr}",
+                        if ended { "the program ended" } else { "time ran out" },
+                        self.what,
+                        self.seen
+                    );
+                }
+            }
+        }
+    }
+
+    /// Waits for the line whose `event` is this.
+    ///
+    /// # Panics
+    /// As [`Running::wait_for`].
+    pub fn wait_event(&mut self, name: &str) -> Value {
+        self.wait_for(name, |line| line["event"] == name)
+    }
+
+    /// Waits until the program has stopped itself (see `MIGRATE_TEST_HOLD` in docs/scripting.md).
+    ///
+    /// # Panics
+    /// After [`STEP_LIMIT`], or when it ends instead.
+    pub fn wait_held(&mut self) {
+        let until = Instant::now() + STEP_LIMIT;
+        loop {
+            let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap_or_default();
+            match stat.rsplit(") ").next().and_then(|rest| rest.chars().next()) {
+                Some('T') => return,
+                None | Some('Z' | 'X') => self.wait_for("a hold", |_| false),
+                _ if Instant::now() > until => self.wait_for("a hold", |_| false),
+                _ => Value::Null,
+            };
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Sends a signal; a process that is gone already is no error.
+    pub fn signal(&self, signal: rustix::process::Signal) {
+        if let Some(pid) = rustix::process::Pid::from_raw(self.pid()) {
+            rustix::process::kill_process(pid, signal).ok();
+        }
+    }
+
+    /// Whether it still runs.
+    pub fn is_running(&mut self) -> bool {
+        self.exit.is_none() && matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// Waits for the end.
+    ///
+    /// # Panics
+    /// After [`STEP_LIMIT`].
+    pub fn finish(mut self) -> Finished {
+        let until = Instant::now() + STEP_LIMIT;
+        let status = loop {
+            if let Some(status) = self.child.try_wait().expect("wait for a child") {
+                break status;
+            }
+            if Instant::now() > until {
+                self.wait_for("its end", |_| false);
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        };
+        let code = status
+            .code()
+            .unwrap_or_else(|| -std::os::unix::process::ExitStatusExt::signal(&status).unwrap_or_default());
+        self.exit = Some(code);
+        let mut lines = std::mem::take(&mut self.seen);
+        lines.extend(self.lines.iter());
+        let stderr = self.stderr.take().and_then(|thread| thread.join().ok()).unwrap_or_default();
+        Finished { code, lines, stderr }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if self.exit.is_none() {
+            self.child.kill().ok();
+            self.child.wait().ok();
+        }
+    }
+}
