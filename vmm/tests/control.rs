@@ -1,4 +1,5 @@
 //! The control socket over real VMs: two of them in this process, a client for each.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test's helpers fail the test")]
 
 #[path = "../src/test_images.rs"]
 mod test_images;

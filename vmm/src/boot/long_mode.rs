@@ -137,6 +137,7 @@ pub(super) fn elf_registers(entry: u64, sregs: &mut kvm_sregs) -> kvm_regs {
     kvm_regs {
         rip: entry,
         rsp: BOOT_STACK_TOP,
+        rbx: PVH_START_INFO,
         rdi: PVH_START_INFO,
         rsi: ZERO_PAGE,
         rflags: RFLAGS,
@@ -199,8 +200,8 @@ mod tests {
             u64::from_le_bytes(bytes)
         };
         assert_eq!(word(BOOT_PML4), BOOT_PDPT | 7);
-        assert_eq!(word(BOOT_PDPT + 5 * 8), BOOT_PD + 5 * 4096 | 7);
+        assert_eq!(word(BOOT_PDPT + 5 * 8), (BOOT_PD + 5 * 4096) | 7);
         assert_eq!(word(BOOT_PDPT + 6 * 8), 0);
-        assert_eq!(word(BOOT_PD + 3 * 4096 + 8), 3 * GIB + MIB_2 | 0x87);
+        assert_eq!(word(BOOT_PD + 3 * 4096 + 8), (3 * GIB + MIB_2) | 0x87);
     }
 }

@@ -3,7 +3,7 @@
 //! | image | entry | `rdi` | `rsi` | `rbx` |
 //! |---|---|---|---|---|
 //! | ELF with a PVH note | 32-bit, paging off | – | – | start_info |
-//! | other ELF | 64-bit, identity map | start_info | boot_params | – |
+//! | other ELF | 64-bit, identity map | start_info | boot_params | start_info |
 //! | flat | 64-bit, identity map, CPL 0 or 3 | vCPU number | start_info | – |
 //!
 //! Every image also finds a PVH start_info, a memory map, boot_params and the command line in low memory
