@@ -126,8 +126,8 @@ impl Offer {
     }
 }
 
-/// Checks the name of a workload: 1 to [`MAX_NAME_BYTES`] ASCII letters, digits, `.`, `_` and `-`, the first one
-/// neither `.` nor `-`. A name becomes a file name and a word on a command line, so it can be neither a path nor an
+/// Checks the name of a workload: 1 to [`MAX_NAME_BYTES`] ASCII letters, digits, `.`, `_` and `-`, the first one a
+/// letter or a digit. A name becomes a file name and a word on a command line, so it can be neither a path nor an
 /// option.
 ///
 /// # Errors
@@ -140,9 +140,9 @@ pub fn check_name(name: &str) -> Result<()> {
     let Some(first) = name.bytes().next() else {
         return Err(ProtocolError::Value { what: "the length of a workload's name", found: 0 });
     };
-    if b".-".contains(&first) {
+    if !first.is_ascii_alphanumeric() {
         return Err(ProtocolError::Value {
-            what: "the first byte of a workload's name (neither '.' nor '-')",
+            what: "the first byte of a workload's name (a letter or a digit)",
             found: u64::from(first),
         });
     }
