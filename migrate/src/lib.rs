@@ -12,8 +12,10 @@
 #![deny(unsafe_code)]
 
 pub mod error;
+pub mod identity;
 pub mod source;
 pub mod link;
 pub mod destination;
+pub mod commands;
 
 pub use error::{Error, Result};
