@@ -122,5 +122,14 @@ impl Identity {
     }
 }
 
+/// What this host calls itself, as far as it makes a name for a trust store.
+pub fn this_host() -> String {
+    let uname = rustix::system::uname();
+    let name = uname.nodename().to_string_lossy();
+    let fits = |c: &char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
+    let name: String = name.chars().filter(fits).take(64).collect();
+    if name.is_empty() { "HOST".into() } else { name }
+}
+
 #[cfg(test)]
 mod tests;

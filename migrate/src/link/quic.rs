@@ -14,6 +14,7 @@
 
 mod dial;
 mod listen;
+pub mod pipe;
 mod reason;
 mod settings;
 mod socket;

@@ -1,7 +1,7 @@
 //! What became of a connection, in words for an operator.
 
 use crate::error::{Error, clean};
-use crate::identity::Fingerprint;
+use crate::identity::{Fingerprint, this_host};
 use quinn::{ConnectionError, ReadError, TransportErrorCode, WriteError};
 use std::fmt;
 use std::time::Duration;
@@ -98,15 +98,6 @@ impl Ends {
             other => Error::Link(format!("the stream from {} cannot be read: {other}", self.peer)),
         }
     }
-}
-
-/// What this host calls itself, as far as it makes a name for a trust store.
-pub(crate) fn this_host() -> String {
-    let uname = rustix::system::uname();
-    let name = uname.nodename().to_string_lossy();
-    let fits = |c: &char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
-    let name: String = name.chars().filter(fits).take(64).collect();
-    if name.is_empty() { "HOST".into() } else { name }
 }
 
 /// The peer as people know it: address, name in the trust store, key.
