@@ -12,6 +12,7 @@
 #![deny(unsafe_code)]
 
 pub mod error;
+pub mod identity;
 pub mod source;
 pub mod memory;
 pub mod link;
@@ -19,5 +20,6 @@ pub mod destination;
 pub mod paths;
 pub mod units;
 pub mod exit;
+pub mod commands;
 
 pub use error::{Error, Result};

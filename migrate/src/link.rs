@@ -5,6 +5,7 @@
 //! up, or the link is lost.
 
 pub mod duplex;
+pub mod quic;
 
 use crate::error::Result;
 use bytes::Bytes;

@@ -1,0 +1,4 @@
+//! The verbs of the command line, one a file.
+
+pub mod bench_pipe;
+pub mod keys;
