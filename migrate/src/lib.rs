@@ -21,5 +21,6 @@ pub mod paths;
 pub mod units;
 pub mod exit;
 pub mod commands;
+pub mod cli;
 
 pub use error::{Error, Result};

@@ -1,24 +1,24 @@
 //! `migrate bench-pipe`, hidden: what the link carries with no guest behind it.
 
-use super::keys::KeyDir;
-use crate::error::{Error, Result};
-use crate::identity::{Identity, TrustStore};
+use super::emit;
+use crate::cli::Common;
+use crate::error::Result;
+use crate::identity::{self, Identity, TrustStore};
 use crate::link::quic::{Listener, Settings, dial, pipe};
-use clap::{Args, Subcommand};
-use std::io::Write;
+use clap::Subcommand;
+use serde_json::json;
 use std::net::SocketAddr;
+use std::process::ExitCode;
 use std::time::Duration;
 
 /// How long `receive` waits for its peer.
 const WAIT: Duration = Duration::from_secs(60);
 
 /// Measure what the QUIC link carries with no guest behind it
-#[derive(Debug, Args)]
+#[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  migrate bench-pipe receive --listen 127.0.0.1:7099 &\n  \
                         migrate bench-pipe send 127.0.0.1:7099 --mib 4096")]
-pub struct BenchPipeArgs {
-    #[command(flatten)]
-    keys: KeyDir,
+pub struct Args {
     #[command(flatten)]
     tuning: Tuning,
     #[command(subcommand)]
@@ -50,7 +50,7 @@ enum End {
 }
 
 /// What differs from the settings that migrations use.
-#[derive(Debug, Args)]
+#[derive(Debug, clap::Args)]
 struct Tuning {
     /// Bytes on their way at most, in KiB
     #[arg(long, global = true)]
@@ -95,29 +95,23 @@ impl Tuning {
 ///
 /// # Errors
 /// As the link's.
-pub fn run(args: &BenchPipeArgs, out: &mut dyn Write) -> Result<()> {
-    let keys = args.keys.path()?;
+pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
+    let keys = identity::directory(common.keys.as_deref())?;
     let settings = args.tuning.settings();
-    let mut print = |line: String| {
-        let written = writeln!(out, "{line}").and_then(|()| out.flush());
-        written.map_err(|error| Error::Host(format!("cannot write the output: {error}")))
-    };
     match &args.end {
         End::Receive { listen, runs } => {
             let mut listener = Listener::bind(*listen, &keys, settings)?;
-            print(serde_json::json!({"listening": listener.local_addr().to_string()}).to_string())?;
+            emit(&json!({"event": "listening", "address": listener.local_addr().to_string()}));
             for _ in 0..*runs {
                 pipe::receive(listener.accept(WAIT)?)?;
             }
-            Ok(())
         }
         End::Send { address, mib, streams } => {
             let identity = Identity::load(&keys)?;
             let trust = TrustStore::load(&keys)?;
             let link = dial(address, &identity, &trust, &settings, WAIT)?;
-            let report = pipe::send(link, mib.saturating_mul(1 << 20), *streams)?;
-            let text = serde_json::to_string(&report);
-            print(text.map_err(|error| Error::Host(format!("cannot print the report: {error}")))?)
+            emit(&pipe::send(link, mib.saturating_mul(1 << 20), *streams)?);
         }
     }
+    Ok(ExitCode::SUCCESS)
 }

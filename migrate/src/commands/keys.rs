@@ -1,11 +1,13 @@
 //! `migrate keys`: this host's key, and whom it trusts.
 
-use crate::error::{Error, Result};
+use super::{emit, say};
+use crate::cli::Common;
+use crate::error::Result;
 use crate::identity::{self, Fingerprint, Identity, TrustStore};
-use clap::{Args, Subcommand};
+use clap::Subcommand;
 use serde_json::{Value, json};
-use std::io::Write;
-use std::path::PathBuf;
+use std::path::Path;
+use std::process::ExitCode;
 
 const EXAMPLE: &str = "\
 Example, on both hosts in turn:
@@ -13,33 +15,10 @@ Example, on both hosts in turn:
   host-a$ migrate keys show           # prints the line to run on host-b
   host-b$ migrate keys trust host-a SHA256:…";
 
-/// Where the keys are; the same for every verb that needs them.
-#[derive(Debug, Clone, Default, Args)]
-pub struct KeyDir {
-    /// Directory of this host's key and of the hosts it trusts [default: $XDG_CONFIG_HOME/migrate or ~/.config/migrate]
-    #[arg(long, value_name = "DIR", global = true)]
-    pub keys: Option<PathBuf>,
-}
-
-impl KeyDir {
-    /// The directory.
-    ///
-    /// # Errors
-    /// `Identity` when neither the operator nor the environment names one.
-    pub fn path(&self) -> Result<PathBuf> {
-        identity::directory(self.keys.as_deref())
-    }
-}
-
-/// Make, show and exchange the keys by which hosts know each other
-#[derive(Debug, Args)]
+/// Make, show and exchange the keys by which hosts know each other.
+#[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLE)]
-pub struct KeysArgs {
-    #[command(flatten)]
-    dir: KeyDir,
-    /// Print one JSON object a line
-    #[arg(long, global = true)]
-    json: bool,
+pub struct Args {
     #[command(subcommand)]
     verb: Verb,
 }
@@ -85,49 +64,66 @@ enum Verb {
 ///
 /// # Errors
 /// `Identity` as the text says; `Host` when `out` cannot be written to.
-pub fn run(args: &KeysArgs, out: &mut dyn Write) -> Result<()> {
-    let dir = args.dir.path()?;
-    let mut print = |object: Value, text: String| {
-        let line = if args.json { object.to_string() } else { text };
-        writeln!(out, "{line}").map_err(|error| Error::Host(format!("cannot write the output: {error}")))
-    };
-    match &args.verb {
+pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
+    for answer in answers(&identity::directory(common.keys.as_deref())?, &args.verb)? {
+        match (common.json, answer.object) {
+            (true, Some(object)) => emit(&object),
+            (true, None) => {}
+            (false, _) => say(&answer.text),
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// One thing that a verb says.
+struct Answer {
+    /// For `--json`, if it has anything for scripts.
+    object: Option<Value>,
+    /// For people.
+    text: String,
+}
+
+fn answer(object: Value, text: String) -> Answer {
+    Answer { object: Some(object), text }
+}
+
+fn answers(dir: &Path, verb: &Verb) -> Result<Vec<Answer>> {
+    Ok(match verb {
         Verb::Init { name, force } => {
             let name = name.clone().unwrap_or_else(identity::this_host);
-            let identity = Identity::init(&dir, &name, *force)?;
+            let identity = Identity::init(dir, &name, *force)?;
             let text = format!("made a key in {}\n{}", dir.display(), describe(&identity));
-            print(object(&identity), text)
+            vec![answer(object(&identity), text)]
         }
         Verb::Show => {
-            let identity = Identity::load(&dir)?;
-            print(object(&identity), describe(&identity))
+            let identity = Identity::load(dir)?;
+            vec![answer(object(&identity), describe(&identity))]
         }
         Verb::Trust { name, fingerprint } => {
-            let added = TrustStore::load(&dir)?.add(name, *fingerprint)?;
+            let added = TrustStore::load(dir)?.add(name, *fingerprint)?;
             let text = if added { "trusted" } else { "was trusted already" };
-            print(
+            vec![answer(
                 json!({"name": name, "fingerprint": fingerprint, "added": added}),
                 format!("{name} {fingerprint} {text}"),
-            )
+            )]
         }
         Verb::List => {
-            let trust = TrustStore::load(&dir)?;
-            if trust.list().is_empty() && !args.json {
-                return print(
-                    json!({}),
-                    "no host is trusted: `migrate keys trust NAME FINGERPRINT` adds one".into(),
-                );
+            let trust = TrustStore::load(dir)?;
+            let none = "no host is trusted: `migrate keys trust NAME FINGERPRINT` adds one";
+            match trust.list() {
+                [] => vec![Answer { object: None, text: none.into() }],
+                hosts => hosts
+                    .iter()
+                    .map(|host| answer(json!(host), format!("{} {}", host.name, host.fingerprint)))
+                    .collect(),
             }
-            trust
-                .list()
-                .iter()
-                .try_for_each(|host| print(json!(host), format!("{} {}", host.name, host.fingerprint)))
         }
-        Verb::Revoke { host } => TrustStore::load(&dir)?
+        Verb::Revoke { host } => TrustStore::load(dir)?
             .revoke(host)?
             .iter()
-            .try_for_each(|host| print(json!(host), format!("{} {} revoked", host.name, host.fingerprint))),
-    }
+            .map(|host| answer(json!(host), format!("{} {} revoked", host.name, host.fingerprint)))
+            .collect(),
+    })
 }
 
 fn trust_line(identity: &Identity) -> String {
@@ -150,20 +146,34 @@ fn object(identity: &Identity) -> Value {
 mod tests {
     use super::*;
     use clap::Parser;
-    use std::path::Path;
 
     #[derive(Parser)]
-    struct Cli {
+    struct Line {
         #[command(flatten)]
-        keys: KeysArgs,
+        keys: Args,
+    }
+
+    fn parse(words: &[&str]) -> std::result::Result<Line, clap::Error> {
+        Line::try_parse_from(["keys"].iter().chain(words))
+    }
+
+    /// What is said to a script (`json`) or to people, a line an answer.
+    fn said(dir: &Path, words: &[&str], json: bool) -> Result<String> {
+        let answers = answers(dir, &parse(words).unwrap().keys.verb)?;
+        Ok(answers
+            .into_iter()
+            .filter_map(
+                |answer| {
+                    if json { answer.object.map(|object| object.to_string()) } else { Some(answer.text) }
+                },
+            )
+            .map(|line| line + "\n")
+            .collect())
     }
 
     fn keys(dir: &Path, words: &[&str]) -> Result<String> {
-        let dir = dir.to_str().unwrap();
-        let cli = Cli::try_parse_from(["keys"].iter().chain(words).chain(&["--keys", dir])).unwrap();
-        let mut out = Vec::new();
-        run(&cli.keys, &mut out)?;
-        Ok(String::from_utf8(out).unwrap())
+        let (json, words): (Vec<&str>, Vec<&str>) = words.iter().partition(|word| **word == "--json");
+        said(dir, &words, !json.is_empty())
     }
 
     #[test]
@@ -191,6 +201,6 @@ mod tests {
         keys(tmp.path(), &["init"]).unwrap();
         assert!(keys(tmp.path(), &["init"]).is_err());
         keys(tmp.path(), &["init", "--force"]).unwrap();
-        assert!(Cli::try_parse_from(["keys", "trust", "a", "SHA256:no"]).is_err());
+        assert!(parse(&["trust", "a", "SHA256:no"]).is_err());
     }
 }
