@@ -12,8 +12,14 @@
 #![deny(unsafe_code)]
 
 pub mod error;
+pub mod cancel;
 pub mod source;
+pub mod select;
+pub mod converge;
+pub mod outbound;
+mod conversation;
 pub mod link;
 pub mod destination;
+pub mod report;
 
 pub use error::{Error, Result};
