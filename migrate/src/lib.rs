@@ -19,6 +19,7 @@ pub mod converge;
 pub mod outbound;
 mod conversation;
 pub mod link;
+pub mod inbound;
 pub mod destination;
 pub mod report;
 

@@ -173,6 +173,46 @@ pub struct Report {
     pub warnings: Vec<String>,
 }
 
+/// What one migration did, seen from the destination.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ArrivalReport {
+    /// Its name, once it was offered.
+    pub migration: Option<MigrationId>,
+    /// The workload's name here, once it was offered.
+    pub workload: String,
+    /// Who the source is.
+    pub peer: String,
+    /// Why nothing arrived, if nothing did.
+    pub error: Option<String>,
+    /// The phases in order.
+    pub phases: Vec<PhaseTime>,
+    /// Rounds that arrived whole.
+    pub rounds: u32,
+    /// Bytes on the page streams.
+    pub received_bytes: u64,
+    /// Bytes of the state.
+    pub state_bytes: u64,
+    /// From the first byte to the end.
+    pub total_us: u64,
+}
+
+impl ArrivalReport {
+    /// Nothing has happened yet.
+    pub(crate) fn of(peer: &str) -> Self {
+        Self {
+            migration: None,
+            workload: String::new(),
+            peer: peer.into(),
+            error: None,
+            phases: Vec::new(),
+            rounds: 0,
+            received_bytes: 0,
+            state_bytes: 0,
+            total_us: 0,
+        }
+    }
+}
+
 /// Something that happened, for progress bars and logs.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(tag = "event", rename_all = "kebab-case")]
@@ -193,8 +233,19 @@ pub enum Event {
     Progress(Progress),
     /// A round is over.
     RoundEnd(RoundReport),
-    /// The migration is over.
+    /// The migration is over, at the source.
     Done(Box<Report>),
+    /// Pages come in; at most ten a second.
+    Receiving {
+        /// The round, from 0.
+        round: u32,
+        /// Bytes on all page streams so far.
+        received_bytes: u64,
+        /// Bytes since the last such event by the time since.
+        rate_bytes_per_s: u64,
+    },
+    /// The migration is over, at the destination.
+    Arrived(Box<ArrivalReport>),
 }
 
 /// How far a round is.
