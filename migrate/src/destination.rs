@@ -1,5 +1,7 @@
 //! Where pages go.
 
+pub mod scripted;
+
 use crate::error::Result;
 use protocol::MigrationId;
 use protocol::control::{Offer, RefuseCode};

@@ -43,6 +43,7 @@ use crate::link::Link;
 use crate::report::{Event, Observer, Outcome, Phase, PhaseTime, Report, micros};
 use crate::source::Source;
 use commit::Answer;
+pub use commit::ask;
 use lanes::Lanes;
 use protocol::MigrationId;
 use protocol::control::{Downstream, Offer, Upstream};

@@ -1,5 +1,7 @@
 //! Where pages come from.
 
+pub mod scripted;
+
 use crate::error::Result;
 use protocol::MigrationId;
 use protocol::control::WorkloadKind;

@@ -34,7 +34,10 @@ pub(super) struct Parser {
     stage: Stage,
 }
 
-#[allow(clippy::large_enum_variant, reason = "one a stream; a box would be made and dropped with every frame")]
+#[allow(
+    clippy::large_enum_variant,
+    reason = "one a stream; a box would be made and dropped with every frame"
+)]
 enum Stage {
     Preamble(Gather<PREAMBLE_BYTES>),
     Header(Gather<HEADER_BYTES>),

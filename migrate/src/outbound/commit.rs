@@ -3,8 +3,10 @@
 use super::Outbound;
 use crate::conversation::{Sender, out_of_order};
 use crate::error::{Error, Result, clean};
+use crate::link::Link;
 use crate::report::micros;
 use crate::source::Committed;
+use protocol::MigrationId;
 use protocol::control::{self, Downstream, Upstream};
 use protocol::handshake::Hello;
 use std::time::{Duration, Instant};
@@ -66,24 +68,9 @@ impl Outbound<'_> {
     }
 
     fn ask_once(&mut self, limit: Duration) -> Result<control::Outcome> {
-        let migration = self.options.migration;
-        let nothing = &mut || Ok(0);
-        let mut talk = Sender::new((self.dial)()?, 0);
-        talk.introduce(&Downstream::Hello(Hello::ours()), limit)?;
-        talk.preamble(limit, nothing)?;
-        match talk.hear("the destination's greeting", limit, nothing)?.0 {
-            Upstream::Hello(hello) => hello.agree()?,
-            other => return Err(out_of_order("Hello", other.name())),
-        };
-        talk.say(&Downstream::Ask { migration }, &[], limit)?;
-        match talk.hear("the destination to say what became of the workload", limit, nothing)?.0 {
-            Upstream::Outcome { migration: of, outcome } if of == migration => {
-                self.talk = talk;
-                Ok(outcome)
-            }
-            Upstream::Refuse { code, reason } => Err(Error::Refused { code, reason: clean(&reason) }),
-            other => Err(out_of_order("Outcome", other.name())),
-        }
+        let (outcome, talk) = question((self.dial)()?, self.options.migration, limit)?;
+        self.talk = talk;
+        Ok(outcome)
     }
 
     /// The only place where the proof is made: the destination's word was read right before.
@@ -98,5 +85,40 @@ impl Outbound<'_> {
             "{name} was committed to {peer} and no answer came back ({why}). It stands still here and nothing is \
              lost: find out whether it runs at {peer}, then settle it with `migrate recover {name}`"
         ))
+    }
+}
+
+/// Asks what became of a migration, for an operator who settles a source that was left in doubt. Each answer is waited
+/// for no longer than `limit`.
+///
+/// # Errors
+/// `Link`, `TimedOut`, `Refused`, or `Protocol`: nothing is known then.
+pub fn ask(link: Box<dyn Link>, migration: MigrationId, limit: Duration) -> Result<control::Outcome> {
+    let (outcome, mut talk) = question(link, migration, limit)?;
+    if outcome != control::Outcome::Unknown {
+        talk.say(&Downstream::Done { migration }, &[], limit)?;
+    }
+    talk.hang_up("answered");
+    Ok(outcome)
+}
+
+fn question(
+    link: Box<dyn Link>,
+    migration: MigrationId,
+    limit: Duration,
+) -> Result<(control::Outcome, Sender)> {
+    let nothing = &mut || Ok(0);
+    let mut talk = Sender::new(link, 0);
+    talk.introduce(&Downstream::Hello(Hello::ours()), limit)?;
+    talk.preamble(limit, nothing)?;
+    match talk.hear("the destination's greeting", limit, nothing)?.0 {
+        Upstream::Hello(hello) => hello.agree()?,
+        other => return Err(out_of_order("Hello", other.name())),
+    };
+    talk.say(&Downstream::Ask { migration }, &[], limit)?;
+    match talk.hear("the destination to say what became of the workload", limit, nothing)?.0 {
+        Upstream::Outcome { migration: of, outcome } if of == migration => Ok((outcome, talk)),
+        Upstream::Refuse { code, reason } => Err(Error::Refused { code, reason: clean(&reason) }),
+        other => Err(out_of_order("Outcome", other.name())),
     }
 }
