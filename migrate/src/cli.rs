@@ -47,8 +47,14 @@ enum Verb {
     /// Run, list, show and stop VMs on this host.
     #[command(subcommand)]
     Vm(commands::vm::Verb),
+    /// Move a running VM to another host.
+    Send(commands::send::Args),
+    /// Take a VM that another host sends.
+    Receive(commands::receive::Args),
     /// This host's identity, and the hosts it trusts.
     Keys(commands::keys::Args),
+    /// Show and settle VMs that a lost connection left frozen between two hosts.
+    Recover(commands::recover::Args),
     /// Ask a ledger guest for its account of itself, and check its memory from outside.
     Ledger(commands::ledger::Args),
     /// Measure the QUIC pipe with no guest behind it.
@@ -62,7 +68,10 @@ pub fn run() -> ExitCode {
     commands::init_logging(&cli.common);
     let result: Result<ExitCode> = match cli.verb {
         Verb::Vm(verb) => commands::vm::run(&cli.common, verb),
+        Verb::Send(args) => commands::send::run(&cli.common, &args),
+        Verb::Receive(args) => commands::receive::run(&cli.common, &args),
         Verb::Keys(args) => commands::keys::run(&cli.common, &args),
+        Verb::Recover(args) => commands::recover::run(&cli.common, &args),
         Verb::Ledger(args) => commands::ledger::run(&cli.common, &args),
         Verb::BenchPipe(args) => commands::bench_pipe::run(&cli.common, &args),
     };

@@ -1,16 +1,22 @@
 //! The verbs, one a file, and what they share.
 
 pub mod vm;
+pub mod send;
+pub mod receive;
 pub mod keys;
+pub mod recover;
 pub mod ledger;
 pub mod bench_pipe;
 
+use crate::cancel::CancelFlag;
 use crate::cli::Common;
 use crate::error::{Error, Result};
 use crate::exit;
 use serde::Serialize;
 use std::io::Write as _;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use tracing_subscriber::EnvFilter;
 
 /// Logs go to stderr: warnings, more with `-v`, or what `RUST_LOG` says.
@@ -54,6 +60,21 @@ pub fn emit<T: Serialize>(value: &T) {
 pub fn say(line: &str) {
     let mut out = std::io::stdout().lock();
     writeln!(out, "{line}").and_then(|()| out.flush()).ok();
+}
+
+/// A flag that Ctrl-C and SIGTERM set; a second Ctrl-C does what it always does, so that a stuck program can be ended.
+///
+/// # Errors
+/// `Host` when the handlers cannot be set.
+pub fn cancel_on_signals() -> Result<CancelFlag> {
+    let flag = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        // In this order: the first handler acts on what earlier signals left, then the flag is set for this one.
+        signal_hook::flag::register_conditional_default(signal, Arc::clone(&flag))
+            .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&flag)))
+            .map_err(|error| Error::Host(format!("signals cannot be caught: {error}")))?;
+    }
+    Ok(CancelFlag::over(flag))
 }
 
 /// Checks a VM's name before it becomes part of a path.
