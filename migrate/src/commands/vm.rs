@@ -123,7 +123,7 @@ pub fn run(common: &Common, verb: Verb) -> Result<ExitCode> {
 }
 
 fn run_here(runtime: &RuntimeDir, args: RunArgs) -> Result<ExitCode> {
-    check_name(&args.name)?;
+    check_free(runtime, &args.name)?;
     let image = args.kernel.map_or_else(|| Bytes::Inline(ledger::IMAGE.into()), Bytes::File);
     let kernel = match args.flat {
         None => KernelSource::Elf(image),
@@ -178,11 +178,17 @@ fn report_exit(name: &str, reason: &ExitReason) -> ExitCode {
     }
 }
 
-fn detach(common: &Common, runtime: &RuntimeDir, args: &RunArgs) -> Result<ExitCode> {
-    check_name(&args.name)?;
-    if Client::connect(&runtime.socket(&args.name), Role::Query, "migrate vm run", STATUS_LIMIT).is_ok() {
-        return Err(Error::Workload(format!("a VM named {} runs here already", args.name)));
+/// Refuses a name that is taken. Two that come at the same moment are told apart by the socket.
+fn check_free(runtime: &RuntimeDir, name: &str) -> Result<()> {
+    check_name(name)?;
+    match status(runtime, name) {
+        Ok(vm) => Err(Error::Workload(format!("a VM named {name} runs here already (pid {})", vm.pid))),
+        Err(_) => Ok(()),
     }
+}
+
+fn detach(common: &Common, runtime: &RuntimeDir, args: &RunArgs) -> Result<ExitCode> {
+    check_free(runtime, &args.name)?;
     let cannot = |what: &str, error: std::io::Error| Error::Host(format!("{what}: {error}"));
     let log_path = runtime.log(&args.name);
     let log = File::create(&log_path).map_err(|error| cannot("the VM's log cannot be written", error))?;

@@ -22,6 +22,8 @@ pub struct VmSource {
     workload: Workload,
     memory: GuestMemory,
     destination: String,
+    tracked: bool,
+    frozen: bool,
     pledged_to: Option<MigrationId>,
 }
 
@@ -43,7 +45,15 @@ impl VmSource {
             layout: description.layout,
             machine: description.machine,
         };
-        Ok(Self { client, workload, memory, destination: destination.into(), pledged_to: None })
+        Ok(Self {
+            client,
+            workload,
+            memory,
+            destination: destination.into(),
+            tracked: false,
+            frozen: false,
+            pledged_to: None,
+        })
     }
 }
 
@@ -58,6 +68,7 @@ impl Source for VmSource {
 
     fn track(&mut self) -> Result<String> {
         let mode = self.client.track_start().map_err(workload)?;
+        self.tracked = true;
         let name = serde_json::to_value(mode).ok().and_then(|value| value.as_str().map(str::to_owned));
         Ok(format!("kvm-{}", name.unwrap_or_default()))
     }
@@ -85,7 +96,9 @@ impl Source for VmSource {
     }
 
     fn freeze(&mut self) -> Result<()> {
-        self.client.freeze().map_err(workload)
+        self.client.freeze().map_err(workload)?;
+        self.frozen = true;
+        Ok(())
     }
 
     fn state(&mut self) -> Result<Vec<u8>> {
@@ -99,8 +112,14 @@ impl Source for VmSource {
     }
 
     fn resume(mut self: Box<Self>) -> Result<()> {
-        self.client.resume(self.pledged_to).map_err(workload)?;
-        self.client.track_stop().map_err(workload)
+        if self.frozen {
+            self.client.resume(self.pledged_to).map_err(workload)?;
+        }
+        // Resuming from a pledge ends the tracking by itself.
+        if self.tracked && self.pledged_to.is_none() {
+            self.client.track_stop().map_err(workload)?;
+        }
+        Ok(())
     }
 
     fn hand_over(mut self: Box<Self>, committed: Committed) -> Result<()> {
