@@ -1,8 +1,8 @@
 //! The numbers of a QUIC link.
 
+use super::congestion::BoundedConfig;
 use crate::error::{Error, Result};
 use protocol::frame::MAX_PAGE_STREAMS;
-use quinn::congestion::CubicConfig;
 use quinn::{EndpointConfig, IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,8 +26,8 @@ pub struct Settings {
     pub max_batch_bytes: usize,
     /// Threads that run the transport.
     pub workers: usize,
-    /// How many bytes may be on their way before the first acknowledgement.
-    pub initial_window_bytes: u64,
+    /// How many bytes may be on their way whatever the path was seen to carry; see `congestion`.
+    pub in_flight_bytes: u64,
 }
 
 impl Default for Settings {
@@ -38,16 +38,21 @@ impl Default for Settings {
             stall_timeout: Duration::from_secs(30),
             window_bytes: 8 << 20,
             socket_buffer_bytes: 32 << 20,
-            max_payload_bytes: MAX_UDP_PAYLOAD_BYTES,
+            max_payload_bytes: BEST_UDP_PAYLOAD_BYTES,
             max_batch_bytes: usize::from(MAX_UDP_PAYLOAD_BYTES),
             workers: 1,
-            initial_window_bytes: 1 << 20,
+            in_flight_bytes: 1 << 20,
         }
     }
 }
 
 /// The largest payload of a UDP datagram over IPv4: 65535 less 20 bytes of IP and 8 of UDP header (RFC 791, 768).
 pub(super) const MAX_UDP_PAYLOAD_BYTES: u16 = 65507;
+
+/// The largest that pays, on loopback alone. Two of them fill a batch. CPU of sender and receiver for 1 GiB: 0.44 and
+/// 0.44 s, against 0.5 and 0.8 to 1.2 s at 65487 bytes, where the kernel must find 64 KiB in one piece, 0.52 and 0.52 s
+/// at 16376, 0.6 and 0.6 s at 8952, 1.7 and 1.7 s at 1452 (November 2026).
+const BEST_UDP_PAYLOAD_BYTES: u16 = 32753;
 
 /// What every QUIC path carries (RFC 9000, section 14).
 pub(super) const MIN_UDP_PAYLOAD_BYTES: u16 = 1200;
@@ -68,8 +73,7 @@ impl Settings {
         let upper = first_hop.min(self.max_payload_bytes).max(MIN_UDP_PAYLOAD_BYTES);
         let mut discovery = MtuDiscoveryConfig::default();
         discovery.upper_bound(upper);
-        let mut congestion = CubicConfig::default();
-        congestion.initial_window(self.initial_window_bytes);
+        let congestion = BoundedConfig { floor_bytes: self.in_flight_bytes };
         let mut config = TransportConfig::default();
         config
             .max_concurrent_bidi_streams(VarInt::from_u32(1))
