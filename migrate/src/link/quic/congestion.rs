@@ -127,13 +127,13 @@ impl DeliveryRate {
 
     /// Counts acknowledged bytes; takes a sample once `interval` is over.
     fn on_ack(&mut self, now: Instant, bytes: u64, interval: Duration, app_limited: bool) {
-        self.acked_bytes += bytes;
+        self.acked_bytes = self.acked_bytes.saturating_add(bytes);
         self.app_limited |= app_limited;
         let elapsed = now.saturating_duration_since(self.since);
         if elapsed < interval {
             return;
         }
-        let rate = u128::from(self.acked_bytes) * 1_000_000_000 / elapsed.as_nanos().max(1);
+        let rate = u128::from(self.acked_bytes).saturating_mul(1_000_000_000) / elapsed.as_nanos().max(1);
         let rate = u64::try_from(rate).unwrap_or(u64::MAX);
         // A pause of the sender says nothing of the path, so it drives no older sample out.
         if !self.app_limited || rate > self.largest() {
@@ -149,7 +149,7 @@ impl DeliveryRate {
 
     /// Bytes on a path of this round-trip time at the largest rate.
     fn in_flight(&self, round_trip: Duration) -> u64 {
-        let bytes = u128::from(self.largest()) * round_trip.as_nanos() / 1_000_000_000;
+        let bytes = u128::from(self.largest()).saturating_mul(round_trip.as_nanos()) / 1_000_000_000;
         u64::try_from(bytes).unwrap_or(u64::MAX)
     }
 }

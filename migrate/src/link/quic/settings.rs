@@ -20,7 +20,8 @@ pub struct Settings {
     pub window_bytes: u32,
     /// The kernel's buffers of the UDP socket, each way, in bytes.
     pub socket_buffer_bytes: usize,
-    /// The largest UDP payload to try, in bytes, whatever the path's interface would carry.
+    /// The largest UDP payload to try, in bytes, whatever the path's interface would carry. Only loopback carries
+    /// more than 9000 or so, and there the largest is the cheapest: see docs/performance.md.
     pub max_payload_bytes: u16,
     /// Bytes in one `sendmsg` call.
     pub max_batch_bytes: usize,
@@ -38,7 +39,7 @@ impl Default for Settings {
             stall_timeout: Duration::from_secs(30),
             window_bytes: 8 << 20,
             socket_buffer_bytes: 32 << 20,
-            max_payload_bytes: BEST_UDP_PAYLOAD_BYTES,
+            max_payload_bytes: MAX_UDP_PAYLOAD_BYTES,
             max_batch_bytes: usize::from(MAX_UDP_PAYLOAD_BYTES),
             workers: 1,
             in_flight_bytes: 1 << 20,
@@ -48,11 +49,6 @@ impl Default for Settings {
 
 /// The largest payload of a UDP datagram over IPv4: 65535 less 20 bytes of IP and 8 of UDP header (RFC 791, 768).
 pub(super) const MAX_UDP_PAYLOAD_BYTES: u16 = 65507;
-
-/// The largest that pays, on loopback alone. Two of them fill a batch. CPU of sender and receiver for 1 GiB: 0.44 and
-/// 0.44 s, against 0.5 and 0.8 to 1.2 s at 65487 bytes, where the kernel must find 64 KiB in one piece, 0.52 and 0.52 s
-/// at 16376, 0.6 and 0.6 s at 8952, 1.7 and 1.7 s at 1452 (November 2026).
-const BEST_UDP_PAYLOAD_BYTES: u16 = 32753;
 
 /// What every QUIC path carries (RFC 9000, section 14).
 pub(super) const MIN_UDP_PAYLOAD_BYTES: u16 = 1200;
