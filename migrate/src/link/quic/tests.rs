@@ -522,3 +522,12 @@ fn a_listener_needs_a_key() {
     let error = Listener::bind(any_port(), Path::new("/nonexistent"), quick()).err().unwrap();
     assert!(error.to_string().contains("migrate keys init"), "{error}");
 }
+
+#[test]
+fn the_raw_pipe_reports_what_it_carried() {
+    let tmp = tempfile::tempdir().unwrap();
+    let report = pipe::raw_pipe(tmp.path(), 8 << 20, 2, &Settings::default()).unwrap();
+    assert_eq!((report.bytes, report.streams), (8 << 20, 2));
+    assert!(report.bytes_per_second > 0.0 && report.idle_round_trip_us_p50 > 0.0, "{report:?}");
+    assert!(report.link.sent_wire_bytes > report.bytes, "{report:?}");
+}
