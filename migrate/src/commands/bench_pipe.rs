@@ -52,12 +52,12 @@ enum End {
 /// What differs from the settings that migrations use.
 #[derive(Debug, clap::Args)]
 struct Tuning {
-    /// Bytes on their way at most, in KiB
+    /// Flow-control windows, in KiB
     #[arg(long, global = true)]
     window_kib: Option<u32>,
-    /// Bytes before the first acknowledgement, in KiB
+    /// Bytes on their way whatever was measured, in KiB
     #[arg(long, global = true)]
-    initial_window_kib: Option<u64>,
+    in_flight_kib: Option<u64>,
     /// The kernel's socket buffers, in KiB
     #[arg(long, global = true)]
     socket_kib: Option<usize>,
@@ -77,9 +77,7 @@ impl Tuning {
         let usual = Settings::default();
         Settings {
             window_bytes: self.window_kib.map_or(usual.window_bytes, |kib| kib.saturating_mul(1024)),
-            initial_window_bytes: self
-                .initial_window_kib
-                .map_or(usual.initial_window_bytes, |kib| kib.saturating_mul(1024)),
+            in_flight_bytes: self.in_flight_kib.map_or(usual.in_flight_bytes, |kib| kib.saturating_mul(1024)),
             socket_buffer_bytes: self
                 .socket_kib
                 .map_or(usual.socket_buffer_bytes, |kib| kib.saturating_mul(1024)),

@@ -3,17 +3,23 @@
 use super::reason::{Ends, Peer};
 use super::settings::Settings;
 use super::socket::{Socket, any_like, first_hop_mtu};
-use super::{Opened, QuicLink, Side, runtime, tls};
+use super::{DROPPED, Opened, QuicLink, Side, runtime, tls};
 use crate::error::{Error, Result};
 use crate::identity::{Identity, TrustStore};
-use quinn::{ClientConfig, Connection, ConnectionError, Endpoint, TokioRuntime};
+use quinn::{ClientConfig, Connection, ConnectionError, Endpoint, TokioRuntime, VarInt};
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
+use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 
 /// Between looks at whether the other end has confirmed the handshake. A round trip is the least it takes.
 const CONFIRM_POLL: Duration = Duration::from_micros(200);
+
+/// How long a peer must be silent before its kernel's word is believed. A process that lives, even on a busy host,
+/// answers sooner.
+const SILENCE: Duration = Duration::from_millis(500);
 
 /// Connects to a `migrate receive` at `address`, a `host:port`, and proves to each end who the other is.
 ///
@@ -94,11 +100,7 @@ impl Attempt<'_> {
             [] => tls::Gate::of_store(self.trust),
             expected => tls::Gate::new(expected.to_vec()),
         };
-        let mut ends = Ends {
-            peer: peer.to_string(),
-            own: self.identity.fingerprint(),
-            idle_timeout: self.settings.idle_timeout,
-        };
+        let mut ends = Ends::new(peer, self.identity.fingerprint(), self.settings.idle_timeout);
         let mut config = ClientConfig::new(tls::client(self.identity, gate.clone())?);
         config.transport_config(self.settings.transport(first_hop_mtu(peer))?);
         let connecting = endpoint
@@ -122,6 +124,7 @@ impl Attempt<'_> {
             return Err(Error::Identity(format!("{peer} showed no key")));
         };
         ends.peer = Peer { address: &peer, name: self.trust.name_of(key), key }.to_string();
+        tokio::spawn(watch(connection.clone(), refused, ends.gone.clone()));
         Ok(Opened { connection, ends, settings: self.settings.clone(), side: Side::Dialler })
     }
 
@@ -164,6 +167,33 @@ async fn confirm(connection: &Connection) -> std::result::Result<(), ConnectionE
         }
     }
     Ok(())
+}
+
+/// Ends a connection whose peer's kernel says that nobody listens there any more, long before the idle timeout.
+///
+/// Anybody can forge such a message, so one alone ends nothing: it takes two, [`SILENCE`] apart, and not a single
+/// packet from the peer between them.
+async fn watch(connection: Connection, refused: Arc<Notify>, gone: Arc<AtomicBool>) {
+    let closed = connection.closed();
+    tokio::pin!(closed);
+    let mut first: Option<(Instant, u64)> = None;
+    loop {
+        tokio::select! {
+            _ = &mut closed => return,
+            () = refused.notified() => {}
+        }
+        let heard = connection.stats().udp_rx.datagrams;
+        match first {
+            Some((since, before)) if before == heard => {
+                if since.elapsed() >= SILENCE {
+                    gone.store(true, Ordering::Relaxed);
+                    connection.close(VarInt::from_u32(DROPPED), b"nobody listens");
+                    return;
+                }
+            }
+            _ => first = Some((Instant::now(), heard)),
+        }
+    }
 }
 
 fn split(address: &str) -> Result<(&str, u16)> {

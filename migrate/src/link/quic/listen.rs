@@ -170,11 +170,7 @@ async fn keep_door(endpoint: Endpoint, door: Arc<Door>) {
 
 async fn admit(incoming: Incoming, door: &Door) -> Result<Opened> {
     let address = incoming.remote_address();
-    let mut ends = Ends {
-        peer: address.to_string(),
-        own: door.identity.fingerprint(),
-        idle_timeout: door.settings.idle_timeout,
-    };
+    let mut ends = Ends::new(address, door.identity.fingerprint(), door.settings.idle_timeout);
     let trust = TrustStore::load(&door.keys)?;
     let gate = tls::Gate::of_store(&trust);
     let config = server_config(&door.identity, gate.clone(), address, &door.settings)?;

@@ -4,6 +4,9 @@ use crate::error::{Error, clean};
 use crate::identity::{Fingerprint, this_host};
 use quinn::{ConnectionError, ReadError, TransportErrorCode, WriteError};
 use std::fmt;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// TLS alerts (RFC 8446, section 6.2) that tell what to do.
@@ -23,9 +26,16 @@ pub(super) struct Ends {
     pub(super) own: Fingerprint,
     /// How long the peer may be silent.
     pub(super) idle_timeout: Duration,
+    /// Set when the peer's kernel says that its process is gone.
+    pub(super) gone: Arc<AtomicBool>,
 }
 
 impl Ends {
+    /// What is known before anything was heard of the peer but its address.
+    pub(super) fn new(address: SocketAddr, own: Fingerprint, idle_timeout: Duration) -> Self {
+        Self { peer: address.to_string(), own, idle_timeout, gone: Arc::default() }
+    }
+
     /// Why the connection is no more.
     pub(super) fn lost(&self, error: &ConnectionError) -> Error {
         let peer = &self.peer;
@@ -74,6 +84,9 @@ impl Ends {
                 )
             }
             ConnectionError::Reset => format!("{peer} forgot the connection: was `migrate` restarted there?"),
+            ConnectionError::LocallyClosed if self.gone.load(Ordering::Relaxed) => {
+                format!("{peer} is gone: nobody listens at that port any more; see the log there")
+            }
             ConnectionError::LocallyClosed => format!("the connection to {peer} was closed here"),
             ConnectionError::CidsExhausted => format!("too many connections to {peer}"),
         })

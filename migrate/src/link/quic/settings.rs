@@ -1,8 +1,8 @@
 //! The numbers of a QUIC link.
 
+use super::congestion::BoundedConfig;
 use crate::error::{Error, Result};
 use protocol::frame::MAX_PAGE_STREAMS;
-use quinn::congestion::CubicConfig;
 use quinn::{EndpointConfig, IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,14 +20,15 @@ pub struct Settings {
     pub window_bytes: u32,
     /// The kernel's buffers of the UDP socket, each way, in bytes.
     pub socket_buffer_bytes: usize,
-    /// The largest UDP payload to try, in bytes, whatever the path's interface would carry.
+    /// The largest UDP payload to try, in bytes, whatever the path's interface would carry. Only loopback carries
+    /// more than 9000 or so, and there the largest is the cheapest: see docs/performance.md.
     pub max_payload_bytes: u16,
     /// Bytes in one `sendmsg` call.
     pub max_batch_bytes: usize,
     /// Threads that run the transport.
     pub workers: usize,
-    /// How many bytes may be on their way before the first acknowledgement.
-    pub initial_window_bytes: u64,
+    /// How many bytes may be on their way whatever the path was seen to carry; see `congestion`.
+    pub in_flight_bytes: u64,
 }
 
 impl Default for Settings {
@@ -41,7 +42,7 @@ impl Default for Settings {
             max_payload_bytes: MAX_UDP_PAYLOAD_BYTES,
             max_batch_bytes: usize::from(MAX_UDP_PAYLOAD_BYTES),
             workers: 1,
-            initial_window_bytes: 1 << 20,
+            in_flight_bytes: 1 << 20,
         }
     }
 }
@@ -68,8 +69,7 @@ impl Settings {
         let upper = first_hop.min(self.max_payload_bytes).max(MIN_UDP_PAYLOAD_BYTES);
         let mut discovery = MtuDiscoveryConfig::default();
         discovery.upper_bound(upper);
-        let mut congestion = CubicConfig::default();
-        congestion.initial_window(self.initial_window_bytes);
+        let congestion = BoundedConfig { floor_bytes: self.in_flight_bytes };
         let mut config = TransportConfig::default();
         config
             .max_concurrent_bidi_streams(VarInt::from_u32(1))

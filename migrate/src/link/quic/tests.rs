@@ -3,7 +3,7 @@ use crate::identity::{Identity, TrustStore};
 use bytes::Bytes;
 use std::net::{SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 const SHORT: Duration = Duration::from_secs(5);
@@ -217,7 +217,7 @@ fn who_shows_no_key_or_speaks_another_version_is_refused() {
     let hosts = Hosts::friends();
     let mut listener = hosts.listen(&quick());
     let own = hosts.identity("a").fingerprint();
-    let ends = Ends { peer: "b".into(), own, idle_timeout: SHORT };
+    let ends = Ends::new(listener.local_addr(), own, SHORT);
     let error = connect_nameless(listener.local_addr(), protocol::handshake::ALPN);
     assert!(ends.lost(&error).to_string().contains("showed no key"), "{error}");
     let error = connect_nameless(listener.local_addr(), b"migrate/0");
@@ -280,31 +280,55 @@ fn a_port_in_use_is_named() {
     assert!(matches!(&error, Error::Host(text) if text.contains("in use")), "{error}");
 }
 
+/// Stands for the network in front of a listener.
+struct Relay {
+    address: SocketAddr,
+    /// Carries nothing any more, as with a cut cable. Dropping the relay closes its port too.
+    cut: Arc<AtomicBool>,
+    end: Arc<AtomicBool>,
+    carrier: Option<thread::JoinHandle<()>>,
+}
+
+impl Relay {
+    fn to(server: SocketAddr) -> Self {
+        let socket = UdpSocket::bind(any_port()).unwrap();
+        socket.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
+        let address = socket.local_addr().unwrap();
+        let (cut, end) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let (is_cut, ends) = (cut.clone(), end.clone());
+        let carrier = thread::spawn(move || {
+            let mut buffer = vec![0; 65536];
+            let mut client = None;
+            while !ends.load(Ordering::Relaxed) {
+                let Ok((bytes, from)) = socket.recv_from(&mut buffer) else { continue };
+                if from != server {
+                    client = Some(from);
+                }
+                let to = if from == server { client } else { Some(server) };
+                if let (Some(to), false) = (to, is_cut.load(Ordering::Relaxed)) {
+                    let _ = socket.send_to(&buffer[..bytes], to);
+                }
+            }
+        });
+        Self { address, cut, end, carrier: Some(carrier) }
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        self.end.store(true, Ordering::Relaxed);
+        if let Some(carrier) = self.carrier.take() {
+            let _ = carrier.join();
+        }
+    }
+}
+
 #[test]
 fn a_peer_that_vanishes_is_noticed_after_the_idle_timeout() {
     let hosts = Hosts::friends();
     let mut listener = hosts.listen(&quick());
-    // A relay stands for the network: when it stops, both ends hear nothing more, as with a cut cable.
-    let relay = UdpSocket::bind(any_port()).unwrap();
-    relay.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
-    let (address, server) = (relay.local_addr().unwrap(), listener.local_addr());
-    let cut = Arc::new(AtomicUsize::new(0));
-    let stop = cut.clone();
-    let carrier = thread::spawn(move || {
-        let mut buffer = vec![0; 65536];
-        let mut client = None;
-        while stop.load(Ordering::Relaxed) < 2 {
-            let Ok((bytes, from)) = relay.recv_from(&mut buffer) else { continue };
-            if from != server {
-                client = Some(from);
-            }
-            let to = if from == server { client } else { Some(server) };
-            if let (Some(to), 0) = (to, stop.load(Ordering::Relaxed)) {
-                let _ = relay.send_to(&buffer[..bytes], to);
-            }
-        }
-    });
-    let mut a = hosts.dial(address, &quick()).unwrap();
+    let relay = Relay::to(listener.local_addr());
+    let mut a = hosts.dial(relay.address, &quick()).unwrap();
     let mut b = listener.accept(SHORT).unwrap();
     a.write(b"x", SHORT).unwrap();
     b.read_exact(&mut [0], "x", SHORT).unwrap();
@@ -312,15 +336,30 @@ fn a_peer_that_vanishes_is_noticed_after_the_idle_timeout() {
     thread::sleep(quick().idle_timeout * 2);
     a.write(b"y", SHORT).unwrap();
     b.read_exact(&mut [0], "y", SHORT).unwrap();
-    cut.store(1, Ordering::Relaxed);
+    relay.cut.store(true, Ordering::Relaxed);
     let begun = Instant::now();
     for end in [&mut a, &mut b] {
         let error = end.read_exact(&mut [0], "a word", SHORT).unwrap_err();
         assert!(matches!(&error, Error::Link(text) if text.contains("sent nothing for 0.6 s")), "{error}");
     }
     assert!(begun.elapsed() < 3 * quick().idle_timeout, "{:?}", begun.elapsed());
-    cut.store(2, Ordering::Relaxed);
-    carrier.join().unwrap();
+}
+
+#[test]
+fn a_peer_whose_process_died_is_noticed_long_before_the_idle_timeout() {
+    let hosts = Hosts::friends();
+    let mut listener = hosts.listen(&Settings::default());
+    let relay = Relay::to(listener.local_addr());
+    let mut a = hosts.dial(relay.address, &Settings::default()).unwrap();
+    let mut b = listener.accept(SHORT).unwrap();
+    a.write(b"x", SHORT).unwrap();
+    b.read_exact(&mut [0], "x", SHORT).unwrap();
+    // As when a process is killed: its port is closed, and it says nothing.
+    drop(relay);
+    let begun = Instant::now();
+    let error = a.write(b"y", SHORT).and_then(|()| a.read_exact(&mut [0], "an answer", SHORT)).unwrap_err();
+    assert!(error.to_string().contains("nobody listens"), "{error}");
+    assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
 }
 
 fn bulk(streams: usize) {
@@ -482,4 +521,13 @@ fn a_stream_in_use_ends_when_its_link_is_closed() {
 fn a_listener_needs_a_key() {
     let error = Listener::bind(any_port(), Path::new("/nonexistent"), quick()).err().unwrap();
     assert!(error.to_string().contains("migrate keys init"), "{error}");
+}
+
+#[test]
+fn the_raw_pipe_reports_what_it_carried() {
+    let tmp = tempfile::tempdir().unwrap();
+    let report = pipe::raw_pipe(tmp.path(), 8 << 20, 2, &Settings::default()).unwrap();
+    assert_eq!((report.bytes, report.streams), (8 << 20, 2));
+    assert!(report.bytes_per_second > 0.0 && report.idle_round_trip_us_p50 > 0.0, "{report:?}");
+    assert!(report.link.sent_wire_bytes > report.bytes, "{report:?}");
 }
