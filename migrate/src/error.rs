@@ -1,5 +1,6 @@
 //! What can go wrong in a migration, split by whose fault it is.
 
+use crate::report::Phase;
 use protocol::ProtocolError;
 use protocol::control::RefuseCode;
 use std::time::Duration;
@@ -56,9 +57,44 @@ pub enum Error {
     /// `Commit` was sent and no answer came: the source stays frozen.
     #[error("{0}")]
     InDoubt(String),
+    /// Any of the others, and the phase of the migration in which it happened.
+    #[error("{phase}: {error}")]
+    During {
+        /// What was being done.
+        phase: Phase,
+        /// What went wrong.
+        error: Box<Error>,
+    },
+    /// A migration failed and its workload could not be resumed: it stands still.
+    #[error("{cause}; and the workload could not be resumed: {resume}")]
+    NotResumed {
+        /// Why the migration failed.
+        cause: Box<Error>,
+        /// Why the workload stands still.
+        resume: Box<Error>,
+    },
     /// The command line asks for something that cannot be.
     #[error("{0}")]
     Usage(String),
+}
+
+impl Error {
+    /// The same error, saying in which phase it happened; the innermost phase is kept.
+    #[must_use]
+    pub fn during(self, phase: Phase) -> Self {
+        match self {
+            named @ Self::During { .. } => named,
+            error => Self::During { phase, error: Box::new(error) },
+        }
+    }
+
+    /// The error without the phase around it: what decides on an exit code.
+    pub fn root(&self) -> &Self {
+        match self {
+            Self::During { error, .. } => error.root(),
+            error => error,
+        }
+    }
 }
 
 /// Words of a peer, made fit for a terminal: one line, no control characters, at most 300 characters.

@@ -7,10 +7,10 @@ pub const GUEST: u8 = 11;
 
 /// The exit code of an error: one for each class of fault, so that a script can act on it.
 pub fn code(error: &Error) -> u8 {
-    match error {
+    match error.root() {
         Error::Usage(_) => 2,
         Error::Host(_) => 3,
-        Error::Workload(_) => 4,
+        Error::Workload(_) | Error::NotResumed { .. } | Error::During { .. } => 4,
         Error::Identity(_) => 5,
         Error::Refused { .. } => 6,
         Error::Link(_) | Error::TimedOut { .. } | Error::PeerFailed { .. } => 7,
@@ -23,10 +23,10 @@ pub fn code(error: &Error) -> u8 {
 
 /// The class of an error as `--json` names it.
 pub fn class(error: &Error) -> &'static str {
-    match error {
+    match error.root() {
         Error::Usage(_) => "usage",
         Error::Host(_) => "host",
-        Error::Workload(_) => "workload",
+        Error::Workload(_) | Error::NotResumed { .. } | Error::During { .. } => "workload",
         Error::Identity(_) => "identity",
         Error::Refused { .. } => "refused",
         Error::Link(_) | Error::TimedOut { .. } | Error::PeerFailed { .. } => "link",

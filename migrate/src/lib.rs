@@ -12,12 +12,23 @@
 #![deny(unsafe_code)]
 
 pub mod error;
+pub mod cancel;
+pub mod identity;
 pub mod source;
 pub mod memory;
+pub mod select;
+pub mod converge;
+pub mod outbound;
+mod conversation;
 pub mod link;
+pub mod inbound;
 pub mod destination;
+pub mod report;
 pub mod paths;
 pub mod units;
 pub mod exit;
+pub mod progress;
+pub mod commands;
+pub mod cli;
 
 pub use error::{Error, Result};

@@ -5,6 +5,7 @@
 //! up, or the link is lost.
 
 pub mod duplex;
+pub mod quic;
 
 use crate::error::Result;
 use bytes::Bytes;
@@ -21,7 +22,8 @@ pub trait Link: Send {
     /// `Link` when the connection is lost, `TimedOut` when the peer takes nothing for `timeout`.
     fn write(&mut self, bytes: &[u8], timeout: Duration) -> Result<()>;
 
-    /// Fills `buffer` from the control stream.
+    /// Fills `buffer` from the control stream. What arrived before the connection ended can still be read behind
+    /// its end, so that a peer's last word is not lost.
     ///
     /// A read that timed out has kept what it got: the next call continues where it stopped, so that a caller may
     /// wait in slices (and look at its cancel flag between them) as long as it asks for the same length again.
@@ -50,7 +52,7 @@ pub trait Link: Send {
     fn close(self: Box<Self>, reason: &str);
 }
 
-/// The sending end of a page stream.
+/// The sending end of a page stream. Dropping it ends the stream cleanly, behind everything that was written.
 pub trait PageSender: Send {
     /// Writes all chunks in order; blocks while the peer's window is full.
     ///
@@ -61,10 +63,11 @@ pub trait PageSender: Send {
 
 /// The receiving end of a page stream.
 pub trait PageReceiver: Send {
-    /// The next bytes, as many as the transport has in one piece; `None` at the clean end of the stream.
+    /// The next bytes, as many as the transport has in one piece; `None` at the clean end of the stream, which only
+    /// the peer's sender makes: the end of the connection is never one.
     ///
     /// # Errors
-    /// `Link` when the connection is lost. It waits without limit while the connection lives: the link's own
+    /// `Link` when the connection is lost or closed. It waits without limit while the connection lives: the link's own
     /// idle timeout bounds a dead peer, and closing the link ends the wait.
     fn read(&mut self) -> Result<Option<Bytes>>;
 }

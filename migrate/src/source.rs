@@ -1,5 +1,8 @@
 //! Where pages come from.
 
+pub mod vm;
+pub mod scripted;
+
 use crate::error::Result;
 use protocol::MigrationId;
 use protocol::control::WorkloadKind;

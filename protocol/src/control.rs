@@ -7,14 +7,19 @@
 //! Offer + machine blob ───────────────▶  checks everything, makes the memory
 //!       ◀────────────────────────────── Accept            (or Refuse)
 //! … page streams: round 0 … ══════════▶
+//! RoundSent 0 ────────────────────────▶  waits for round 0 on every page stream
 //!       ◀────────────────────────────── RoundDone 0        (all of it is in memory)
 //! … page streams: round n, frozen … ══▶
 //! State + blob ───────────────────────▶  waits for round n, loads, checks
 //!       ◀────────────────────────────── Ready             (or Failed)
 //! Commit ─────────────────────────────▶  starts
-//!       ◀────────────────────────────── Started
+//!       ◀────────────────────────────── Started           (or Failed: it will never start)
 //! Done ───────────────────────────────▶  may forget
 //! ```
+//!
+//! Every wait of either end is for one message on this stream: the sender announces what it has sent, the
+//! receiver answers when it is there. The last round is announced by `State`, and `Ready` is its answer. Behind
+//! its last round the sender ends its page streams; the state is loaded only once all of them have ended.
 //!
 //! Instead of `Offer`, a sender that lost its link behind `Commit` says `Ask` on a new connection and is told the
 //! `Outcome`. Either end may say why it gives up: `Cancel` downstream, `Failed` upstream.
@@ -54,6 +59,11 @@ pub enum Downstream {
     Hello(crate::handshake::Hello),
     /// Will you take this workload? The blob describes its machine, for the destination's VMM.
     Offer(Offer),
+    /// Every page of this round was written to the page streams: say `RoundDone` when all of it is in memory.
+    RoundSent {
+        /// The round, from 0.
+        round: u32,
+    },
     /// The workload is frozen, its last pages are in `last_round`; the blob is its [state](crate::state).
     State {
         /// The round that must have ended on every page stream before the state may be loaded.
@@ -64,7 +74,7 @@ pub enum Downstream {
         /// Which migration.
         migration: MigrationId,
     },
-    /// The source is gone; the receiver may forget this migration.
+    /// The sender knows what became of the migration, and will not ask; the receiver may forget it.
     Done {
         /// Which migration.
         migration: MigrationId,
@@ -79,6 +89,22 @@ pub enum Downstream {
         /// Which migration.
         migration: MigrationId,
     },
+}
+
+impl Downstream {
+    /// Its name in this document, for errors and logs.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Hello(_) => "Hello",
+            Self::Offer(_) => "Offer",
+            Self::RoundSent { .. } => "RoundSent",
+            Self::State { .. } => "State",
+            Self::Commit { .. } => "Commit",
+            Self::Done { .. } => "Done",
+            Self::Cancel { .. } => "Cancel",
+            Self::Ask { .. } => "Ask",
+        }
+    }
 }
 
 /// A workload that looks for a place.
@@ -150,7 +176,7 @@ pub enum Upstream {
         /// Which migration.
         migration: MigrationId,
     },
-    /// The receiver gave up before it started anything; the source is the workload.
+    /// The receiver gave up before it started anything and will never start it; the source is the workload.
     Failed {
         /// Why, for the operator of the sender.
         reason: String,
@@ -162,6 +188,22 @@ pub enum Upstream {
         /// What became of it here.
         outcome: Outcome,
     },
+}
+
+impl Upstream {
+    /// Its name in this document, for errors and logs.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Hello(_) => "Hello",
+            Self::Accept => "Accept",
+            Self::Refuse { .. } => "Refuse",
+            Self::RoundDone { .. } => "RoundDone",
+            Self::Ready => "Ready",
+            Self::Started { .. } => "Started",
+            Self::Failed { .. } => "Failed",
+            Self::Outcome { .. } => "Outcome",
+        }
+    }
 }
 
 /// Why a receiver refuses a workload.

@@ -11,7 +11,8 @@
 //!  state ─▶ the blob inside `control::Downstream::State` and `monitor`'s save and load
 //! ```
 //!
-//! docs/wire-protocol.md and docs/control-protocol.md say the same in words; `tests/golden.rs` holds both to it.
+//! docs/wire-protocol.md and docs/control-protocol.md say the same in words; `tests/golden.rs` and `tests/docs.rs` hold
+//! the crate and both of them to it.
 #![forbid(unsafe_code)]
 
 pub mod page;

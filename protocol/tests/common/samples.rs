@@ -10,7 +10,8 @@ use protocol::state::State;
 
 pub(crate) const MIGRATION: MigrationId = MigrationId(0x0011_2233_4455_6677_8899_aabb_ccdd_eeff);
 
-pub(crate) const DOWNSTREAM_TYPES: [&str; 7] = ["hello", "offer", "state", "commit", "done", "cancel", "ask"];
+pub(crate) const DOWNSTREAM_TYPES: [&str; 8] =
+    ["hello", "offer", "state", "commit", "done", "cancel", "ask", "round-sent"];
 pub(crate) const UPSTREAM_TYPES: [&str; 8] =
     ["hello", "accept", "refuse", "round-done", "ready", "started", "failed", "outcome"];
 pub(crate) const REQUEST_TYPES: [&str; 18] = [
@@ -48,6 +49,7 @@ pub(crate) fn downstream_type(message: &Downstream) -> &'static str {
         Downstream::Done { .. } => 4,
         Downstream::Cancel { .. } => 5,
         Downstream::Ask { .. } => 6,
+        Downstream::RoundSent { .. } => 7,
     }]
 }
 
@@ -126,6 +128,7 @@ pub(crate) fn downstream() -> Vec<Downstream> {
         Downstream::Done { migration: MIGRATION },
         Downstream::Cancel { reason: "stopped by the operator".into() },
         Downstream::Ask { migration: MIGRATION },
+        Downstream::RoundSent { round: 0 },
     ]
 }
 

@@ -61,6 +61,7 @@ pub(crate) fn downstream() -> impl Strategy<Value = Downstream> {
         migration().prop_map(|migration| Downstream::Done { migration }),
         text().prop_map(|reason| Downstream::Cancel { reason }),
         migration().prop_map(|migration| Downstream::Ask { migration }),
+        any::<u32>().prop_map(|round| Downstream::RoundSent { round }),
     ]
 }
 

@@ -1,0 +1,87 @@
+//! The verbs, one a file, and what they share.
+
+pub mod vm;
+pub mod send;
+pub mod receive;
+pub mod keys;
+pub mod recover;
+pub mod ledger;
+pub mod bench_pipe;
+
+use crate::cancel::CancelFlag;
+use crate::cli::Common;
+use crate::error::{Error, Result};
+use crate::exit;
+use serde::Serialize;
+use std::io::Write as _;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use tracing_subscriber::EnvFilter;
+
+/// Logs go to stderr: warnings, more with `-v`, or what `RUST_LOG` says.
+pub fn init_logging(common: &Common) {
+    let level = match common.verbose {
+        0 => "warn,migrate=warn,vmm=warn",
+        1 => "warn,migrate=info,vmm=info",
+        2 => "info,migrate=debug,vmm=debug",
+        _ => "trace",
+    };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
+    let built =
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    // Only a second call in one process can fail, and then the first one's choice stands.
+    built.try_init().ok();
+}
+
+/// Says on stderr (and, with `--json`, on stdout) what went wrong, and gives the exit code for it.
+pub fn fail(common: &Common, error: &Error) -> ExitCode {
+    if common.json {
+        emit(&serde_json::json!({
+            "event": "error",
+            "class": exit::class(error),
+            "exit_code": exit::code(error),
+            "message": error.to_string(),
+        }));
+    }
+    // A closed stderr is no reason to lose the exit code.
+    writeln!(std::io::stderr(), "migrate: {error}").ok();
+    ExitCode::from(exit::code(error))
+}
+
+/// Prints one JSON object on a line of its own.
+pub fn emit<T: Serialize>(value: &T) {
+    if let Ok(line) = serde_json::to_string(value) {
+        say(&line);
+    }
+}
+
+/// Prints a line; a reader that went away (a closed pipe) must not end a migration.
+pub fn say(line: &str) {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{line}").and_then(|()| out.flush()).ok();
+}
+
+/// A flag that Ctrl-C and SIGTERM set; a second Ctrl-C does what it always does, so that a stuck program can be ended.
+///
+/// # Errors
+/// `Host` when the handlers cannot be set.
+pub fn cancel_on_signals() -> Result<CancelFlag> {
+    let flag = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        // In this order: the first handler acts on what earlier signals left, then the flag is set for this one.
+        signal_hook::flag::register_conditional_default(signal, Arc::clone(&flag))
+            .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&flag)))
+            .map_err(|error| Error::Host(format!("signals cannot be caught: {error}")))?;
+    }
+    Ok(CancelFlag::over(flag))
+}
+
+/// Checks a VM's name before it becomes part of a path.
+///
+/// # Errors
+/// `Usage`.
+pub fn check_name(name: &str) -> Result<()> {
+    protocol::control::check_name(name)
+        .map_err(|error| Error::Usage(format!("{name:?} cannot be a VM's name: {error}")))
+}

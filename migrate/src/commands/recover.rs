@@ -1,0 +1,133 @@
+//! `migrate recover`: VMs that stand still between two hosts. It asks, and never guesses.
+
+use super::{check_name, emit, say};
+use crate::cli::Common;
+use crate::error::{Error, Result};
+use crate::identity::{self, Identity, TrustStore};
+use crate::link::quic;
+use crate::outbound;
+use crate::paths::RuntimeDir;
+use crate::units;
+use protocol::control::Outcome;
+use protocol::monitor::{Phase, Pledge, Role};
+use std::process::ExitCode;
+use std::time::Duration;
+use vmm::Client;
+
+/// How long the VMM may take for one answer.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+
+/// Which VM to settle, and how.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example: migrate recover web
+
+Without a name it lists the VMs whose migration was cut off behind its commit. With one it asks the destination,
+where migrate receive must listen, and does what follows from the answer.")]
+pub struct Args {
+    /// The VM's name.
+    name: Option<String>,
+    /// Where to ask, if not where the VM was sent to: HOST:PORT.
+    #[arg(long, value_name = "ADDR", requires = "name")]
+    at: Option<String>,
+    /// Do not ask: you know that the destination does not have the VM and never will; it goes on here.
+    #[arg(long, requires = "name", conflicts_with_all = ["discard", "at"])]
+    resume: bool,
+    /// Do not ask: you know that the VM runs at the destination; the one here ends.
+    #[arg(long, requires = "name", conflicts_with = "at")]
+    discard: bool,
+    /// How long to wait for an answer.
+    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = units::duration)]
+    ask_timeout: Duration,
+}
+
+/// Runs the verb.
+///
+/// # Errors
+/// `InDoubt` when the destination does not know or does not answer.
+pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
+    let runtime = RuntimeDir::open(common.runtime_dir.as_deref())?;
+    let Some(name) = &args.name else { return list(common, &runtime) };
+    check_name(name)?;
+    let status = super::vm::status(&runtime, name)?;
+    let Some(pledge) = status.pledged_to.filter(|_| status.phase == Phase::Pledged) else {
+        return Err(Error::Workload(format!("{name} is not in doubt: there is nothing to recover")));
+    };
+    // Taken before the question is asked: nobody else may settle it meanwhile.
+    let wrong = |error: vmm::Error| Error::Workload(format!("{name} cannot be settled: {error}"));
+    let mut client = Client::connect(&runtime.socket(name), Role::Session, "migrate recover", ANSWER_LIMIT)
+        .map_err(wrong)?;
+    let outcome = match (args.resume, args.discard) {
+        (true, _) => Outcome::Discarded,
+        (_, true) => Outcome::Started,
+        _ => ask(common, args, name, &pledge)?,
+    };
+    let settled = match outcome {
+        Outcome::Started => {
+            client.hand_over(pledge.migration).map_err(wrong)?;
+            "it runs at the destination; the one here has ended"
+        }
+        Outcome::Discarded => {
+            client.resume(Some(pledge.migration)).map_err(wrong)?;
+            "the destination will never start it; it goes on here"
+        }
+        Outcome::Unknown => {
+            return Err(Error::InDoubt(format!(
+                "the host at {} does not know migration {}, which proves nothing: look whether {name} runs there, then \
+                 say which it is with migrate recover {name} --resume or --discard",
+                pledge.peer, pledge.migration
+            )));
+        }
+    };
+    if common.json {
+        emit(
+            &serde_json::json!({"event": "settled", "name": name, "outcome": outcome, "migration": pledge.migration}),
+        );
+    } else {
+        say(&format!("{name}: {settled}"));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn ask(common: &Common, args: &Args, name: &str, pledge: &Pledge) -> Result<Outcome> {
+    let keys = identity::directory(common.keys.as_deref())?;
+    let identity = Identity::load(&keys)?;
+    let trust = TrustStore::load(&keys)?;
+    let settings = super::send::settings(args.ask_timeout);
+    let address = args.at.as_deref().unwrap_or(&pledge.peer);
+    quic::dial(address, &identity, &trust, &settings, args.ask_timeout)
+        .and_then(|link| outbound::ask(Box::new(link), pledge.migration, args.ask_timeout))
+        .map_err(|error| match error {
+            Error::Identity(_) => error,
+            other => Error::InDoubt(format!(
+                "{other}; {name} stays as it is. Let migrate receive listen at the destination and say where with --at, or \
+                 look there yourself and say which it is with --resume or --discard"
+            )),
+        })
+}
+
+fn list(common: &Common, runtime: &RuntimeDir) -> Result<ExitCode> {
+    let mut found = false;
+    for vm in super::vm::all(runtime)? {
+        let Some(pledge) = &vm.pledged_to else { continue };
+        found = true;
+        if common.json {
+            emit(&serde_json::json!({
+                "name": vm.name,
+                "phase": vm.phase,
+                "migration": pledge.migration,
+                "peer": pledge.peer,
+                "holder_pid": vm.holder_pid,
+            }));
+        } else {
+            let held = vm.holder_pid.map_or_else(String::new, |pid| format!(", held by process {pid}"));
+            say(&format!(
+                "{}: stands still, offered to {} by migration {}{held}",
+                vm.name, pledge.peer, pledge.migration
+            ));
+        }
+    }
+    if !found && !common.json {
+        say("no VM is in doubt");
+    }
+    Ok(ExitCode::SUCCESS)
+}

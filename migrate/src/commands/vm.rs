@@ -1,0 +1,346 @@
+//! `migrate vm run|list|show|stop`.
+
+use super::{check_name, emit, say};
+use crate::cli::Common;
+use crate::error::{Error, Result};
+use crate::exit;
+use crate::paths::RuntimeDir;
+use crate::units;
+use clap::{Args, Subcommand};
+use protocol::monitor::{Phase, Role, Status};
+use std::fs::File;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+use vmm::{Bytes, Client, ExitReason, KernelSource, Ring, SerialSink};
+
+/// How long a VMM may take to say how it is.
+const STATUS_LIMIT: Duration = Duration::from_secs(5);
+
+/// How long a detached VM may take to come up: a large image is read, and memory is mapped, but not touched.
+const START_LIMIT: Duration = Duration::from_secs(20);
+
+/// Verbs for VMs of this host.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Run a VM in this process, until its guest powers off or it moves away.
+    Run(RunArgs),
+    /// List the VMs of this host.
+    #[command(after_help = "Example: migrate vm list --json")]
+    List,
+    /// Show one VM.
+    Show(NameArgs),
+    /// Stop a VM: its memory is lost.
+    Stop(NameArgs),
+    /// Wait for a VM that arrives; `migrate receive` starts this.
+    #[command(hide = true)]
+    Incoming(IncomingArgs),
+}
+
+/// What to run.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Example: migrate vm run --name web --memory 1GiB --cmdline 'fill=768M ws=256M rate=100' --detach"
+)]
+pub struct RunArgs {
+    /// The VM's name: letters, digits, '.', '_' and '-'.
+    #[arg(long)]
+    name: String,
+    /// Its memory, for instance 512MiB or 4GiB.
+    #[arg(long, default_value = "256MiB", value_parser = units::size)]
+    memory: u64,
+    /// Its number of vCPUs.
+    #[arg(long, default_value_t = 1)]
+    vcpus: u32,
+    /// An ELF image with a PVH note or a 64-bit entry [default: the built-in ledger guest].
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// Load the kernel file as a flat image at this address, in hexadecimal, and enter it there in 64-bit mode.
+    #[arg(long, value_name = "ADDRESS", requires = "kernel", value_parser = hexadecimal)]
+    flat: Option<u64>,
+    /// The guest's command line. For the ledger: seed= fill= ws= rate= pattern= content= and more.
+    #[arg(long, default_value = "")]
+    cmdline: String,
+    /// Where the serial port goes: stdout, none, or a file [default: stdout, or a file when detached].
+    #[arg(long, value_name = "WHERE")]
+    serial: Option<String>,
+    /// Run it in the background and come back when it runs.
+    #[arg(long)]
+    detach: bool,
+}
+
+/// Which VM.
+#[derive(Debug, Args)]
+#[command(after_help = "Example: migrate vm show web")]
+pub struct NameArgs {
+    /// The VM's name.
+    name: String,
+}
+
+/// Where an arriving VM waits.
+#[derive(Debug, Args)]
+pub struct IncomingArgs {
+    /// The name it will have.
+    #[arg(long)]
+    name: String,
+    /// Where its serial port goes.
+    #[arg(long, default_value = "none")]
+    serial: String,
+    /// The most memory it may have, in bytes.
+    #[arg(long, default_value_t = u64::MAX)]
+    max_memory: u64,
+}
+
+/// Runs the verb.
+///
+/// # Errors
+/// As `docs/scripting.md` lists them.
+pub fn run(common: &Common, verb: Verb) -> Result<ExitCode> {
+    let runtime = RuntimeDir::open(common.runtime_dir.as_deref())?;
+    match verb {
+        Verb::Run(args) if args.detach => detach(common, &runtime, &args),
+        Verb::Run(args) => run_here(&runtime, args),
+        Verb::Incoming(args) => {
+            check_name(&args.name)?;
+            let config = vmm::IncomingConfig {
+                name: args.name.clone(),
+                max_memory_bytes: args.max_memory,
+                serial: serial(&args.serial)?,
+                socket_path: runtime.socket(&args.name),
+            };
+            let reason = vmm::run_incoming(config).map_err(host)?;
+            Ok(report_exit(&args.name, &reason))
+        }
+        Verb::List => list(common, &runtime),
+        Verb::Show(args) => {
+            let status = status(&runtime, &args.name)?;
+            show(common, &runtime, &status);
+            Ok(ExitCode::SUCCESS)
+        }
+        Verb::Stop(args) => stop(&runtime, &args.name),
+    }
+}
+
+fn run_here(runtime: &RuntimeDir, args: RunArgs) -> Result<ExitCode> {
+    check_name(&args.name)?;
+    let image = args.kernel.map_or_else(|| Bytes::Inline(ledger::IMAGE.into()), Bytes::File);
+    let kernel = match args.flat {
+        None => KernelSource::Elf(image),
+        Some(address) => {
+            KernelSource::Flat { image, load_address: address, entry: address, ring: Ring::User }
+        }
+    };
+    let config = vmm::VmConfig {
+        name: args.name.clone(),
+        memory_bytes: args.memory,
+        vcpus: args.vcpus,
+        kernel,
+        cmdline: args.cmdline,
+        serial: serial(args.serial.as_deref().unwrap_or("stdout"))?,
+        socket_path: Some(runtime.socket(&args.name)),
+    };
+    let reason = vmm::run(config).map_err(host)?;
+    Ok(report_exit(&args.name, &reason))
+}
+
+fn serial(text: &str) -> Result<SerialSink> {
+    match text {
+        "stdout" => Ok(SerialSink::Stdout),
+        "none" => Ok(SerialSink::None),
+        path => SerialSink::append_to(Path::new(path)).map_err(host),
+    }
+}
+
+/// Whose fault an error of the VMM is.
+fn host(error: vmm::Error) -> Error {
+    let text = error.to_string();
+    match error {
+        vmm::Error::Config(_) | vmm::Error::Image(_) => Error::Usage(text),
+        vmm::Error::WrongState { .. } | vmm::Error::GuestEnded(_) | vmm::Error::Busy { .. } => {
+            Error::Workload(text)
+        }
+        _ => Error::Host(text),
+    }
+}
+
+/// Says on stderr how a VM ended, and gives the exit code for it.
+fn report_exit(name: &str, reason: &ExitReason) -> ExitCode {
+    eprintln!("migrate: {name}: {reason}");
+    match reason {
+        ExitReason::PoweredOff { code: 0 }
+        | ExitReason::HandedOver
+        | ExitReason::Terminated
+        | ExitReason::Discarded => ExitCode::SUCCESS,
+        ExitReason::PoweredOff { .. } | ExitReason::Reset | ExitReason::Crashed { .. } => {
+            ExitCode::from(exit::GUEST)
+        }
+    }
+}
+
+fn detach(common: &Common, runtime: &RuntimeDir, args: &RunArgs) -> Result<ExitCode> {
+    check_name(&args.name)?;
+    if Client::connect(&runtime.socket(&args.name), Role::Query, "migrate vm run", STATUS_LIMIT).is_ok() {
+        return Err(Error::Workload(format!("a VM named {} runs here already", args.name)));
+    }
+    let cannot = |what: &str, error: std::io::Error| Error::Host(format!("{what}: {error}"));
+    let log_path = runtime.log(&args.name);
+    let log = File::create(&log_path).map_err(|error| cannot("the VM's log cannot be written", error))?;
+    let program =
+        std::env::current_exe().map_err(|error| cannot("this program's own path is not known", error))?;
+    let default_serial = runtime.serial(&args.name).to_string_lossy().into_owned();
+    let mut command = Command::new(program);
+    command.args(["vm", "run", "--name", &args.name, "--cmdline", &args.cmdline]);
+    command.args(["--memory", &args.memory.to_string(), "--vcpus", &args.vcpus.to_string()]);
+    command.args(["--serial", args.serial.as_deref().unwrap_or(&default_serial)]);
+    command.arg("--runtime-dir").arg(runtime.path());
+    if let Some(kernel) = &args.kernel {
+        command.arg("--kernel").arg(kernel);
+    }
+    if let Some(address) = args.flat {
+        command.args(["--flat", &format!("{address:x}")]);
+    }
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log)
+        .process_group(0)
+        .spawn()
+        .map_err(|error| cannot("the VM's process cannot be started", error))?;
+    let until = Instant::now() + START_LIMIT;
+    loop {
+        if let Ok(status) = status(runtime, &args.name) {
+            show(common, runtime, &status);
+            return Ok(ExitCode::SUCCESS);
+        }
+        let said = || {
+            let log = std::fs::read_to_string(&log_path).unwrap_or_default();
+            log.lines().last().unwrap_or("it said nothing").trim_start_matches("migrate: ").to_owned()
+        };
+        match child.try_wait() {
+            Ok(Some(ended)) if ended.success() => return Ok(ExitCode::SUCCESS),
+            Ok(Some(ended)) if ended.code() == Some(exit::GUEST.into()) => {
+                return Ok(ExitCode::from(exit::GUEST));
+            }
+            Ok(Some(ended)) if ended.code() == Some(4) => return Err(Error::Workload(said())),
+            Ok(Some(ended)) if ended.code() == Some(2) => return Err(Error::Usage(said())),
+            Ok(Some(_)) => return Err(Error::Host(said())),
+            _ if Instant::now() > until => {
+                child.kill().ok();
+                return Err(Error::TimedOut {
+                    what: "the VM to answer on its control socket",
+                    after: START_LIMIT,
+                });
+            }
+            _ => std::thread::sleep(Duration::from_millis(2)),
+        }
+    }
+}
+
+/// How the VM with this name is.
+///
+/// # Errors
+/// `Workload` when there is none.
+pub(super) fn status(runtime: &RuntimeDir, name: &str) -> Result<Status> {
+    check_name(name)?;
+    Client::connect(&runtime.socket(name), Role::Query, "migrate", STATUS_LIMIT)
+        .map(|client| client.welcome().clone())
+        .map_err(|error| {
+            Error::Workload(format!(
+                "there is no VM {name} in {}: {error}; see migrate vm list",
+                runtime.path().display()
+            ))
+        })
+}
+
+/// All VMs of this host that answer.
+///
+/// # Errors
+/// `Host` when the runtime directory cannot be read.
+pub(super) fn all(runtime: &RuntimeDir) -> Result<Vec<Status>> {
+    Ok(runtime.names()?.iter().filter_map(|name| status(runtime, name).ok()).collect())
+}
+
+fn list(common: &Common, runtime: &RuntimeDir) -> Result<ExitCode> {
+    let vms = all(runtime)?;
+    if !common.json {
+        if vms.is_empty() {
+            say("no VMs run here");
+            return Ok(ExitCode::SUCCESS);
+        }
+        say(&format!("{:<20} {:<10} {:>8} {:>10} {:>6}  HELD BY", "NAME", "PHASE", "PID", "MEMORY", "VCPUS"));
+    }
+    for vm in &vms {
+        if common.json {
+            emit(&with_socket(runtime, vm));
+        } else {
+            let held =
+                vm.holder_pid.map(|pid| format!("{} (pid {pid})", vm.holder.clone().unwrap_or_default()));
+            say(&format!(
+                "{:<20} {:<10} {:>8} {:>10} {:>6}  {}",
+                vm.name,
+                phase(vm.phase),
+                vm.pid,
+                units::show_bytes(vm.memory_bytes),
+                vm.vcpus,
+                held.unwrap_or_else(|| "-".into())
+            ));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn with_socket(runtime: &RuntimeDir, status: &Status) -> serde_json::Value {
+    let mut value = serde_json::to_value(status).unwrap_or_default();
+    value["socket"] = runtime.socket(&status.name).to_string_lossy().into();
+    value
+}
+
+fn show(common: &Common, runtime: &RuntimeDir, vm: &Status) {
+    if common.json {
+        emit(&with_socket(runtime, vm));
+        return;
+    }
+    say(&format!("{} is {} (pid {})", vm.name, phase(vm.phase), vm.pid));
+    say(&format!("  memory   {}, {} vCPUs", units::show_bytes(vm.memory_bytes), vm.vcpus));
+    say(&format!("  up       {:.1} s", vm.uptime_ms as f64 / 1e3));
+    say(&format!("  serial   {}", vm.serial));
+    say(&format!("  socket   {}", runtime.socket(&vm.name).display()));
+    if let Some(pid) = vm.holder_pid {
+        say(&format!("  held by  {} (pid {pid})", vm.holder.clone().unwrap_or_default()));
+    }
+    if let Some(migration) = vm.arrived_by {
+        say(&format!("  arrived  by migration {migration}"));
+    }
+    if let Some(pledge) = &vm.pledged_to {
+        say(&format!("  pledged  to migration {} at {}: see migrate recover", pledge.migration, pledge.peer));
+    }
+}
+
+/// A phase as people and JSON read it.
+pub(super) fn phase(phase: Phase) -> String {
+    serde_json::to_value(phase).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
+}
+
+fn stop(runtime: &RuntimeDir, name: &str) -> Result<ExitCode> {
+    check_name(name)?;
+    status(runtime, name)?;
+    let cannot = |error: vmm::Error| Error::Workload(format!("{name} cannot be stopped: {error}"));
+    let mut client = Client::connect(&runtime.socket(name), Role::Session, "migrate vm stop", STATUS_LIMIT)
+        .map_err(cannot)?;
+    client.terminate().map_err(cannot)?;
+    drop(client);
+    let until = Instant::now() + STATUS_LIMIT;
+    while status(runtime, name).is_ok() {
+        if Instant::now() > until {
+            return Err(Error::TimedOut { what: "the VM's process to end", after: STATUS_LIMIT });
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn hexadecimal(text: &str) -> std::result::Result<u64, String> {
+    u64::from_str_radix(text.trim_start_matches("0x"), 16)
+        .map_err(|error| format!("{text:?} is not an address: {error}"))
+}

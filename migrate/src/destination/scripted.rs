@@ -1,0 +1,123 @@
+//! A destination without a VM, for tests: memory in a vector, and a record of what happened.
+
+use super::{Destination, PageMemory, Refusal};
+use crate::error::{Error, Result};
+use crate::source::scripted::{Who, Witness};
+use protocol::MigrationId;
+use protocol::control::{Offer, RefuseCode};
+use protocol::page::{PAGE_SIZE, PageRun, SpaceId};
+use protocol::state::State;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// The calls a destination can get, in the order in which the engine makes them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs, reason = "each is named after the method")]
+pub enum Call {
+    Prepare,
+    Write,
+    Zero,
+    Load,
+    Start,
+}
+
+impl Call {
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::Prepare, Self::Write, Self::Zero, Self::Load, Self::Start];
+}
+
+/// A destination that writes down what becomes of it.
+pub struct Scripted {
+    witness: Witness,
+    fail_at: Option<Call>,
+    memory: Arc<Memory>,
+    loaded: bool,
+}
+
+struct Memory {
+    spaces: Vec<Mutex<Vec<u8>>>,
+    fail_at: Option<Call>,
+}
+
+impl Scripted {
+    /// An empty place; the first call of the kind `fail_at` fails.
+    pub fn new(witness: Witness, fail_at: Option<Call>) -> Box<Self> {
+        let memory = Arc::new(Memory { spaces: Vec::new(), fail_at });
+        Box::new(Self { witness, fail_at, memory, loaded: false })
+    }
+}
+
+fn fail(at: Option<Call>, call: Call) -> Result<()> {
+    if at == Some(call) {
+        return Err(Error::Host(format!("{call:?} fails, as the script says")));
+    }
+    Ok(())
+}
+
+impl Destination for Scripted {
+    fn prepare(&mut self, offer: &Offer, machine: &[u8]) -> std::result::Result<(), Refusal> {
+        fail(self.fail_at, Call::Prepare)
+            .map_err(|error| Refusal { code: RefuseCode::Host, reason: error.to_string() })?;
+        if machine != b"machine" {
+            return Err(Refusal { code: RefuseCode::Machine, reason: "not a scripted machine".into() });
+        }
+        let memory = |pages: u64| Mutex::new(vec![0; pages as usize * PAGE_SIZE]);
+        let spaces = offer.layout.spaces.iter().map(|space| memory(space.pages)).collect();
+        self.memory = Arc::new(Memory { spaces, fail_at: self.fail_at });
+        Ok(())
+    }
+
+    fn memory(&self) -> Arc<dyn PageMemory> {
+        self.memory.clone()
+    }
+
+    fn load(&mut self, state: &[u8]) -> Result<()> {
+        fail(self.fail_at, Call::Load)?;
+        if State::decode(state)?.section("scripted").is_none() {
+            return Err(Error::Workload("the state has no registers".into()));
+        }
+        self.loaded = true;
+        Ok(())
+    }
+
+    fn start(self: Box<Self>, _: MigrationId) -> Result<String> {
+        fail(self.fail_at, Call::Start)?;
+        if !self.loaded {
+            return Err(Error::Workload("no state was loaded".into()));
+        }
+        let bytes = |space: &Mutex<Vec<u8>>| space.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        self.witness.started_with(self.memory.spaces.iter().map(bytes).collect());
+        self.witness.runs(Who::Destination, true);
+        Ok("scripted".into())
+    }
+
+    fn discard(self: Box<Self>) {}
+}
+
+impl Memory {
+    fn change(
+        &self,
+        space: SpaceId,
+        offset: u64,
+        bytes: usize,
+        change: impl FnOnce(&mut [u8]),
+    ) -> Result<()> {
+        let outside = || Error::Host("a write outside the memory".into());
+        let space = self.spaces.get(usize::from(space.0)).ok_or_else(outside)?;
+        let mut memory = space.lock().unwrap_or_else(PoisonError::into_inner);
+        let begin = offset as usize;
+        change(memory.get_mut(begin..begin.saturating_add(bytes)).ok_or_else(outside)?);
+        Ok(())
+    }
+}
+
+impl PageMemory for Memory {
+    fn write(&self, space: SpaceId, offset: u64, bytes: &[u8]) -> Result<()> {
+        fail(self.fail_at, Call::Write)?;
+        self.change(space, offset, bytes.len(), |memory| memory.copy_from_slice(bytes))
+    }
+
+    fn zero(&self, run: PageRun) -> Result<()> {
+        fail(self.fail_at, Call::Zero)?;
+        self.change(run.space, run.offset(), run.bytes(), |memory| memory.fill(0))
+    }
+}

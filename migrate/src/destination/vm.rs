@@ -1,0 +1,201 @@
+//! A new VM under the `vmm` crate as a destination.
+
+use crate::destination::{Destination, PageMemory, Refusal};
+use crate::error::{Error, Result};
+use crate::memory::GuestMemory;
+use crate::paths::RuntimeDir;
+use protocol::MigrationId;
+use protocol::control::{Offer, RefuseCode, WorkloadKind, check_name};
+use protocol::monitor::{ErrorCode, Role};
+use std::fs::File;
+use std::os::unix::process::CommandExt as _;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use vmm::Client;
+
+/// How long the VMM may take for one answer; making the memory of a large VM takes seconds on a busy host.
+const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+
+/// How long a new VMM process may take until it answers on its socket.
+const SPAWN_LIMIT: Duration = Duration::from_secs(10);
+
+/// Where and under which name an arriving VM runs.
+#[derive(Debug, Clone)]
+pub struct Place {
+    /// The program that is a VMM when called with `vm incoming`: this one.
+    pub program: PathBuf,
+    /// Where its socket and log go.
+    pub runtime: RuntimeDir,
+    /// Its name here, if not the one it had.
+    pub name: Option<String>,
+    /// Where its serial port goes: `none`, or a file; by default one in the runtime directory.
+    pub serial: Option<String>,
+}
+
+/// A VMM process that waits for a VM. Dropped before `start`, it ends.
+pub struct VmDestination {
+    place: Place,
+    arrival: Option<Arrival>,
+}
+
+struct Arrival {
+    name: String,
+    client: Client,
+    memory: Arc<GuestMemory>,
+    child: Child,
+}
+
+impl VmDestination {
+    /// A destination that makes its VMM process when an offer comes.
+    pub fn new(place: Place) -> Self {
+        Self { place, arrival: None }
+    }
+
+    fn arrival(&mut self) -> Result<&mut Arrival> {
+        self.arrival.as_mut().ok_or_else(|| Error::Workload("no VM was prepared here".into()))
+    }
+
+    fn arrive(&self, offer: &Offer, machine: &[u8]) -> std::result::Result<Arrival, Refusal> {
+        let WorkloadKind::Vm = offer.kind;
+        let name = self.place.name.clone().unwrap_or_else(|| offer.name.clone());
+        check_name(&name).map_err(|error| refuse(RefuseCode::BadOffer, error.to_string()))?;
+        let socket = self.place.runtime.socket(&name);
+        if Client::connect(&socket, Role::Query, "migrate receive", SPAWN_LIMIT).is_ok() {
+            let reason =
+                format!("a VM named {name} runs here already; receive it under another one with --name");
+            return Err(refuse(RefuseCode::NameTaken, reason));
+        }
+        let mut child = self.spawn(&name)?;
+        let prepared = connect(&mut child, &socket).and_then(|mut client| {
+            let description = client.prepare(&name, &offer.layout, machine).map_err(|error| {
+                let code = match &error {
+                    vmm::Error::Refused { code: ErrorCode::Unsupported, .. } => RefuseCode::Machine,
+                    vmm::Error::Refused { code: ErrorCode::BadRequest, .. } => RefuseCode::BadOffer,
+                    _ => RefuseCode::Host,
+                };
+                refuse(code, error.to_string())
+            })?;
+            let memory = GuestMemory::map(&offer.layout, description.memory)
+                .map_err(|error| refuse(RefuseCode::Host, error.to_string()))?;
+            Ok((client, memory))
+        });
+        match prepared {
+            Ok((client, memory)) => Ok(Arrival { name, client, memory: Arc::new(memory), child }),
+            Err(refusal) => {
+                end(&mut child);
+                Err(refusal)
+            }
+        }
+    }
+
+    fn spawn(&self, name: &str) -> std::result::Result<Child, Refusal> {
+        let host = |what: &str, error: std::io::Error| refuse(RefuseCode::Host, format!("{what}: {error}"));
+        let log_path = self.place.runtime.log(name);
+        let log = File::create(&log_path).map_err(|error| host("the VM's log cannot be written", error))?;
+        let serial = match &self.place.serial {
+            Some(serial) => serial.clone(),
+            None => self.place.runtime.serial(name).to_string_lossy().into_owned(),
+        };
+        // A process group of its own: a Ctrl-C for this program must not reach a VM that arrived.
+        Command::new(&self.place.program)
+            .args(["vm", "incoming", "--name", name, "--serial", &serial])
+            .arg("--runtime-dir")
+            .arg(self.place.runtime.path())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .process_group(0)
+            .spawn()
+            .map_err(|error| host("the VMM cannot be started", error))
+    }
+}
+
+fn refuse(code: RefuseCode, reason: String) -> Refusal {
+    Refusal { code, reason }
+}
+
+/// Waits until the new VMM answers on its socket.
+fn connect(child: &mut Child, socket: &std::path::Path) -> std::result::Result<Client, Refusal> {
+    let until = Instant::now() + SPAWN_LIMIT;
+    loop {
+        match Client::connect(socket, Role::Session, "migrate receive", ANSWER_LIMIT) {
+            Ok(client) => return Ok(client),
+            Err(error) => {
+                let ended = child.try_wait().ok().flatten();
+                if ended.is_some() || Instant::now() > until {
+                    let log = socket.with_extension("log");
+                    let said = std::fs::read_to_string(&log).unwrap_or_default();
+                    let last = said.lines().last().map_or_else(|| error.to_string(), str::to_owned);
+                    return Err(refuse(RefuseCode::Host, format!("the VMM did not come up: {last}")));
+                }
+            }
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Ends a VMM process that is not needed: it does so by itself when its session closes, and is killed if it does not.
+fn end(child: &mut Child) {
+    let until = Instant::now() + Duration::from_secs(2);
+    while Instant::now() < until {
+        if let Ok(Some(_)) = child.try_wait() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    if let Err(error) = child.kill().and_then(|()| child.wait().map(drop)) {
+        tracing::warn!(pid = child.id(), %error, "a VMM that is not needed could not be ended");
+    }
+}
+
+fn workload(error: vmm::Error) -> Error {
+    Error::Workload(error.to_string())
+}
+
+impl Destination for VmDestination {
+    fn prepare(&mut self, offer: &Offer, machine: &[u8]) -> std::result::Result<(), Refusal> {
+        self.arrival = Some(self.arrive(offer, machine)?);
+        Ok(())
+    }
+
+    fn memory(&self) -> Arc<dyn PageMemory> {
+        match &self.arrival {
+            Some(arrival) => arrival.memory.clone(),
+            None => Arc::new(GuestMemory::none()),
+        }
+    }
+
+    fn load(&mut self, state: &[u8]) -> Result<()> {
+        self.arrival()?.client.load(state).map_err(workload)
+    }
+
+    fn start(mut self: Box<Self>, migration: MigrationId) -> Result<String> {
+        let arrival = self.arrival()?;
+        arrival.client.start(migration).map_err(workload)?;
+        let name = arrival.name.clone();
+        // It lives on without this process: nothing is waited for, nothing is ended.
+        self.arrival = None;
+        Ok(name)
+    }
+
+    fn discard(mut self: Box<Self>) {
+        if let Some(mut arrival) = self.arrival.take() {
+            if let Err(error) = arrival.client.discard() {
+                tracing::debug!(%error, "the VMM was asked to discard");
+            }
+            drop(arrival.client);
+            end(&mut arrival.child);
+        }
+    }
+}
+
+impl Drop for VmDestination {
+    fn drop(&mut self) {
+        if let Some(mut arrival) = self.arrival.take() {
+            drop(arrival.client);
+            end(&mut arrival.child);
+        }
+    }
+}

@@ -1,0 +1,313 @@
+//! The receiving side of a migration: from an offer to a workload that runs here.
+//!
+//! ```text
+//!                    Offer            State           Commit
+//! greet ─▶ (offer) ─▶ prepared, pages ─▶ loaded, Ready ─▶ started ─▶ settled (Done)
+//!              │             │               │               ▲ Ask: «Started»
+//!            refuse       discard        Ask, Cancel,        │
+//!                            │           nothing for long    │
+//!                            ▼               ▼               │
+//!                        discarded ◀──── discarded ◀── could not start
+//!                                            ▲ Ask: «Discarded»
+//! ```
+//!
+//! # Why two can never run
+//!
+//! One thread goes through these states, and there is one arrow to *started*: a whole `Commit` of this migration, read
+//! in *loaded*. A sender that may have written `Commit` resumes only by our word `Failed` or `Discarded`, and we say
+//! either only in *discarded*, from which no arrow leads to *started*: the destination was dropped first. A `Commit`
+//! that still comes then is not read any more. A sender that has not written `Commit` may resume as it likes, because
+//! there is none that we could read.
+//!
+//! # Why none runs only where that cannot be avoided
+//!
+//! A link that is lost in *loaded* is not the end: the sender may have committed and will ask. So *loaded* and
+//! *discarded* listen for new connections for [`Options::linger`], longer than a sender asks. Only if both ends cannot
+//! reach each other for all of that time, or this process dies in between, does the sender stay in doubt, with its
+//! workload frozen and whole.
+//!
+//! Whatever a peer sends is checked before memory is reserved for it, and a violation ends the migration with an error
+//! that names what came: the sender is told, the destination discarded.
+
+mod parse;
+mod streams;
+mod ledger;
+mod settle;
+
+use crate::cancel::CancelFlag;
+use crate::conversation::{self, out_of_order};
+use crate::destination::{Destination, Refusal};
+use crate::error::{Error, Result, clean};
+use crate::link::Link;
+use crate::report::{ArrivalReport, Event, Observer, Phase, PhaseTime, micros, rate};
+pub use ledger::{Ledger, MemoryLedger};
+use protocol::MigrationId;
+use protocol::control::{self, Downstream, MAX_BLOB_BYTES, MAX_NAME_BYTES, Offer, RefuseCode, Upstream};
+use protocol::frame::MAX_PAGE_STREAMS;
+use protocol::handshake::Hello;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use streams::Streams;
+
+/// The shortest time between two reports of progress.
+const TICK: Duration = Duration::from_millis(100);
+
+/// What this host allows.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The most memory a workload may have.
+    pub max_memory_bytes: u64,
+    /// The most page streams a sender may open, at most [`MAX_PAGE_STREAMS`].
+    pub max_page_streams: u16,
+    /// The longest a sender may stay silent, before it is ready and while pages come.
+    pub idle: Duration,
+    /// How long to wait for `Commit`, and afterwards for the sender to know the outcome. Longer than a sender asks.
+    pub linger: Duration,
+}
+
+impl Options {
+    /// The defaults on a host that allows this much memory.
+    pub fn new(max_memory_bytes: u64) -> Self {
+        Self {
+            max_memory_bytes,
+            max_page_streams: 16,
+            idle: Duration::from_secs(20),
+            linger: Duration::from_secs(60),
+        }
+    }
+}
+
+/// What a connection was about.
+#[derive(Debug)]
+pub enum Arrival {
+    /// A workload arrived and runs here.
+    Started(Box<ArrivalReport>),
+    /// A sender asked what became of a migration and was told.
+    Asked {
+        /// Which one.
+        migration: MigrationId,
+        /// What it was told.
+        outcome: control::Outcome,
+    },
+}
+
+/// Serves one connection: takes the workload it offers, or answers its question. `accept` waits for another
+/// connection for at most the time it is given, and is called only when the first one is lost behind `Ready`.
+///
+/// # Errors
+/// Why no workload arrived; nothing of it is left here then.
+pub fn receive(
+    link: Box<dyn Link>,
+    accept: &mut dyn FnMut(Duration) -> Result<Box<dyn Link>>,
+    destination: Box<dyn Destination>,
+    ledger: &mut dyn Ledger,
+    options: &Options,
+    cancel: &CancelFlag,
+    observer: &mut dyn Observer,
+) -> Result<Arrival> {
+    let report = ArrivalReport::of(&link.peer());
+    let mut inbound = Inbound {
+        talk: conversation::Receiver::new(link, MAX_BLOB_BYTES),
+        accept,
+        ledger,
+        options,
+        cancel,
+        observer,
+        streams: Streams::none(),
+        report,
+        last_tick: Instant::now(),
+    };
+    let begun = Instant::now();
+    let result = inbound.run(destination);
+    inbound.end(result, begun)
+}
+
+struct Inbound<'a> {
+    talk: conversation::Receiver,
+    accept: &'a mut dyn FnMut(Duration) -> Result<Box<dyn Link>>,
+    ledger: &'a mut dyn Ledger,
+    options: &'a Options,
+    cancel: &'a CancelFlag,
+    observer: &'a mut dyn Observer,
+    streams: Streams,
+    report: ArrivalReport,
+    last_tick: Instant,
+}
+
+/// What a loaded destination was told to do.
+enum Order {
+    /// `Commit`.
+    Start,
+    /// `Ask`: the link was lost, and nobody knows whether `Commit` was on it.
+    Answer,
+}
+
+/// What a sender wants.
+enum Wish {
+    Move(Offer, Vec<u8>),
+    Know(MigrationId),
+}
+
+impl Inbound<'_> {
+    fn run(&mut self, mut destination: Box<dyn Destination>) -> Result<Option<control::Outcome>> {
+        let (offer, machine) = match self.phase(Phase::Greet, Self::greet)? {
+            Wish::Move(offer, machine) => (offer, machine),
+            Wish::Know(migration) => return self.phase(Phase::Settle, |me| me.answer(migration)).map(Some),
+        };
+        let migration = offer.migration;
+        self.report.migration = Some(migration);
+        self.report.workload.clone_from(&offer.name);
+        if let Err(error) = self.until_ready(destination.as_mut(), offer, &machine) {
+            return Err(self.fail(destination, error));
+        }
+        match self.phase(Phase::Commit, Self::commit) {
+            Ok(Order::Start) => self.start(destination, migration).map(|()| None),
+            Ok(Order::Answer) => {
+                let error = Error::Link("it was lost before Commit arrived".into()).during(Phase::Commit);
+                let answer = Upstream::Outcome { migration, outcome: control::Outcome::Discarded };
+                Err(self.discard(destination, migration, error, &answer))
+            }
+            Err(error) => {
+                let word = Upstream::Failed { reason: clean(&error.to_string()) };
+                Err(self.discard(destination, migration, error, &word))
+            }
+        }
+    }
+
+    /// Everything up to `Ready`. An error leaves nothing in doubt: there can be no `Commit` yet.
+    fn until_ready(&mut self, destination: &mut dyn Destination, offer: Offer, machine: &[u8]) -> Result<()> {
+        self.phase(Phase::Offer, |me| me.offer(destination, offer, machine))?;
+        let state = self.phase(Phase::Rounds, Self::rounds)?;
+        self.phase(Phase::State, |_| destination.load(&state))?;
+        self.phase(Phase::Ready, |me| me.talk.say(&Upstream::Ready, &[], me.options.idle))
+    }
+
+    /// One phase: told, timed, logged, and named in its error.
+    fn phase<T>(&mut self, phase: Phase, body: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
+        let begun = Instant::now();
+        self.observer.event(&Event::Phase { phase });
+        let result = body(self).map_err(|error| error.during(phase));
+        let duration_us = micros(begun.elapsed());
+        self.report.phases.push(PhaseTime { phase, duration_us });
+        match &result {
+            Ok(_) => tracing::debug!(phase = phase.name(), duration_us, "phase done"),
+            Err(error) => tracing::debug!(phase = phase.name(), duration_us, %error, "phase failed"),
+        }
+        result
+    }
+
+    fn greet(&mut self) -> Result<Wish> {
+        let (idle, cancel) = (self.options.idle, self.cancel);
+        self.talk.introduce(&Upstream::Hello(Hello::ours()), idle)?;
+        self.talk.preamble(idle, &mut || cancel.check().map(|()| 0))?;
+        let hello = match self.hear("the sender's greeting")? {
+            (Downstream::Hello(hello), _) => hello,
+            (other, _) => return Err(out_of_order("Hello", other.name())),
+        };
+        if let Err(error) = hello.agree() {
+            return Err(self.refuse(RefuseCode::Version, &error.to_string()));
+        }
+        tracing::info!(peer = clean(&hello.software), "greeted");
+        match self.hear("the sender's offer")? {
+            (Downstream::Offer(offer), machine) => Ok(Wish::Move(offer, machine)),
+            (Downstream::Ask { migration }, _) => Ok(Wish::Know(migration)),
+            (other, _) => Err(out_of_order("Offer or Ask", other.name())),
+        }
+    }
+
+    /// Checks the offer, makes room, accepts, and takes the page streams.
+    fn offer(&mut self, destination: &mut dyn Destination, offer: Offer, machine: &[u8]) -> Result<()> {
+        if let Err(Refusal { code, reason }) = check(&offer, self.options) {
+            return Err(self.refuse(code, &reason));
+        }
+        // The ledger's word on a migration is a promise: a second one of that name would break it.
+        if self.ledger.outcome(offer.migration) != control::Outcome::Unknown {
+            return Err(self.refuse(RefuseCode::BadOffer, "a migration of this id was already here"));
+        }
+        if let Err(Refusal { code, reason }) = destination.prepare(&offer, machine) {
+            return Err(self.refuse(code, &reason));
+        }
+        self.cancel.check()?;
+        self.talk.say(&Upstream::Accept, &[], self.options.idle)?;
+        let (layout, memory) = (Arc::new(offer.layout), destination.memory());
+        self.streams =
+            Streams::accept(self.talk.link()?, offer.page_streams, &layout, &memory, self.options.idle)?;
+        Ok(())
+    }
+
+    /// Acknowledges rounds until the state comes; answers it once every page stream has ended.
+    fn rounds(&mut self) -> Result<Vec<u8>> {
+        let idle = self.options.idle;
+        for round in 0.. {
+            match self.hear("the sender's next round")? {
+                (Downstream::RoundSent { round: sent }, _) if sent == round => {
+                    self.streams.await_round(round, idle)?;
+                    self.talk.say(&Upstream::RoundDone { round }, &[], idle)?;
+                    self.report.rounds += 1;
+                }
+                (Downstream::State { last_round }, state) if last_round == round => {
+                    self.streams.await_end(last_round, idle)?;
+                    self.report.rounds += 1;
+                    self.report.state_bytes = state.len() as u64;
+                    return Ok(state);
+                }
+                (other, _) => return Err(out_of_order("RoundSent or State of this round", other.name())),
+            }
+        }
+        Err(out_of_order("the last round", "one more than can be counted"))
+    }
+
+    /// The sender's next message, before `Ready`. Cancelling, a failing page stream and the sender's own giving up end
+    /// the wait.
+    fn hear(&mut self, what: &'static str) -> Result<(Downstream, Vec<u8>)> {
+        let Self { talk, streams, cancel, observer, report, last_tick, .. } = self;
+        let mut watch = || {
+            cancel.check()?;
+            streams.check()?;
+            let received_bytes = streams.bytes();
+            if last_tick.elapsed() >= TICK && received_bytes > report.received_bytes {
+                let rate_bytes_per_s = rate(received_bytes - report.received_bytes, last_tick.elapsed());
+                (report.received_bytes, *last_tick) = (received_bytes, Instant::now());
+                observer.event(&Event::Receiving { round: report.rounds, received_bytes, rate_bytes_per_s });
+            }
+            Ok(received_bytes)
+        };
+        match talk.hear(what, self.options.idle, &mut watch)? {
+            (Downstream::Cancel { reason }, _) => Err(Error::PeerFailed { reason: clean(&reason) }),
+            other => Ok(other),
+        }
+    }
+
+    /// Tells the sender that its workload is not taken.
+    fn refuse(&mut self, code: RefuseCode, reason: &str) -> Error {
+        let reason = reason.to_owned();
+        self.tell(&Upstream::Refuse { code, reason: reason.clone() });
+        Error::Refused { code, reason }
+    }
+}
+
+/// Checks everything about an offer that needs no host: before anything is made for it.
+fn check(offer: &Offer, options: &Options) -> std::result::Result<(), Refusal> {
+    let bad = |reason: String| Err(Refusal { code: RefuseCode::BadOffer, reason });
+    let plain = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'_' | b'-');
+    let name = offer.name.as_bytes();
+    if name.is_empty() || name.len() > MAX_NAME_BYTES || !name.iter().all(|c| plain(*c)) {
+        return bad(format!(
+            "a workload's name has 1 to {MAX_NAME_BYTES} letters, digits, dots, underscores and dashes"
+        ));
+    }
+    if matches!(name[0], b'.' | b'-') {
+        return bad("a workload's name begins with a letter, a digit or an underscore".into());
+    }
+    let most = options.max_page_streams.min(MAX_PAGE_STREAMS);
+    if !(1..=most).contains(&offer.page_streams) {
+        return bad(format!("{} page streams cannot be: 1 to {most} can", offer.page_streams));
+    }
+    match offer.layout.validate(options.max_memory_bytes) {
+        Ok(()) => Ok(()),
+        Err(error @ protocol::ProtocolError::TooLarge { .. }) => {
+            Err(Refusal { code: RefuseCode::Memory, reason: error.to_string() })
+        }
+        Err(error) => bad(error.to_string()),
+    }
+}

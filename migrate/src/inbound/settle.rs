@@ -1,0 +1,239 @@
+//! From `Ready` on: the decision, and telling it to a sender that may have lost its link.
+
+use super::{Arrival, Inbound, Order};
+use crate::conversation::{Receiver, out_of_order};
+use crate::destination::Destination;
+use crate::error::{Error, Result, clean};
+use crate::report::{Event, Phase, micros};
+use protocol::MigrationId;
+use protocol::control::{Downstream, MAX_BLOB_BYTES, Outcome, RefuseCode, Upstream};
+use protocol::handshake::Hello;
+use std::time::{Duration, Instant};
+
+/// How long the link may be silent behind `Ready` before new connections are looked at too. A healthy handshake
+/// takes a few milliseconds.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// How long a visitor may take for each of its messages.
+const VISIT: Duration = Duration::from_secs(2);
+
+/// How long telling the peer something that nothing depends on may take.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+/// The most messages that may stand before a sender's last word.
+const MESSAGES_BEFORE: usize = 8;
+
+impl Inbound<'_> {
+    /// Loaded: waits for the word that decides. Only `Commit` of this migration starts it; every error means that it
+    /// is discarded.
+    pub(super) fn commit(&mut self) -> Result<Order> {
+        let ours = self.report.migration;
+        match self.next_word("Commit, or a question about it", Instant::now() + self.options.linger)? {
+            Downstream::Commit { migration } if Some(migration) == ours => Ok(Order::Start),
+            Downstream::Ask { migration } if Some(migration) == ours => Ok(Order::Answer),
+            Downstream::Cancel { reason } => Err(Error::PeerFailed { reason: clean(&reason) }),
+            other => Err(out_of_order("Commit", other.name())),
+        }
+    }
+
+    /// Committed: the workload runs here, or it never will.
+    pub(super) fn start(&mut self, destination: Box<dyn Destination>, migration: MigrationId) -> Result<()> {
+        let started = destination.start(migration).map_err(|error| error.during(Phase::Commit));
+        match &started {
+            Ok(name) => {
+                self.report.workload.clone_from(name);
+                self.ledger.record(migration, Outcome::Started);
+                self.tell(&Upstream::Started { migration });
+            }
+            Err(error) => {
+                self.ledger.record(migration, Outcome::Discarded);
+                self.tell(&Upstream::Failed { reason: clean(&error.to_string()) });
+            }
+        }
+        self.settle();
+        started.map(drop)
+    }
+
+    /// Loaded, and it shall not start: first it cannot any more, then the sender is told so.
+    pub(super) fn discard(
+        &mut self,
+        destination: Box<dyn Destination>,
+        migration: MigrationId,
+        error: Error,
+        word: &Upstream,
+    ) -> Error {
+        destination.discard();
+        self.ledger.record(migration, Outcome::Discarded);
+        // A sender that cancels has resumed already, and will not ask.
+        if !matches!(error.root(), Error::PeerFailed { .. }) {
+            self.tell(word);
+            self.settle();
+        }
+        error
+    }
+
+    /// Before `Ready`: the sender is told if it still listens, and nothing is left.
+    pub(super) fn fail(&mut self, destination: Box<dyn Destination>, error: Error) -> Error {
+        let error = self.last_word(error);
+        if !matches!(error.root(), Error::Link(_) | Error::PeerFailed { .. } | Error::Refused { .. }) {
+            self.tell(&Upstream::Failed { reason: clean(&error.to_string()) });
+        }
+        self.talk.hang_up("the migration failed");
+        // Nothing may write to the memory that is about to go.
+        self.streams.join();
+        destination.discard();
+        match self.report.migration {
+            // A workload that was refused may be somebody else's, or here already: nothing is known of it.
+            Some(migration) if !matches!(error.root(), Error::Refused { .. }) => {
+                self.ledger.record(migration, Outcome::Discarded);
+            }
+            _ => {}
+        }
+        error
+    }
+
+    /// Answers a sender's question on the first connection.
+    pub(super) fn answer(&mut self, migration: MigrationId) -> Result<Outcome> {
+        let outcome = self.ledger.outcome(migration);
+        self.report.migration = Some(migration);
+        self.talk.say(&Upstream::Outcome { migration, outcome }, &[], self.options.idle)?;
+        // Its `Done` only says that it heard; without it it asks again.
+        let _ = self.talk.hear("the sender to have heard the answer", VISIT, &mut || Ok(0));
+        Ok(outcome)
+    }
+
+    /// The outcome is known here: sees to it that the sender knows it too.
+    fn settle(&mut self) {
+        let until = Instant::now() + self.options.linger;
+        loop {
+            match self.next_word("the sender to know the outcome", until) {
+                Ok(Downstream::Done { .. }) => return,
+                Ok(Downstream::Ask { migration }) => {
+                    let outcome = self.ledger.outcome(migration);
+                    self.tell(&Upstream::Outcome { migration, outcome });
+                }
+                Ok(other) => tracing::warn!(message = other.name(), "not expected any more"),
+                Err(Error::Protocol(error)) => {
+                    tracing::warn!(%error, "the sender's words make no sense");
+                    self.talk.hang_up("not understood");
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "the sender may not know the outcome");
+                    return;
+                }
+            }
+        }
+    }
+
+    /// The next message about this migration, on this link or, if it is silent or lost, on a new one that takes its
+    /// place.
+    fn next_word(&mut self, what: &'static str, until: Instant) -> Result<Downstream> {
+        let begun = Instant::now();
+        loop {
+            match self.talk.hear(what, LOOK, &mut || Ok(0)) {
+                Ok((message, _)) => return Ok(message),
+                Err(Error::TimedOut { .. }) => {}
+                Err(Error::Link(_)) => self.talk.hang_up("lost"),
+                Err(error) => return Err(error),
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(Error::TimedOut { what, after: begun.elapsed() });
+            }
+            let wait = if self.talk.link().is_ok() { Duration::ZERO } else { left.min(LOOK) };
+            match (self.accept)(wait) {
+                Ok(link) => {
+                    if let Some(asked) = self.visit(Receiver::new(link, MAX_BLOB_BYTES)) {
+                        return Ok(asked);
+                    }
+                }
+                Err(Error::TimedOut { .. }) => {}
+                // Nobody else can come. As long as the link lives, the sender itself still can.
+                Err(error) if self.talk.link().is_err() => return Err(error),
+                Err(error) => tracing::debug!(%error, "no further connections"),
+            }
+        }
+    }
+
+    /// Hears what a new connection is about. If it is this migration, it takes the place of the old link.
+    fn visit(&mut self, mut visitor: Receiver) -> Option<Downstream> {
+        match first_word(&mut visitor) {
+            Ok(Downstream::Ask { migration }) if Some(migration) == self.report.migration => {
+                self.talk.hang_up("taken up on another connection");
+                self.talk = visitor;
+                return Some(Downstream::Ask { migration });
+            }
+            Ok(Downstream::Ask { migration }) => {
+                let outcome = self.ledger.outcome(migration);
+                tell(&mut visitor, &Upstream::Outcome { migration, outcome });
+            }
+            Ok(Downstream::Offer(_)) => {
+                let reason = "another migration is under way there: try again in a minute".into();
+                tell(&mut visitor, &Upstream::Refuse { code: RefuseCode::Busy, reason });
+            }
+            Ok(other) => tracing::debug!(message = other.name(), "a visitor without a question"),
+            Err(error) => tracing::debug!(%error, "a visitor that could not be understood"),
+        }
+        visitor.hang_up("nothing more to say");
+        None
+    }
+
+    /// Why the sender went away, if it said so before the link failed: its word explains more than the link's.
+    fn last_word(&mut self, error: Error) -> Error {
+        if !matches!(error.root(), Error::Link(_)) {
+            return error;
+        }
+        for _ in 0..MESSAGES_BEFORE {
+            match self.talk.hear("the sender's last word", LOOK, &mut || Ok(0)) {
+                Ok((Downstream::Cancel { reason }, _)) => {
+                    let word = Error::PeerFailed { reason: clean(&reason) };
+                    return match error {
+                        Error::During { phase, .. } => word.during(phase),
+                        _ => word,
+                    };
+                }
+                Ok(_) => {}
+                Err(_) => break,
+            }
+        }
+        error
+    }
+
+    /// Says something that nothing depends on.
+    pub(super) fn tell(&mut self, message: &Upstream) {
+        tell(&mut self.talk, message);
+    }
+
+    /// Closes everything and completes the report.
+    pub(super) fn end(mut self, result: Result<Option<Outcome>>, begun: Instant) -> Result<Arrival> {
+        self.talk.hang_up(if result.is_ok() { "done" } else { "the migration failed" });
+        self.streams.join();
+        let mut report = self.report;
+        report.received_bytes = self.streams.bytes();
+        report.total_us = micros(begun.elapsed());
+        report.error = result.as_ref().err().map(ToString::to_string);
+        self.observer.event(&Event::Arrived(Box::new(report.clone())));
+        match (result?, report.migration) {
+            (Some(outcome), Some(migration)) => Ok(Arrival::Asked { migration, outcome }),
+            _ => Ok(Arrival::Started(Box::new(report))),
+        }
+    }
+}
+
+/// Greets a visitor and hears what it wants.
+fn first_word(visitor: &mut Receiver) -> Result<Downstream> {
+    let nothing = &mut || Ok(0);
+    visitor.introduce(&Upstream::Hello(Hello::ours()), VISIT)?;
+    visitor.preamble(VISIT, nothing)?;
+    match visitor.hear("a visitor's greeting", VISIT, nothing)?.0 {
+        Downstream::Hello(hello) => hello.agree()?,
+        other => return Err(out_of_order("Hello", other.name())),
+    };
+    Ok(visitor.hear("a visitor's question", VISIT, nothing)?.0)
+}
+
+fn tell(talk: &mut Receiver, message: &Upstream) {
+    if let Err(error) = talk.say(message, &[], FAREWELL) {
+        tracing::debug!(%error, message = message.name(), "the sender could not be told");
+    }
+}

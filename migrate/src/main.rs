@@ -1,0 +1,5 @@
+//! `migrate`: see `migrate --help`.
+
+fn main() -> std::process::ExitCode {
+    migrate::cli::run()
+}

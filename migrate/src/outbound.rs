@@ -1,0 +1,312 @@
+//! The sending side of a migration: from a running workload to one that runs elsewhere.
+//!
+//! ```text
+//! greet ─▶ offer ─▶ track ─▶ rounds ─▶ freeze ─▶ state ─▶ ready ─▶ pledge ║ commit ─▶ (ask) ─▶ settle
+//!                                                                        ║
+//!    a failure up to here resumes the source                             ║  from here on only the
+//!                                                                        ║  destination's word does
+//! ```
+//!
+//! # Never two, and never none that could be avoided
+//!
+//! The destination starts for one reason only: it has read a whole `Commit`. So before the first byte of it is
+//! written the source *is* the workload, and whatever goes wrong resumes it. When that byte may have been written,
+//! nobody at this end can know whether the message arrived, and from then on the source resumes for one reason only:
+//! the destination said that it will never start this migration (`Failed`, or `Discarded` in answer to `Ask`), which
+//! it says only behind having made sure. `Pledge` tells the source's VMM the same before `Commit` is written, so that
+//! the rule holds even if this process dies between the two.
+//!
+//! A lost link behind `Commit` is therefore no failure but a question. It is asked over new connections until it is
+//! answered or [`Options::ask`] is over; then the workload is left frozen, [`Error::InDoubt`] says how to find out,
+//! and nothing was lost: either the destination runs, or the source can be resumed where it stood.
+//!
+//! Resuming and handing over both consume the source, and handing over needs a
+//! [`Committed`](crate::source::Committed), which is made in one place: where the destination's word that it started
+//! was read.
+//!
+//! # Dirty bits of a failed attempt
+//!
+//! Taking a page clears its dirty bit for whoever looks next: the next attempt, or a checkpoint. What was taken was
+//! meant for a destination that is gone, so all of it is given back, whichever rounds had arrived there.
+
+mod ticker;
+mod lanes;
+mod rounds;
+mod commit;
+mod settle;
+
+use crate::cancel::CancelFlag;
+use crate::converge::{Limits, Measured, OnTimeout};
+use crate::conversation::{self, out_of_order};
+use crate::error::{Error, Result, clean};
+use crate::link::Link;
+use crate::report::{Event, Observer, Outcome, Phase, PhaseTime, Report, micros};
+use crate::source::Source;
+use commit::Answer;
+pub use commit::ask;
+use lanes::Lanes;
+use protocol::MigrationId;
+use protocol::control::{Downstream, Offer, Upstream};
+use protocol::frame::MAX_PAGE_STREAMS;
+use protocol::handshake::Hello;
+use protocol::page::PageSet;
+use std::io::Read;
+use std::time::{Duration, Instant};
+use ticker::Ticker;
+
+/// What the operator wants.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The name of this migration: see [`new_migration_id`].
+    pub migration: MigrationId,
+    /// When to freeze, and how long to try.
+    pub limits: Limits,
+    /// What freezing, saving, loading and starting cost, without pages and round trips: what the last migration of
+    /// this kind measured, or a guess.
+    pub fixed_cost: Duration,
+    /// Page streams, 1 to [`MAX_PAGE_STREAMS`].
+    pub page_streams: u16,
+    /// The longest the peer may leave us waiting with nothing moving on the link.
+    pub stall: Duration,
+    /// The longest the destination may take to make room for the workload.
+    pub prepare: Duration,
+    /// How long to ask what became of the workload when the link was lost behind `Commit`.
+    pub ask: Duration,
+}
+
+impl Options {
+    /// The defaults for a migration of this name.
+    pub fn new(migration: MigrationId) -> Self {
+        Self {
+            migration,
+            limits: Limits {
+                downtime: Duration::from_millis(50),
+                max_rounds: 30,
+                timeout: Duration::from_secs(600),
+                on_timeout: OnTimeout::Cancel,
+            },
+            fixed_cost: Duration::from_millis(2),
+            page_streams: 2,
+            stall: Duration::from_secs(10),
+            // Touching fresh memory was measured at up to 2 s/GiB on a machine that must get it back from its host.
+            prepare: Duration::from_secs(120),
+            ask: Duration::from_secs(30),
+        }
+    }
+}
+
+/// A name for a migration: 128 bits of the kernel's randomness.
+///
+/// # Errors
+/// `Host` when it has none.
+pub fn new_migration_id() -> Result<MigrationId> {
+    let mut bytes = [0; 16];
+    std::fs::File::open("/dev/urandom")
+        .and_then(|mut file| file.read_exact(&mut bytes))
+        .map_err(|error| Error::Host(format!("/dev/urandom gave no randomness: {error}")))?;
+    Ok(MigrationId(u128::from_le_bytes(bytes)))
+}
+
+/// A migration that did not come to its end: why, and what it did until then.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct Failed {
+    /// Why.
+    pub error: Error,
+    /// Its numbers.
+    pub report: Report,
+}
+
+/// Moves a workload to the other end of `link`. `dial` makes further connections to the same peer; it is called only
+/// when the link is lost behind `Commit`.
+///
+/// # Errors
+/// Everything that can go wrong before `Commit`, naming its phase: the workload runs on at the source then, unless it
+/// is `NotResumed`. Behind `Commit`: an error of the destination's, and the workload runs on at the source; or
+/// `InDoubt`, and it stands still there.
+pub fn send(
+    source: Box<dyn Source>,
+    link: Box<dyn Link>,
+    dial: &mut dyn FnMut() -> Result<Box<dyn Link>>,
+    options: &Options,
+    cancel: &CancelFlag,
+    observer: &mut dyn Observer,
+) -> std::result::Result<Report, Box<Failed>> {
+    Outbound::new(source, link, dial, options, cancel, observer).run()
+}
+
+struct Outbound<'a> {
+    source: Box<dyn Source>,
+    talk: conversation::Sender,
+    lanes: Lanes,
+    dial: &'a mut dyn FnMut() -> Result<Box<dyn Link>>,
+    options: &'a Options,
+    cancel: &'a CancelFlag,
+    ticker: Ticker<'a>,
+    report: Report,
+    /// Every page that was taken from the source, in all rounds.
+    taken: Vec<PageSet>,
+    /// The rounds that were acknowledged.
+    measured: Vec<Measured>,
+    /// What a message there and its answer back take.
+    round_trip: Duration,
+    begun: Instant,
+    rounds_begun: Instant,
+    frozen_at: Option<Instant>,
+}
+
+impl<'a> Outbound<'a> {
+    fn new(
+        source: Box<dyn Source>,
+        link: Box<dyn Link>,
+        dial: &'a mut dyn FnMut() -> Result<Box<dyn Link>>,
+        options: &'a Options,
+        cancel: &'a CancelFlag,
+        observer: &'a mut dyn Observer,
+    ) -> Self {
+        let workload = source.workload();
+        let report = Report {
+            migration: options.migration,
+            workload: workload.name.clone(),
+            peer: link.peer(),
+            outcome: Outcome::Underway,
+            tracking: String::new(),
+            memory_bytes: workload.layout.total_bytes(),
+            page_streams: options.page_streams,
+            phases: Vec::new(),
+            rounds: Vec::new(),
+            sent_pages: 0,
+            zero_pages: 0,
+            skipped_pages: 0,
+            sent_bytes: 0,
+            state_bytes: 0,
+            downtime_us: 0,
+            total_us: 0,
+            link: link.stats(),
+            warnings: Vec::new(),
+        };
+        Self {
+            taken: workload.layout.spaces.iter().map(|space| PageSet::empty(space.pages)).collect(),
+            source,
+            talk: conversation::Sender::new(link, 0),
+            lanes: Lanes::none(),
+            dial,
+            options,
+            cancel,
+            ticker: Ticker::new(observer),
+            report,
+            measured: Vec::new(),
+            round_trip: Duration::ZERO,
+            begun: Instant::now(),
+            rounds_begun: Instant::now(),
+            frozen_at: None,
+        }
+    }
+
+    fn run(mut self) -> std::result::Result<Report, Box<Failed>> {
+        if let Err(error) = self.deliver() {
+            return Err(self.give_up(error));
+        }
+        let answer = self
+            .phase(Phase::Commit, Self::commit)
+            .or_else(|lost| self.phase(Phase::Ask, |outbound| outbound.ask(lost)));
+        match answer {
+            Ok(Answer::Started(committed)) => Ok(self.hand_over(committed)),
+            Ok(Answer::Discarded(why)) => Err(self.take_back(why)),
+            Err(error) => Err(self.leave_in_doubt(error)),
+        }
+    }
+
+    /// Everything before `Commit`. An error leaves the source free to resume.
+    fn deliver(&mut self) -> Result<()> {
+        self.phase(Phase::Greet, Self::greet)?;
+        self.phase(Phase::Offer, Self::offer)?;
+        self.phase(Phase::Track, Self::track)?;
+        self.phase(Phase::Rounds, Self::rounds)?;
+        self.phase(Phase::Freeze, Self::freeze)?;
+        self.phase(Phase::State, Self::state)?;
+        self.phase(Phase::Ready, Self::ready)?;
+        self.phase(Phase::Pledge, Self::pledge)
+    }
+
+    /// One phase: told, timed, logged, and named in its error.
+    fn phase<T>(&mut self, phase: Phase, body: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
+        let begun = Instant::now();
+        self.ticker.event(&Event::Phase { phase });
+        let result = body(self).map_err(|error| error.during(phase));
+        let duration_us = micros(begun.elapsed());
+        self.report.phases.push(PhaseTime { phase, duration_us });
+        match &result {
+            Ok(_) => tracing::debug!(phase = phase.name(), duration_us, "phase done"),
+            Err(error) => tracing::debug!(phase = phase.name(), duration_us, %error, "phase failed"),
+        }
+        result
+    }
+
+    fn greet(&mut self) -> Result<()> {
+        if !(1..=MAX_PAGE_STREAMS).contains(&self.options.page_streams) {
+            return Err(Error::Usage(format!(
+                "{} page streams cannot be: 1 to {MAX_PAGE_STREAMS} can",
+                self.options.page_streams
+            )));
+        }
+        let (begun, stall) = (Instant::now(), self.options.stall);
+        self.talk.introduce(&Downstream::Hello(Hello::ours()), stall)?;
+        let cancel = self.cancel;
+        self.talk.preamble(stall, &mut || cancel.check().map(|()| 0))?;
+        match self.hear("the destination's greeting", stall)? {
+            Upstream::Hello(hello) => {
+                let capabilities = hello.agree()?;
+                self.round_trip = begun.elapsed();
+                tracing::info!(peer = clean(&hello.software), ?capabilities, "greeted");
+                Ok(())
+            }
+            other => Err(out_of_order("Hello", other.name())),
+        }
+    }
+
+    fn offer(&mut self) -> Result<()> {
+        let workload = self.source.workload();
+        let offer = Offer {
+            migration: self.options.migration,
+            kind: workload.kind,
+            name: workload.name.clone(),
+            layout: workload.layout.clone(),
+            page_streams: self.options.page_streams,
+        };
+        self.talk.say(&Downstream::Offer(offer), &workload.machine, self.options.stall)?;
+        match self.hear("the destination to make room", self.options.prepare)? {
+            Upstream::Accept => {}
+            other => return Err(out_of_order("Accept", other.name())),
+        }
+        self.lanes = Lanes::open(self.talk.link()?, self.options.page_streams)?;
+        Ok(())
+    }
+
+    fn track(&mut self) -> Result<()> {
+        self.report.tracking = self.source.track()?;
+        Ok(())
+    }
+
+    fn pledge(&mut self) -> Result<()> {
+        self.cancel.check()?;
+        self.source.pledge(self.options.migration, &self.report.peer)
+    }
+
+    /// The peer's next message, before `Commit`. Cancelling, a failing page stream and the peer's own failure end the
+    /// wait.
+    fn hear(&mut self, what: &'static str, limit: Duration) -> Result<Upstream> {
+        let Self { talk, lanes, cancel, ticker, .. } = self;
+        let mut watch = || {
+            cancel.check()?;
+            lanes.check()?;
+            ticker.tick(lanes.sent());
+            Ok(lanes.sent().bytes)
+        };
+        match talk.hear(what, limit, &mut watch)?.0 {
+            Upstream::Failed { reason } => Err(Error::PeerFailed { reason: clean(&reason) }),
+            Upstream::Refuse { code, reason } => Err(Error::Refused { code, reason: clean(&reason) }),
+            other => Ok(other),
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! The one step that cannot be taken back, and what is known behind it.
+
+use super::Outbound;
+use crate::conversation::{Sender, out_of_order};
+use crate::error::{Error, Result, clean};
+use crate::link::Link;
+use crate::report::micros;
+use crate::source::Committed;
+use protocol::MigrationId;
+use protocol::control::{self, Downstream, Upstream};
+use protocol::handshake::Hello;
+use std::time::{Duration, Instant};
+
+/// The longest wait for one answer of a destination that is asked; then it is asked again.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long to wait before asking again, at first and at most.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(2));
+
+/// The destination's word.
+pub(super) enum Answer {
+    /// It runs there.
+    Started(Committed),
+    /// It will never run there; why.
+    Discarded(Error),
+}
+
+impl Outbound<'_> {
+    /// Sends `Commit` and reads what comes of it. An error says only that nothing is known.
+    pub(super) fn commit(&mut self) -> Result<Answer> {
+        let (migration, stall) = (self.options.migration, self.options.stall);
+        self.talk.say(&Downstream::Commit { migration }, &[], stall)?;
+        match self.talk.hear("the destination to start", stall, &mut || Ok(0))?.0 {
+            Upstream::Started { migration: started } if started == migration => Ok(self.started()),
+            Upstream::Failed { reason } => {
+                Ok(Answer::Discarded(Error::PeerFailed { reason: clean(&reason) }))
+            }
+            other => Err(out_of_order("Started", other.name())),
+        }
+    }
+
+    /// Asks over new connections until there is an answer. `lost` is why it must.
+    pub(super) fn ask(&mut self, lost: Error) -> Result<Answer> {
+        // Only once this end is closed does the destination stop waiting on it.
+        self.talk.hang_up("no answer to Commit");
+        let (begun, mut pause, mut lost) = (Instant::now(), PAUSE.0, lost);
+        loop {
+            let left = self.options.ask.saturating_sub(begun.elapsed());
+            match self.ask_once(left.min(PATIENCE)) {
+                Ok(control::Outcome::Started) => return Ok(self.started()),
+                Ok(control::Outcome::Discarded) => {
+                    let reason = format!("it discarded the workload because the link failed ({lost})");
+                    return Ok(Answer::Discarded(Error::PeerFailed { reason }));
+                }
+                Ok(control::Outcome::Unknown) => {
+                    let why = "the destination does not know this migration; it may have been restarted";
+                    return Err(self.in_doubt(why));
+                }
+                Err(error) => lost = error,
+            }
+            tracing::warn!(error = %lost, "no answer yet");
+            if pause >= self.options.ask.saturating_sub(begun.elapsed()) {
+                return Err(self.in_doubt(&lost.to_string()));
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(PAUSE.1);
+        }
+    }
+
+    fn ask_once(&mut self, limit: Duration) -> Result<control::Outcome> {
+        let (outcome, talk) = question((self.dial)()?, self.options.migration, limit)?;
+        self.talk = talk;
+        Ok(outcome)
+    }
+
+    /// The only place where the proof is made: the destination's word was read right before.
+    fn started(&mut self) -> Answer {
+        self.report.downtime_us = self.frozen_at.map_or(0, |frozen_at| micros(frozen_at.elapsed()));
+        Answer::Started(Committed::new(self.options.migration))
+    }
+
+    fn in_doubt(&self, why: &str) -> Error {
+        let (name, peer) = (&self.report.workload, &self.report.peer);
+        Error::InDoubt(format!(
+            "{name} was committed to {peer} and no answer came back ({why}). It stands still here and nothing is \
+             lost: find out whether it runs at {peer}, then settle it with `migrate recover {name}`"
+        ))
+    }
+}
+
+/// Asks what became of a migration, for an operator who settles a source that was left in doubt. Each answer is waited
+/// for no longer than `limit`.
+///
+/// # Errors
+/// `Link`, `TimedOut`, `Refused`, or `Protocol`: nothing is known then.
+pub fn ask(link: Box<dyn Link>, migration: MigrationId, limit: Duration) -> Result<control::Outcome> {
+    let (outcome, mut talk) = question(link, migration, limit)?;
+    if outcome != control::Outcome::Unknown {
+        talk.say(&Downstream::Done { migration }, &[], limit)?;
+    }
+    talk.hang_up("answered");
+    Ok(outcome)
+}
+
+fn question(
+    link: Box<dyn Link>,
+    migration: MigrationId,
+    limit: Duration,
+) -> Result<(control::Outcome, Sender)> {
+    let nothing = &mut || Ok(0);
+    let mut talk = Sender::new(link, 0);
+    talk.introduce(&Downstream::Hello(Hello::ours()), limit)?;
+    talk.preamble(limit, nothing)?;
+    match talk.hear("the destination's greeting", limit, nothing)?.0 {
+        Upstream::Hello(hello) => hello.agree()?,
+        other => return Err(out_of_order("Hello", other.name())),
+    };
+    talk.say(&Downstream::Ask { migration }, &[], limit)?;
+    match talk.hear("the destination to say what became of the workload", limit, nothing)?.0 {
+        Upstream::Outcome { migration: of, outcome } if of == migration => Ok((outcome, talk)),
+        Upstream::Refuse { code, reason } => Err(Error::Refused { code, reason: clean(&reason) }),
+        other => Err(out_of_order("Outcome", other.name())),
+    }
+}

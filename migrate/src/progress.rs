@@ -1,0 +1,200 @@
+//! What a running migration shows: a bar on a terminal, plain lines in a pipe, JSON for scripts.
+
+use crate::cli::Common;
+use crate::commands::{emit, say};
+use crate::report::{ArrivalReport, Event, Observer, Outcome, Report, RoundReport};
+use crate::units::{show_bytes, show_rate, show_us};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use protocol::page::PAGE_SIZE;
+use std::io::{IsTerminal as _, Write as _};
+
+/// The observer for this command line, with the test hook around it where the environment asks for it.
+pub fn observer(common: &Common) -> Box<dyn Observer> {
+    let inner: Box<dyn Observer> = if common.json {
+        Box::new(Json)
+    } else if std::io::stderr().is_terminal() {
+        Box::new(Bar::new())
+    } else {
+        Box::new(Lines)
+    };
+    match std::env::var("MIGRATE_TEST_HOLD") {
+        Ok(phase) if !phase.is_empty() => Box::new(Hold { inner, phase }),
+        _ => inner,
+    }
+}
+
+/// One JSON object for each event; the report comes at the end by itself.
+struct Json;
+
+impl Observer for Json {
+    fn event(&mut self, event: &Event) {
+        if !matches!(event, Event::Done(_) | Event::Arrived(_)) {
+            emit(event);
+        }
+    }
+}
+
+/// A line on stderr for each round.
+struct Lines;
+
+impl Observer for Lines {
+    fn event(&mut self, event: &Event) {
+        if let Event::RoundEnd(round) = event {
+            note(&round_line(round));
+        }
+    }
+}
+
+fn note(line: &str) {
+    // Nobody reads: that is no reason to stop moving a VM.
+    writeln!(std::io::stderr(), "{line}").ok();
+}
+
+fn round_line(round: &RoundReport) -> String {
+    let forecast = if round.frozen {
+        "frozen".into()
+    } else {
+        format!("stop now: {}", show_us(round.predicted_downtime_us))
+    };
+    format!(
+        "round {:>2}  {:>9} sent in {:>8} at {:>10}  {:>9} left  {forecast}",
+        round.round,
+        show_bytes(round.sent_bytes),
+        show_us(round.duration_us),
+        show_rate(round.rate_bytes_per_s),
+        show_bytes(round.remaining_pages * PAGE_SIZE as u64),
+    )
+}
+
+/// A progress bar on stderr.
+struct Bar {
+    bar: ProgressBar,
+}
+
+impl Bar {
+    fn new() -> Self {
+        let bar = ProgressBar::with_draw_target(Some(1), ProgressDrawTarget::stderr_with_hz(10));
+        // The templates are constants, so this cannot fail for a reason that a user could see.
+        if let Ok(style) = ProgressStyle::with_template("{prefix:<9} [{bar:30}] {msg}") {
+            bar.set_style(style.progress_chars("=> "));
+        }
+        Self { bar }
+    }
+}
+
+impl Observer for Bar {
+    fn event(&mut self, event: &Event) {
+        match event {
+            Event::Phase { phase } => {
+                self.bar.set_prefix(phase.name());
+                self.bar.set_message(phase.to_string());
+            }
+            Event::RoundBegin { round, dirty_pages } => {
+                self.bar.set_prefix(format!("round {round}"));
+                self.bar.set_length((*dirty_pages).max(1));
+                self.bar.set_position(0);
+            }
+            Event::Progress(progress) => {
+                self.bar.set_position(progress.done_pages);
+                let left = show_bytes(progress.remaining_pages * PAGE_SIZE as u64);
+                let forecast =
+                    progress.predicted_downtime_us.map(|us| format!(", forecast downtime {}", show_us(us)));
+                self.bar.set_message(format!(
+                    "{}, {left} left{}",
+                    show_rate(progress.rate_bytes_per_s),
+                    forecast.unwrap_or_default()
+                ));
+            }
+            Event::RoundEnd(round) => self.bar.println(round_line(round)),
+            Event::Receiving { round, received_bytes, rate_bytes_per_s } => {
+                self.bar.set_prefix(format!("round {round}"));
+                self.bar.set_message(format!(
+                    "{} received, {}",
+                    show_bytes(*received_bytes),
+                    show_rate(*rate_bytes_per_s)
+                ));
+                self.bar.tick();
+            }
+            Event::Done(_) | Event::Arrived(_) => self.bar.finish_and_clear(),
+        }
+    }
+}
+
+/// A test hook, documented in docs/scripting.md: stops this process with SIGSTOP when it enters a phase, so that a test can
+/// kill or cut whatever it wants at exactly that point.
+struct Hold {
+    inner: Box<dyn Observer>,
+    phase: String,
+}
+
+impl Observer for Hold {
+    fn event(&mut self, event: &Event) {
+        self.inner.event(event);
+        if let Event::Phase { phase } = event
+            && phase.name() == self.phase
+        {
+            let own = rustix::process::getpid();
+            if let Err(error) = rustix::process::kill_process(own, rustix::process::Signal::STOP) {
+                tracing::error!(%error, "this process could not stop itself");
+            }
+        }
+    }
+}
+
+/// Prints what arrived, for people.
+pub fn show_arrival(report: &ArrivalReport) {
+    say(&format!(
+        "{} arrived from {}: {} in {} rounds and {} of state, in {}",
+        report.workload,
+        report.peer,
+        show_bytes(report.received_bytes),
+        report.rounds,
+        show_bytes(report.state_bytes),
+        show_us(report.total_us)
+    ));
+}
+
+/// Prints the final report for people.
+pub fn show_report(report: &Report) {
+    let moved = match &report.outcome {
+        Outcome::Moved => format!("{} moved to {}", report.workload, report.peer),
+        Outcome::Failed { .. } => format!("{} did not move and runs here", report.workload),
+        Outcome::InDoubt { .. } => format!("{} is in doubt and stands still here", report.workload),
+        Outcome::Underway => format!("{} is underway", report.workload),
+    };
+    say(&moved);
+    say("");
+    say("round    dirty     sent     zero  untouched       bytes        time          rate   stop then");
+    for round in &report.rounds {
+        say(&format!(
+            "{:>5} {:>8} {:>8} {:>8} {:>10} {:>11} {:>11} {:>13}   {}",
+            round.round,
+            round.dirty_pages,
+            round.sent_pages,
+            round.zero_pages,
+            round.skipped_pages,
+            show_bytes(round.sent_bytes),
+            show_us(round.duration_us),
+            show_rate(round.rate_bytes_per_s),
+            if round.frozen { "frozen".into() } else { show_us(round.predicted_downtime_us) },
+        ));
+    }
+    say("");
+    let predicted =
+        report.rounds.iter().rev().find(|round| !round.frozen).map(|round| round.predicted_downtime_us);
+    say(&format!("memory    {} tracked by {}", show_bytes(report.memory_bytes), report.tracking));
+    say(&format!(
+        "sent      {} and {} of state",
+        show_bytes(report.sent_bytes),
+        show_bytes(report.state_bytes)
+    ));
+    say(&format!("total     {}", show_us(report.total_us)));
+    say(&format!(
+        "downtime  {}, predicted {} (the guest's own figure: migrate ledger, on the other host)",
+        show_us(report.downtime_us),
+        predicted.map_or_else(|| "nothing".into(), show_us)
+    ));
+    for warning in &report.warnings {
+        say(&format!("warning   {warning}"));
+    }
+}

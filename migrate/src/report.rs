@@ -1,0 +1,303 @@
+//! What a migration did, in numbers, and what it says while it does it.
+//!
+//! One [`Report`] is made by every run of the engine, also by one that fails: its phases and rounds are those that
+//! were begun. Times are microseconds on this end's monotonic clock. [`Event`]s tell the same as it happens.
+
+use protocol::MigrationId;
+use serde::Serialize;
+use std::fmt;
+use std::time::Duration;
+
+/// A phase of the engine, on either end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// Both ends say who they are.
+    Greet,
+    /// The workload is offered, and the destination makes room for it.
+    Offer,
+    /// The source begins to track writes.
+    Track,
+    /// Pages are copied while the workload runs.
+    Rounds,
+    /// The workload is stopped, and what it wrote since the last round follows.
+    Freeze,
+    /// Its state follows the last pages.
+    State,
+    /// The destination loads the state and checks everything.
+    Ready,
+    /// The source promises not to resume by itself any more.
+    Pledge,
+    /// The destination is told to start, and says that it has.
+    Commit,
+    /// The link was lost behind `Commit`: the destination is asked what became of it.
+    Ask,
+    /// The source ends its workload, or gets it back.
+    Settle,
+}
+
+impl Phase {
+    /// The phase as one word, as in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Greet => "greet",
+            Self::Offer => "offer",
+            Self::Track => "track",
+            Self::Rounds => "rounds",
+            Self::Freeze => "freeze",
+            Self::State => "state",
+            Self::Ready => "ready",
+            Self::Pledge => "pledge",
+            Self::Commit => "commit",
+            Self::Ask => "ask",
+            Self::Settle => "settle",
+        }
+    }
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Greet => "greeting the peer",
+            Self::Offer => "offering the workload",
+            Self::Track => "tracking writes",
+            Self::Rounds => "copying memory",
+            Self::Freeze => "stopping the workload for the last pages",
+            Self::State => "moving the state",
+            Self::Ready => "waiting for the destination to be ready",
+            Self::Pledge => "pledging the source",
+            Self::Commit => "committing",
+            Self::Ask => "asking what became of the workload",
+            Self::Settle => "settling the source",
+        })
+    }
+}
+
+/// How a migration ended, seen from the source.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+#[serde(tag = "type", rename_all = "kebab-case")]
+pub enum Outcome {
+    /// It has not ended yet.
+    #[default]
+    Underway,
+    /// The workload runs at the destination.
+    Moved,
+    /// The workload runs at the source.
+    Failed {
+        /// Why it did not move.
+        reason: String,
+    },
+    /// The workload stands still at the source, because nobody could say whether it runs at the destination.
+    InDoubt {
+        /// What to do.
+        reason: String,
+    },
+}
+
+/// How long one phase took.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct PhaseTime {
+    /// Which phase.
+    pub phase: Phase,
+    /// From its first action to its last answer.
+    pub duration_us: u64,
+}
+
+/// One round of pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+pub struct RoundReport {
+    /// Its number, from 0.
+    pub round: u32,
+    /// Whether the workload stood still: the last round.
+    pub frozen: bool,
+    /// Pages that were dirty when it began.
+    pub dirty_pages: u64,
+    /// Pages that were sent with their bytes.
+    pub sent_pages: u64,
+    /// Pages that were sent as zeros, without bytes.
+    pub zero_pages: u64,
+    /// Pages that were never touched, and so not sent.
+    pub skipped_pages: u64,
+    /// Bytes on the page streams, headers included.
+    pub sent_bytes: u64,
+    /// From its first page to the answer that all of it is in the destination's memory; for the frozen round, to
+    /// the last page handed to the link.
+    pub duration_us: u64,
+    /// Bytes sent by duration.
+    pub rate_bytes_per_s: u64,
+    /// Pages that were dirty when it was over.
+    pub remaining_pages: u64,
+    /// The downtime that freezing then was predicted to cost.
+    pub predicted_downtime_us: u64,
+}
+
+/// What one migration did, seen from the source.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Report {
+    /// Its name.
+    pub migration: MigrationId,
+    /// The workload's name.
+    pub workload: String,
+    /// Who the destination is.
+    pub peer: String,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// How the source tracked writes; empty when it did not come to that.
+    pub tracking: String,
+    /// The workload's memory in bytes.
+    pub memory_bytes: u64,
+    /// The page streams that were used.
+    pub page_streams: u16,
+    /// The phases in order.
+    pub phases: Vec<PhaseTime>,
+    /// The rounds in order.
+    pub rounds: Vec<RoundReport>,
+    /// Pages sent with their bytes, in all rounds.
+    pub sent_pages: u64,
+    /// Pages sent as zeros, in all rounds.
+    pub zero_pages: u64,
+    /// Pages never touched and not sent.
+    pub skipped_pages: u64,
+    /// Bytes on the page streams in all rounds.
+    pub sent_bytes: u64,
+    /// Bytes of the state.
+    pub state_bytes: u64,
+    /// From the call that froze the workload to the word that it runs at the destination, or until it was
+    /// resumed here; 0 when it was never frozen.
+    pub downtime_us: u64,
+    /// From the greeting to the end.
+    pub total_us: u64,
+    /// What the transport measured.
+    pub link: crate::link::LinkStats,
+    /// What went wrong without changing the outcome, for people.
+    pub warnings: Vec<String>,
+}
+
+/// What one migration did, seen from the destination.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ArrivalReport {
+    /// Its name, once it was offered.
+    pub migration: Option<MigrationId>,
+    /// The workload's name here, once it was offered.
+    pub workload: String,
+    /// Who the source is.
+    pub peer: String,
+    /// Why nothing arrived, if nothing did.
+    pub error: Option<String>,
+    /// The phases in order.
+    pub phases: Vec<PhaseTime>,
+    /// Rounds that arrived whole.
+    pub rounds: u32,
+    /// Bytes on the page streams.
+    pub received_bytes: u64,
+    /// Bytes of the state.
+    pub state_bytes: u64,
+    /// From the first byte to the end.
+    pub total_us: u64,
+}
+
+impl ArrivalReport {
+    /// Nothing has happened yet.
+    pub(crate) fn of(peer: &str) -> Self {
+        Self {
+            migration: None,
+            workload: String::new(),
+            peer: peer.into(),
+            error: None,
+            phases: Vec::new(),
+            rounds: 0,
+            received_bytes: 0,
+            state_bytes: 0,
+            total_us: 0,
+        }
+    }
+}
+
+/// Something that happened, for progress bars and logs.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub enum Event {
+    /// A phase begins.
+    Phase {
+        /// Which one.
+        phase: Phase,
+    },
+    /// A round begins.
+    RoundBegin {
+        /// Its number, from 0.
+        round: u32,
+        /// Pages it has to look at.
+        dirty_pages: u64,
+    },
+    /// A round goes on; at most ten a second.
+    Progress(Progress),
+    /// A round is over.
+    RoundEnd(RoundReport),
+    /// The migration is over, at the source.
+    Done(Box<Report>),
+    /// Pages come in; at most ten a second.
+    Receiving {
+        /// The round, from 0.
+        round: u32,
+        /// Bytes on all page streams so far.
+        received_bytes: u64,
+        /// Bytes since the last such event by the time since.
+        rate_bytes_per_s: u64,
+    },
+    /// The migration is over, at the destination.
+    Arrived(Box<ArrivalReport>),
+}
+
+/// How far a round is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Progress {
+    /// The round, from 0.
+    pub round: u32,
+    /// Pages of this round that were looked at.
+    pub done_pages: u64,
+    /// Pages of this round that are still to be looked at.
+    pub remaining_pages: u64,
+    /// Bytes on the page streams in all rounds so far.
+    pub sent_bytes: u64,
+    /// Bytes of this round by its time so far.
+    pub rate_bytes_per_s: u64,
+    /// The downtime predicted behind the round before, if there was one.
+    pub predicted_downtime_us: Option<u64>,
+}
+
+/// Whoever wants to know what happens. Called from the engine's own thread: it must not block.
+pub trait Observer {
+    /// Something happened.
+    fn event(&mut self, event: &Event);
+}
+
+/// An observer that looks away.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Quiet;
+
+impl Observer for Quiet {
+    fn event(&mut self, _: &Event) {}
+}
+
+/// Whole microseconds.
+pub(crate) fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// Bytes a second.
+pub(crate) fn rate(bytes: u64, duration: Duration) -> u64 {
+    (bytes as f64 / duration.as_secs_f64().max(1e-9)) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_are_json_objects_that_name_themselves() {
+        let json = |event: &Event| serde_json::to_string(event).unwrap();
+        assert_eq!(json(&Event::Phase { phase: Phase::Rounds }), r#"{"event":"phase","phase":"rounds"}"#);
+        let round = json(&Event::RoundEnd(RoundReport { round: 3, ..RoundReport::default() }));
+        assert!(round.starts_with(r#"{"event":"round-end","round":3,"#), "{round}");
+    }
+}

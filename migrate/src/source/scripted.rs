@@ -1,0 +1,364 @@
+//! A source without a VM, for tests: memory in a vector, and a guest that writes to it by a seed.
+//!
+//! The [`Machine`] is what a VMM is to a real migration: it outlives the [`Source`]s that are attached to it, so a test
+//! can look at it behind a failed attempt and make another. Its guest writes whenever the engine calls, between the
+//! halves of a read too, so that torn pages happen all the time. Its dirty bits are honest: exactly as a dirty log that
+//! is cleared before reading has them.
+
+mod witness;
+
+use super::{Committed, Source, Workload};
+use crate::error::{Error, Result};
+use protocol::MigrationId;
+use protocol::control::WorkloadKind;
+use protocol::layout::Layout;
+use protocol::page::{PAGE_SIZE, PageRun, PageSet, SpaceId};
+use protocol::state::State;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+pub use witness::{Who, Witness};
+
+/// The calls a source can get, in the order in which the engine makes them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[allow(missing_docs, reason = "each is named after the method")]
+pub enum Call {
+    Track,
+    Harvest,
+    Take,
+    Present,
+    Read,
+    Freeze,
+    State,
+    Pledge,
+    HandOver,
+    Redirty,
+    Resume,
+}
+
+impl Call {
+    /// All of them.
+    pub const ALL: [Self; 11] = [
+        Self::Track,
+        Self::Harvest,
+        Self::Take,
+        Self::Present,
+        Self::Read,
+        Self::Freeze,
+        Self::State,
+        Self::Pledge,
+        Self::HandOver,
+        Self::Redirty,
+        Self::Resume,
+    ];
+}
+
+/// What happens at which call.
+pub type Hook = Box<dyn FnMut(Call, u32) -> Result<()> + Send>;
+
+/// A workload that runs on nothing.
+#[derive(Clone)]
+pub struct Machine {
+    workload: Workload,
+    witness: Witness,
+    vm: Arc<Mutex<Vm>>,
+}
+
+struct Vm {
+    memory: Vec<Vec<u8>>,
+    touched: Vec<PageSet>,
+    dirty: Vec<PageSet>,
+    /// What the last harvest saw.
+    seen: Vec<PageSet>,
+    /// What was taken in this attempt.
+    taken: Vec<PageSet>,
+    stage: Stage,
+    random: u64,
+    pages_per_call: u64,
+    calls: BTreeMap<Call, u32>,
+    hook: Option<Hook>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Running,
+    Frozen,
+    Pledged(MigrationId),
+    Gone,
+}
+
+impl Machine {
+    /// A running machine with this memory, of which a quarter is random, a quarter zeros that were written, and half
+    /// was never touched. Its guest writes up to `pages_per_call` pages whenever the engine calls.
+    pub fn new(layout: Layout, seed: u64, pages_per_call: u64, witness: Witness) -> Self {
+        let empty = || layout.spaces.iter().map(|space| PageSet::empty(space.pages)).collect::<Vec<_>>();
+        let mut vm = Vm {
+            memory: layout.spaces.iter().map(|space| vec![0; space.pages as usize * PAGE_SIZE]).collect(),
+            touched: empty(),
+            dirty: empty(),
+            seen: empty(),
+            taken: empty(),
+            stage: Stage::Running,
+            random: seed,
+            pages_per_call,
+            calls: BTreeMap::new(),
+            hook: None,
+        };
+        for space in 0..layout.spaces.len() {
+            for page in 0..layout.spaces[space].pages {
+                match vm.random() % 4 {
+                    0 => vm.write(space, page),
+                    1 => vm.touch(space, page),
+                    _ => {}
+                }
+            }
+        }
+        witness.runs(Who::Source, true);
+        let workload = Workload {
+            kind: WorkloadKind::Vm,
+            name: "scripted".into(),
+            layout,
+            machine: b"machine".to_vec(),
+        };
+        Self { workload, witness, vm: Arc::new(Mutex::new(vm)) }
+    }
+
+    /// Calls `hook` at every call that the engine makes, with how many of that kind came before; its error is the
+    /// call's.
+    pub fn on_call(&self, hook: impl FnMut(Call, u32) -> Result<()> + Send + 'static) {
+        self.lock().hook = Some(Box::new(hook));
+    }
+
+    /// Lets every call succeed again.
+    pub fn heal(&self) {
+        self.lock().hook = None;
+    }
+
+    /// A new attempt.
+    pub fn attach(&self) -> Box<dyn Source> {
+        let mut vm = self.lock();
+        vm.calls.clear();
+        vm.taken.iter_mut().for_each(PageSet::clear);
+        Box::new(Scripted { machine: self.clone(), settled: false })
+    }
+
+    /// Pages that the last attempt took and that are not dirty: what the next attempt or a checkpoint would miss.
+    pub fn missing_pages(&self) -> u64 {
+        let vm = self.lock();
+        let missing = vm.taken.iter().zip(&vm.dirty).map(|(taken, dirty)| {
+            let mut missing = taken.clone();
+            missing.subtract(dirty);
+            missing.count()
+        });
+        missing.sum()
+    }
+
+    /// Whether it waits for the outcome of a migration.
+    pub fn is_pledged(&self) -> bool {
+        matches!(self.lock().stage, Stage::Pledged(_))
+    }
+
+    /// Whether it was handed over.
+    pub fn is_gone(&self) -> bool {
+        self.lock().stage == Stage::Gone
+    }
+
+    /// The calls that the last attempt made.
+    pub fn calls(&self) -> BTreeMap<Call, u32> {
+        self.lock().calls.clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vm> {
+        self.vm.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Vm {
+    fn random(&mut self) -> u64 {
+        // Knuth's MMIX generator; the upper bits are the good ones.
+        self.random =
+            self.random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.random >> 33
+    }
+
+    fn touch(&mut self, space: usize, page: u64) {
+        self.touched[space].insert(page, 1);
+        self.dirty[space].insert(page, 1);
+    }
+
+    /// Overwrites a page from end to end, so that a torn one is neither old nor new.
+    fn write(&mut self, space: usize, page: u64) {
+        let fill = self.random().to_le_bytes();
+        let at = page as usize * PAGE_SIZE;
+        let page_bytes = &mut self.memory[space][at..at + PAGE_SIZE];
+        page_bytes.chunks_exact_mut(fill.len()).for_each(|word| word.copy_from_slice(&fill));
+        self.touch(space, page);
+    }
+
+    /// The guest writes a little, and now and then gives a page back to the host or writes zeros.
+    fn run(&mut self) {
+        if self.stage != Stage::Running {
+            return;
+        }
+        for _ in 0..self.pages_per_call {
+            let space = self.random() as usize % self.memory.len();
+            let page = self.random() % self.touched[space].pages();
+            if !self.random().is_multiple_of(8) {
+                self.write(space, page);
+                continue;
+            }
+            let at = page as usize * PAGE_SIZE;
+            self.memory[space][at..at + PAGE_SIZE].fill(0);
+            self.touch(space, page);
+            if self.random().is_multiple_of(2) {
+                self.touched[space].remove(page, 1);
+            }
+        }
+    }
+
+    /// Every call begins like this.
+    fn called(&mut self, call: Call) -> Result<()> {
+        self.run();
+        let calls = self.calls.entry(call).or_default();
+        *calls += 1;
+        let number = *calls - 1;
+        match &mut self.hook {
+            Some(hook) => hook(call, number),
+            None => Ok(()),
+        }
+    }
+}
+
+/// One attempt to move a [`Machine`].
+struct Scripted {
+    machine: Machine,
+    settled: bool,
+}
+
+impl Scripted {
+    fn called(&self, call: Call) -> Result<MutexGuard<'_, Vm>> {
+        let mut vm = self.machine.lock();
+        vm.called(call)?;
+        Ok(vm)
+    }
+
+    fn resumes(&self, vm: &mut Vm) {
+        vm.stage = Stage::Running;
+        self.machine.witness.runs(Who::Source, true);
+    }
+}
+
+impl Source for Scripted {
+    fn workload(&self) -> &Workload {
+        &self.machine.workload
+    }
+
+    fn track(&mut self) -> Result<String> {
+        let mut vm = self.called(Call::Track)?;
+        vm.dirty.iter_mut().for_each(|dirty| dirty.insert(0, u64::MAX));
+        Ok("scripted".into())
+    }
+
+    fn harvest(&mut self) -> Result<Vec<PageSet>> {
+        let mut vm = self.called(Call::Harvest)?;
+        vm.seen = vm.dirty.clone();
+        Ok(vm.seen.clone())
+    }
+
+    fn take(&mut self, space: SpaceId, first: u64, count: u64) -> Result<()> {
+        let mut vm = self.called(Call::Take)?;
+        let space = usize::from(space.0);
+        let mut taken = PageSet::empty(vm.dirty[space].pages());
+        taken.insert(first, count);
+        taken.intersect(&vm.seen[space]);
+        vm.dirty[space].subtract(&taken);
+        vm.taken[space].union(&taken);
+        Ok(())
+    }
+
+    fn present(&mut self, space: SpaceId, first: u64, count: u64, pages: &mut PageSet) -> Result<()> {
+        let vm = self.called(Call::Present)?;
+        for page in first..first + count {
+            if !vm.touched[usize::from(space.0)].contains(page) {
+                pages.remove(page, 1);
+            }
+        }
+        Ok(())
+    }
+
+    fn read(&self, run: PageRun, buffer: &mut [u8]) -> Result<()> {
+        let mut vm = self.called(Call::Read)?;
+        let space = usize::from(run.space.0);
+        // From the middle of a page on, so that a page that is written now comes out torn.
+        let half = run.bytes() / 2 / PAGE_SIZE * PAGE_SIZE + PAGE_SIZE / 2;
+        let at = run.offset() as usize;
+        buffer[..half].copy_from_slice(&vm.memory[space][at..at + half]);
+        if vm.stage == Stage::Running && vm.random().is_multiple_of(4) {
+            vm.write(space, run.first + u64::from(run.count / 2));
+        }
+        vm.run();
+        buffer[half..].copy_from_slice(&vm.memory[space][at + half..at + run.bytes()]);
+        Ok(())
+    }
+
+    fn redirty(&mut self, pages: &[PageSet]) -> Result<()> {
+        let mut vm = self.called(Call::Redirty)?;
+        for (dirty, pages) in vm.dirty.iter_mut().zip(pages) {
+            dirty.union(pages);
+        }
+        Ok(())
+    }
+
+    fn freeze(&mut self) -> Result<()> {
+        let mut vm = self.called(Call::Freeze)?;
+        vm.stage = Stage::Frozen;
+        self.machine.witness.runs(Who::Source, false);
+        self.machine.witness.frozen_with(&vm.memory);
+        Ok(())
+    }
+
+    fn state(&mut self) -> Result<Vec<u8>> {
+        drop(self.called(Call::State)?);
+        let mut state = State::default();
+        state.push("scripted", 1, b"registers".to_vec());
+        Ok(state.encode()?)
+    }
+
+    fn pledge(&mut self, migration: MigrationId, _peer: &str) -> Result<()> {
+        let mut vm = self.called(Call::Pledge)?;
+        if vm.stage != Stage::Frozen {
+            return Err(Error::Workload("only a frozen workload can be pledged".into()));
+        }
+        vm.stage = Stage::Pledged(migration);
+        Ok(())
+    }
+
+    fn resume(mut self: Box<Self>) -> Result<()> {
+        self.settled = true;
+        let mut vm = self.called(Call::Resume)?;
+        self.resumes(&mut vm);
+        Ok(())
+    }
+
+    fn hand_over(mut self: Box<Self>, committed: Committed) -> Result<()> {
+        self.settled = true;
+        let mut vm = self.called(Call::HandOver)?;
+        if vm.stage != Stage::Pledged(committed.migration()) {
+            return Err(Error::Workload("only a pledged workload can be handed over".into()));
+        }
+        vm.stage = Stage::Gone;
+        Ok(())
+    }
+
+    fn leave_frozen(mut self: Box<Self>) {
+        self.settled = true;
+    }
+}
+
+impl Drop for Scripted {
+    fn drop(&mut self) {
+        let mut vm = self.machine.lock();
+        if !self.settled && vm.stage == Stage::Frozen {
+            self.resumes(&mut vm);
+        }
+    }
+}

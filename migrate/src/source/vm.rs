@@ -1,0 +1,114 @@
+//! A VM under the `vmm` crate as a source.
+
+use crate::error::{Error, Result};
+use crate::memory::GuestMemory;
+use crate::source::{Committed, Source, Workload};
+use protocol::MigrationId;
+use protocol::control::WorkloadKind;
+use protocol::monitor::Role;
+use protocol::page::{PageRun, PageSet, SpaceId};
+use std::path::Path;
+use std::time::Duration;
+use vmm::Client;
+
+/// How long the VMM may take for one answer. Stopping its vCPUs takes well under a millisecond; a host that swaps may
+/// take seconds.
+const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+
+/// A running VM, held by a session on its control socket. Dropping it closes the session, and the VMM does what is
+/// right then: it resumes, unless it was pledged.
+pub struct VmSource {
+    client: Client,
+    workload: Workload,
+    memory: GuestMemory,
+    destination: String,
+    pledged_to: Option<MigrationId>,
+}
+
+impl VmSource {
+    /// Takes hold of the VM behind a control socket. `destination` is the address it will go to, as an operator writes
+    /// it: the VMM remembers it with the pledge, so that `migrate recover` knows whom to ask.
+    ///
+    /// # Errors
+    /// `Workload` when there is no such VM or somebody else holds it.
+    pub fn connect(name: &str, socket: &Path, destination: &str) -> Result<Self> {
+        let mut client = Client::connect(socket, Role::Session, "migrate send", ANSWER_LIMIT)
+            .map_err(|error| Error::Workload(format!("the VM {name} cannot be taken: {error}")))?;
+        let description = client.describe().map_err(workload)?;
+        description.layout.validate(u64::MAX)?;
+        let memory = GuestMemory::map(&description.layout, description.memory)?;
+        let workload = Workload {
+            kind: WorkloadKind::Vm,
+            name: description.name,
+            layout: description.layout,
+            machine: description.machine,
+        };
+        Ok(Self { client, workload, memory, destination: destination.into(), pledged_to: None })
+    }
+}
+
+fn workload(error: vmm::Error) -> Error {
+    Error::Workload(error.to_string())
+}
+
+impl Source for VmSource {
+    fn workload(&self) -> &Workload {
+        &self.workload
+    }
+
+    fn track(&mut self) -> Result<String> {
+        let mode = self.client.track_start().map_err(workload)?;
+        let name = serde_json::to_value(mode).ok().and_then(|value| value.as_str().map(str::to_owned));
+        Ok(format!("kvm-{}", name.unwrap_or_default()))
+    }
+
+    fn harvest(&mut self) -> Result<Vec<PageSet>> {
+        self.client.harvest(&self.workload.layout).map_err(workload)
+    }
+
+    fn take(&mut self, space: SpaceId, first: u64, count: u64) -> Result<()> {
+        let count = u32::try_from(count)
+            .map_err(|_| Error::Workload(format!("{count} pages are more than can be taken at once")))?;
+        self.client.take(PageRun { space, first, count }).map_err(workload)
+    }
+
+    fn present(&mut self, space: SpaceId, first: u64, count: u64, pages: &mut PageSet) -> Result<()> {
+        self.memory.remove_holes(space, first, count, pages)
+    }
+
+    fn read(&self, run: PageRun, buffer: &mut [u8]) -> Result<()> {
+        self.memory.read(run.space, run.offset(), buffer)
+    }
+
+    fn redirty(&mut self, pages: &[PageSet]) -> Result<()> {
+        self.client.redirty(pages).map_err(workload)
+    }
+
+    fn freeze(&mut self) -> Result<()> {
+        self.client.freeze().map_err(workload)
+    }
+
+    fn state(&mut self) -> Result<Vec<u8>> {
+        self.client.save().map_err(workload)
+    }
+
+    fn pledge(&mut self, migration: MigrationId, _peer: &str) -> Result<()> {
+        self.client.pledge(migration, &self.destination).map_err(workload)?;
+        self.pledged_to = Some(migration);
+        Ok(())
+    }
+
+    fn resume(mut self: Box<Self>) -> Result<()> {
+        self.client.resume(self.pledged_to).map_err(workload)?;
+        self.client.track_stop().map_err(workload)
+    }
+
+    fn hand_over(mut self: Box<Self>, committed: Committed) -> Result<()> {
+        self.client.hand_over(committed.migration()).map_err(workload)
+    }
+
+    fn leave_frozen(self: Box<Self>) {
+        // The VMM keeps a pledged VM frozen when its session ends: dropping the client is all there is to do.
+        tracing::warn!(vm = self.workload.name, "left frozen");
+    }
+}
