@@ -35,11 +35,16 @@ fn main() {
     let mut all: Vec<Steps> = Vec::new();
     let mut gaps = Vec::new();
     for number in 1..=moves {
-        let since = ledger::Stats::read(host.reader()).unwrap().tsc_last;
-        let (moved, steps) = host.hop(directory.path().join(format!("{number}.sock")));
+        let mut reader = host.reader();
+        let mut since = 0;
+        let about_to_freeze = || since = ledger::Stats::read(&mut reader).unwrap().tsc_last;
+        let (moved, steps, source) =
+            host.hop(&directory.path().join(format!("{number}.sock")), about_to_freeze);
         host = moved;
-        std::thread::sleep(Duration::from_millis(300));
+        // Long enough for the guest's first tick, too short for many hiccups of a busy machine.
+        std::thread::sleep(Duration::from_millis(4));
         let stats = ledger::Stats::read(host.reader()).unwrap();
+        source.retire();
         let gap = stats.longest_gap_since(since).and_then(|gap| stats.us(gap.cycles)).unwrap_or(0);
         println!("guest's gap {gap} us, {steps}");
         gaps.push(Duration::from_micros(gap));

@@ -11,8 +11,9 @@ use protocol::{
     MigrationId,
     layout::Layout,
     monitor::{Reply, Request, Role, Status, TrackingMode, VERSION},
-    page::{PageRun, PageSet},
+    page::{PAGE_SIZE, PageRun, PageSet},
 };
+use rustix::fs::SealFlags;
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType,
     sockopt::{Timeout, set_socket_timeout},
@@ -292,6 +293,9 @@ fn exchange(
         .map_err(name)?
         .ok_or_else(|| Error::Protocol(format!("the VMM ended while it was to {what}")))?;
     let reply = message.decode()?;
+    if !message.fds.is_empty() && !matches!(reply, Reply::Description { .. }) {
+        return Err(Error::Protocol(format!("descriptors came with an answer to {what}")));
+    }
     Ok((reply, message))
 }
 
@@ -312,7 +316,21 @@ fn description((reply, message): (Reply, Message), asked: &'static str) -> Resul
             layout.spaces.len()
         )));
     }
+    for (space, fd) in layout.spaces.iter().zip(&message.fds) {
+        check_memory(fd, space.pages.saturating_mul(PAGE_SIZE as u64))?;
+    }
     Ok(Description { name, layout, machine: message.blob, memory: message.fds })
+}
+
+/// Checks that memory can be mapped without ever meeting a SIGBUS: it is large enough and stays so.
+fn check_memory(fd: &OwnedFd, bytes: u64) -> Result<()> {
+    let wrong = |why: &str| Error::Protocol(format!("the VMM's memory cannot be used: {why}"));
+    let size = rustix::fs::fstat(fd).map_err(|error| wrong(&error.to_string()))?.st_size;
+    if u64::try_from(size).is_ok_and(|size| size < bytes) {
+        return Err(wrong("it is smaller than its space"));
+    }
+    let seals = rustix::fs::fcntl_get_seals(fd).map_err(|error| wrong(&error.to_string()))?;
+    if seals.contains(SealFlags::SHRINK) { Ok(()) } else { Err(wrong("it is not sealed against shrinking")) }
 }
 
 fn open(path: &Path, limit: Duration) -> Result<UnixStream> {
@@ -333,4 +351,32 @@ fn open(path: &Path, limit: Duration) -> Result<UnixStream> {
     let address = SocketAddrUnix::new(path).map_err(unreachable)?;
     rustix::net::connect(&fd, &address).map_err(unreachable)?;
     Ok(fd.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn memory_that_could_shrink_is_refused() {
+        let mut plain = tempfile::tempfile().unwrap();
+        plain.write_all(&[0; 4096]).unwrap();
+        assert!(check_memory(&plain.into(), 4096).is_err());
+        let memory = crate::memory::GuestMemory::create(2 << 20).unwrap();
+        let fd = memory.share(0).unwrap().unwrap();
+        check_memory(&fd, 2 << 20).unwrap();
+        assert!(check_memory(&fd, (2 << 20) + 1).is_err());
+    }
+
+    #[test]
+    fn a_vmm_that_does_not_answer_is_named_with_what_it_should_have_done() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("silent.sock");
+        let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let error = Client::connect(&path, Role::Query, "test", Duration::from_millis(50)).unwrap_err();
+        let text = error.to_string();
+        assert!(text.starts_with("waited ") && text.contains("say hello"), "{text}");
+    }
 }

@@ -8,9 +8,6 @@ use crate::{
     error::{Error, Result},
 };
 
-/// The longest name of a VM, in bytes.
-pub const MAX_NAME_BYTES: usize = 64;
-
 /// A VM that boots here.
 #[derive(Debug)]
 pub struct VmConfig {
@@ -108,20 +105,13 @@ impl std::fmt::Display for ExitReason {
     }
 }
 
-/// Checks a VM's name: 1 to 64 bytes of `A-Z a-z 0-9 . _ -`, not starting with `.` or `-`. So a name is
-/// a safe file name, command-line argument and terminal output.
+/// Checks a VM's name by the protocol's rule: it is a safe file name, command-line argument and terminal
+/// output.
 ///
 /// # Errors
-/// [`Error::Config`].
+/// [`Error::Config`] that says the rule.
 pub fn check_name(name: &str) -> Result<()> {
-    let legal = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
-    if (1..=MAX_NAME_BYTES).contains(&name.len()) && name.bytes().all(legal) && !name.starts_with(['.', '-'])
-    {
-        return Ok(());
-    }
-    Err(Error::Config(format!(
-        "{name:?} is no name for a VM: it takes 1 to {MAX_NAME_BYTES} letters, digits, '.', '_', '-', and starts with neither '.' nor '-'"
-    )))
+    protocol::control::check_name(name).map_err(|error| Error::Config(format!("{name:?}: {error}")))
 }
 
 #[cfg(test)]

@@ -249,8 +249,9 @@ impl Instance {
         }
     }
 
-    fn describe(&mut self) -> Result<Answer> {
-        let vm = self.vm.as_ref().ok_or_else(|| self.wrong("describe the VM"))?;
+    fn describe(&self) -> Result<Answer> {
+        let wrong = || self.wrong("describe the VM");
+        let vm = self.vm.as_ref().filter(|_| self.phase != Phase::Stopped).ok_or_else(wrong)?;
         let layout = layout_of(&vm.memory().layout());
         let mut fds = Vec::new();
         for index in 0..layout.spaces.len() {

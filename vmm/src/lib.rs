@@ -46,7 +46,7 @@ mod vm_tests;
 
 pub use boot::{Bytes, KernelSource, Ring};
 pub use client::{Client, Description};
-pub use config::{ExitReason, IncomingConfig, MAX_NAME_BYTES, VmConfig, check_name};
+pub use config::{ExitReason, IncomingConfig, VmConfig, check_name};
 pub use devices::SerialSink;
 pub use error::{Error, ImageError, Result};
 pub use run::{run, run_incoming};

@@ -51,7 +51,7 @@ struct Parts {
 }
 
 impl Vm {
-    /// Builds a VM and loads its kernel. `{tsc_khz}` is added to the command line: a guest that cannot
+    /// Builds a VM and loads its kernel. ` tsc_khz=N` is added to the command line: a guest that cannot
     /// measure its clock reads it there.
     ///
     /// # Errors
@@ -114,6 +114,13 @@ impl Vm {
     /// The dirty tracking.
     pub(crate) fn tracker(&mut self) -> &mut Tracker {
         &mut self.tracker
+    }
+
+    /// Makes tracking use at best this mode of the host's log, to test the lesser ones.
+    #[cfg(test)]
+    pub(crate) fn cap_log_mode(&mut self, best: LogMode) {
+        let log = KvmLog::new(self.vm.clone(), self.memory.clone(), best);
+        self.tracker = Tracker::new(self.memory.clone(), Box::new(log));
     }
 
     /// Lets all vCPUs run.

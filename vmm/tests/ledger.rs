@@ -58,8 +58,9 @@ fn the_ledger_moves_and_loses_nothing() {
     let mut host = boot(&directory, ledger::IMAGE, MEMORY, 2);
     let mut before = wait_until_it_runs(&mut host).iterations;
     for number in 1..=3 {
-        let (moved, steps) = host.hop(directory.path().join(format!("{number}.sock")));
+        let (moved, steps, source) = host.hop(&directory.path().join(format!("{number}.sock")), || {});
         host = moved;
+        source.retire();
         eprintln!("{steps}");
         std::thread::sleep(Duration::from_millis(200));
         let after = stats(&mut host).unwrap();

@@ -111,8 +111,12 @@ impl Books {
                 self.pages
             )));
         }
-        for (pending, bits) in self.pending.iter_mut().skip(index(first / 64)).zip(bits) {
+        let skip = index(first / 64);
+        for ((pending, taken), bits) in
+            self.pending.iter_mut().skip(skip).zip(self.taken.iter_mut().skip(skip)).zip(bits)
+        {
             *pending |= bits;
+            *taken &= !bits;
         }
         self.trim();
         Ok(())

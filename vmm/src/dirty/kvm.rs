@@ -37,7 +37,8 @@ impl KvmLog {
             LogMode::Plain => 0,
         };
         let mut log = Self { spaces: memory.layout(), vm, memory, mode };
-        if flags != 0 {
+        // Also when none is wanted: the VM remembers what was enabled before.
+        if offered != 0 {
             let request = kvm_enable_cap {
                 cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
                 args: [flags.into(), 0, 0, 0],

@@ -3,7 +3,7 @@
 
 use std::{
     os::unix::fs::FileExt,
-    path::{Path, PathBuf},
+    path::Path,
     thread::JoinHandle,
     time::{Duration, Instant},
 };
@@ -61,14 +61,14 @@ impl Host {
         Self::wait(&path, std::thread::spawn(move || vmm::run(config)))
     }
 
-    fn incoming(path: PathBuf, max_memory_bytes: u64) -> Self {
+    fn incoming(path: &Path, max_memory_bytes: u64) -> Self {
         let config = IncomingConfig {
             name: "incoming".into(),
             max_memory_bytes,
             serial: SerialSink::None,
-            socket_path: path.clone(),
+            socket_path: path.to_owned(),
         };
-        Self::wait(&path, std::thread::spawn(move || vmm::run_incoming(config)))
+        Self::wait(path, std::thread::spawn(move || vmm::run_incoming(config)))
     }
 
     fn wait(path: &Path, thread: JoinHandle<Result<ExitReason>>) -> Self {
@@ -88,8 +88,8 @@ impl Host {
         assert_eq!(self.thread.join().unwrap().unwrap(), ExitReason::Terminated);
     }
 
-    /// Moves the VM to a new VMM at `path`.
-    pub(crate) fn hop(mut self, path: PathBuf) -> (Self, Steps) {
+    /// Moves the VM to a new VMM at `path`; calls `about_to_freeze` just before the downtime.
+    pub(crate) fn hop(mut self, path: &Path, about_to_freeze: impl FnOnce()) -> (Self, Steps, Retiring) {
         let source = self.session.describe().unwrap();
         let layout = source.layout;
         let mut target = Self::incoming(path, layout.total_bytes());
@@ -105,6 +105,7 @@ impl Host {
             }
         }
         let migration = MigrationId(7);
+        about_to_freeze();
         let mut clock = Laps(Instant::now());
         let started = clock.0;
         self.session.freeze().unwrap();
@@ -122,9 +123,8 @@ impl Host {
         target.session.start(migration).unwrap();
         let start = clock.lap();
         let total = started.elapsed();
-        self.session.hand_over(migration).unwrap();
-        assert_eq!(self.thread.join().unwrap().unwrap(), ExitReason::HandedOver);
-        (target, Steps { freeze, harvest, copy, save, load, pledge, start, total, last_pages })
+        let steps = Steps { freeze, harvest, copy, save, load, pledge, start, total, last_pages };
+        (target, steps, Retiring { host: self, migration })
     }
 
     /// Reads the memory of the VM by guest-physical addresses.
@@ -142,6 +142,21 @@ impl Host {
                 .ok_or(std::io::ErrorKind::NotFound)?;
             files[index].read_exact_at(buffer, address - layout.spaces[index].guest_address)
         }
+    }
+}
+
+/// A source whose guest runs elsewhere.
+pub(crate) struct Retiring {
+    host: Host,
+    migration: MigrationId,
+}
+
+impl Retiring {
+    /// Takes the source down. In this process the guest waits meanwhile for the page tables it shares with
+    /// it; in the product that is another process.
+    pub(crate) fn retire(mut self) {
+        self.host.session.hand_over(self.migration).unwrap();
+        assert_eq!(self.host.thread.join().unwrap().unwrap(), ExitReason::HandedOver);
     }
 }
 
