@@ -42,6 +42,15 @@ impl Peer {
         self.bytes(&envelope::encode(message, blob).unwrap())
     }
 
+    /// Stays on the line until the other end has hung up.
+    fn stay(&mut self) {
+        let mut byte = [0];
+        while !matches!(self.0.read_exact(&mut byte, "the end", SECOND), Err(Error::Link(_))) {}
+    }
+
+    /// Has said all.
+    fn stop(&mut self) {}
+
     fn greet(&mut self, hello: &impl Serialize) -> &mut Self {
         self.bytes(&Preamble::OURS.encode()).say(hello, &[])
     }
@@ -129,8 +138,7 @@ fn receive_from(sender: impl FnOnce(&mut Peer) + Send) -> (Result<Arrival>, Witn
         scope.spawn(move || {
             let mut peer = Peer(Box::new(here));
             sender(&mut peer);
-            // Stays on the line until the receiver has hung up.
-            while peer.hear::<Upstream>().is_some() {}
+            peer.stay();
         });
         inbound::receive(
             Box::new(there),
@@ -237,15 +245,15 @@ fn senders_that_break_the_protocol_are_told_apart_and_start_nothing() {
     let strange = Hello { required: vec!["teleportation".into()], ..Hello::ours() };
     let other = MigrationId(78);
     let cases: Vec<(&str, Sender)> = vec![
-        ("garbage", Box::new(|peer| drop(peer.bytes(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")))),
-        ("requires the capability", Box::new(|peer| drop(peer.greet(&Downstream::Hello(strange))))),
+        ("garbage", Box::new(|peer| peer.bytes(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").stop())),
+        ("requires the capability", Box::new(|peer| peer.greet(&Downstream::Hello(strange)).stop())),
         (
             "the length of a message is",
-            Box::new(|peer| drop(peer.bytes(&Preamble::OURS.encode()).bytes(&[0xff; 8]))),
+            Box::new(|peer| peer.bytes(&Preamble::OURS.encode()).bytes(&[0xff; 8]).stop()),
         ),
         (
             "could not be understood",
-            Box::new(|peer| drop(peer.greet(&serde_json::json!({"type": "no-such-message"})))),
+            Box::new(|peer| peer.greet(&serde_json::json!({"type": "no-such-message"})).stop()),
         ),
         (
             "Commit arrived where Offer or Ask was due",
@@ -337,7 +345,7 @@ fn senders_that_break_the_protocol_are_told_apart_and_start_nothing() {
                 peer.ready().say(&Downstream::Commit { migration: other }, &[]);
             }),
         ),
-        ("could not be understood", Box::new(|peer| drop(peer.ready().say(&"Commit", &[])))),
+        ("could not be understood", Box::new(|peer| peer.ready().say(&"Commit", &[]).stop())),
     ];
     for (expected, sender) in cases {
         let error = assert_not_received(expected, sender).to_string();
@@ -358,16 +366,16 @@ fn pages(peer: &mut Peer, first: &[&[u8]], second: &[&[u8]]) {
 fn a_silent_sender_is_given_up_and_what_was_waited_for_is_named() {
     type Sender = Box<dyn FnOnce(&mut Peer) + Send>;
     let cases: [(&str, Sender); 7] = [
-        ("the sender's greeting", Box::new(|peer| drop(peer.bytes(&Preamble::OURS.encode())))),
-        ("the peer's greeting", Box::new(|peer| drop(peer.bytes(b"MIG")))),
-        ("the sender's offer", Box::new(|peer| drop(peer.greet(&Downstream::Hello(Hello::ours()))))),
-        ("a page stream", Box::new(|peer| drop(peer.accepted()))),
+        ("the sender's greeting", Box::new(|peer| peer.bytes(&Preamble::OURS.encode()).stop())),
+        ("the peer's greeting", Box::new(|peer| peer.bytes(b"MIG").stop())),
+        ("the sender's offer", Box::new(|peer| peer.greet(&Downstream::Hello(Hello::ours())).stop())),
+        ("a page stream", Box::new(|peer| peer.accepted().stop())),
         (
             "the sender's next round",
             Box::new(|peer| {
                 peer.accepted();
                 let open = [0, 1].map(|number| peer.stream(&[&preamble(number)]));
-                while peer.hear::<Upstream>().is_some() {}
+                peer.stay();
                 drop(open);
             }),
         ),
@@ -377,11 +385,11 @@ fn a_silent_sender_is_given_up_and_what_was_waited_for_is_named() {
                 peer.accepted();
                 let open = [0, 1].map(|number| peer.stream(&[&preamble(number)]));
                 peer.say(&Downstream::RoundSent { round: 0 }, &[]);
-                while peer.hear::<Upstream>().is_some() {}
+                peer.stay();
                 drop(open);
             }),
         ),
-        ("Commit, or a question about it", Box::new(|peer| drop(peer.ready()))),
+        ("Commit, or a question about it", Box::new(|peer| peer.ready().stop())),
     ];
     for (expected, sender) in cases {
         let error = assert_not_received(expected, sender);
@@ -407,7 +415,7 @@ fn while_a_sender_is_waited_for_others_are_answered_or_told_to_come_again() {
             assert!(matches!(stranger.hear(), Some(Upstream::Refuse { code: RefuseCode::Busy, .. })));
             let unknown = outbound::ask(network.dial().unwrap(), MigrationId(1), SECOND).unwrap();
             assert_eq!(unknown, Outcome::Unknown);
-            drop(Peer(network.dial().unwrap()).bytes(b"nonsense"));
+            Peer(network.dial().unwrap()).bytes(b"nonsense").stop();
             let ours = outbound::ask(network.dial().unwrap(), OURS, SECOND).unwrap();
             assert_eq!(ours, Outcome::Discarded);
         });
@@ -435,7 +443,7 @@ fn send_to(world: &World, receiver: impl FnOnce(&mut Peer) + Send) -> Box<Failed
         scope.spawn(move || {
             let mut peer = Peer(Box::new(there));
             receiver(&mut peer);
-            while peer.hear::<Downstream>().is_some() {}
+            peer.stay();
         });
         outbound::send(
             world.machine.attach(),
@@ -467,7 +475,7 @@ fn loaded(peer: &mut Peer) -> &mut Peer {
     accepting(peer);
     loop {
         match peer.hear() {
-            Some(Downstream::RoundSent { round }) => drop(peer.say(&Upstream::RoundDone { round }, &[])),
+            Some(Downstream::RoundSent { round }) => peer.say(&Upstream::RoundDone { round }, &[]).stop(),
             Some(Downstream::State { .. }) => return peer,
             other => panic!("{other:?}"),
         }
@@ -478,37 +486,41 @@ fn loaded(peer: &mut Peer) -> &mut Peer {
 fn receivers_that_break_the_protocol_leave_the_workload_where_it_is() {
     type Receiver = Box<dyn FnOnce(&mut Peer) + Send>;
     let greeted = |message: Upstream| -> Receiver {
-        Box::new(move |peer| drop(peer.greet(&Upstream::Hello(Hello::ours())).say(&message, &[])))
+        Box::new(move |peer| peer.greet(&Upstream::Hello(Hello::ours())).say(&message, &[]).stop())
     };
     let failed = Upstream::Failed { reason: "no\x1b[2J more\nspace".into() };
     let refused = Upstream::Refuse { code: RefuseCode::NameTaken, reason: "guest runs here".into() };
     let cases: Vec<(&str, Receiver)> = vec![
         ("waited 0.15 s for the peer's greeting", Box::new(|_| {})),
-        ("does not begin with", Box::new(|peer| drop(peer.bytes(b"SSH-2.0-OpenSSH_9.2p1 Debian-2")))),
-        ("Accept arrived where Hello was due", Box::new(|peer| drop(peer.greet(&Upstream::Accept)))),
-        ("waited 0.15 s for the destination to make room", greeted(Upstream::Hello(Hello::ours()))),
+        ("does not begin with", Box::new(|peer| peer.bytes(b"SSH-2.0-OpenSSH_9.2p1 Debian-2").stop())),
+        ("Accept arrived where Hello was due", Box::new(|peer| peer.greet(&Upstream::Accept).stop())),
+        (
+            "waited 0.15 s for the destination to make room",
+            Box::new(|peer| peer.greet(&Upstream::Hello(Hello::ours())).stop()),
+        ),
+        ("Hello arrived where Accept was due", greeted(Upstream::Hello(Hello::ours()))),
         ("guest runs here", greeted(refused)),
         ("no [2J more space", greeted(failed.clone())),
         ("Ready arrived where Accept was due", greeted(Upstream::Ready)),
         (
             "blob is 1, the limit is 0",
-            Box::new(|peer| drop(peer.greet(&Upstream::Hello(Hello::ours())).say(&Upstream::Accept, b"x"))),
+            Box::new(|peer| peer.greet(&Upstream::Hello(Hello::ours())).say(&Upstream::Accept, b"x").stop()),
         ),
-        ("waited 0.15 s for the destination to have a round", Box::new(|peer| drop(accepting(peer)))),
+        ("waited 0.15 s for the destination to have a round", Box::new(|peer| accepting(peer).stop())),
         (
             "RoundDone arrived where",
-            Box::new(|peer| drop(accepting(peer).say(&Upstream::RoundDone { round: 7 }, &[]))),
+            Box::new(|peer| accepting(peer).say(&Upstream::RoundDone { round: 7 }, &[]).stop()),
         ),
         (
             "Started arrived where",
-            Box::new(|peer| drop(accepting(peer).say(&Upstream::Started { migration: OURS }, &[]))),
+            Box::new(|peer| accepting(peer).say(&Upstream::Started { migration: OURS }, &[]).stop()),
         ),
-        ("no [2J more space", Box::new(move |peer| drop(accepting(peer).say(&failed, &[])))),
-        ("waited 0.15 s for the destination to load", Box::new(|peer| drop(loaded(peer)))),
-        ("Accept arrived where Ready", Box::new(|peer| drop(loaded(peer).say(&Upstream::Accept, &[])))),
+        ("no [2J more space", Box::new(move |peer| accepting(peer).say(&failed, &[]).stop())),
+        ("waited 0.15 s for the destination to load", Box::new(|peer| loaded(peer).stop())),
+        ("Accept arrived where Ready", Box::new(|peer| loaded(peer).say(&Upstream::Accept, &[]).stop())),
         (
             "could not be understood",
-            Box::new(|peer| drop(loaded(peer).say(&serde_json::json!({"type": "readyish"}), &[]))),
+            Box::new(|peer| loaded(peer).say(&serde_json::json!({"type": "readyish"}), &[]).stop()),
         ),
     ];
     for (expected, receiver) in cases {
@@ -577,17 +589,17 @@ proptest! {
             for (kind, number, bytes) in words {
                 let round = u32::from(number % 3);
                 match kind {
-                    0 => drop(peer.bytes(&bytes)),
-                    1 => drop(peer.say(&Downstream::RoundSent { round }, &bytes)),
-                    2 => drop(peer.say(&Downstream::State { last_round: round }, &bytes)),
-                    3 => drop(peer.say(&Downstream::Commit { migration: OURS }, &bytes)),
+                    0 => peer.bytes(&bytes).stop(),
+                    1 => peer.say(&Downstream::RoundSent { round }, &bytes).stop(),
+                    2 => peer.say(&Downstream::State { last_round: round }, &bytes).stop(),
+                    3 => peer.say(&Downstream::Commit { migration: OURS }, &bytes).stop(),
                     4 => drop(open[usize::from(number) % 2].write(&mut [bytes.into()])),
                     5 => drop(open[usize::from(number) % 2].write(&mut [end(round).into()])),
                     6 => drop(open[usize::from(number) % 2].write(&mut [page(u64::from(number) * 9, round).into()])),
-                    _ => drop(peer.say(&Downstream::Done { migration: OURS }, &bytes)),
+                    _ => peer.say(&Downstream::Done { migration: OURS }, &bytes).stop(),
                 }
             }
-            while peer.hear::<Upstream>().is_some() {}
+            peer.stay();
             drop(open);
         });
         prop_assert!(!error.to_string().is_empty());
