@@ -15,7 +15,7 @@
 //! As long as the downtime is over the budget there is no choice: another round, until the operator's bounds say
 //! otherwise. Within the budget it goes on only *while another round pays*. That round would take
 //! `overhead + remaining / bandwidth`, during which the workload dirties at the rate of the last one; if the
-//! downtime then falls by a fifth and by half a millisecond, it is worth it. Rounds shrink geometrically as long as
+//! downtime then falls by a tenth and by half a millisecond, it is worth it. Rounds shrink geometrically as long as
 //! the link is faster than the workload, until the fixed part outweighs the rest and no round pays any more: an idle
 //! workload freezes after one or two rounds at little more than the fixed cost, a busy one goes down to its floor
 //! instead of stopping as soon as it would just do. When what remains no longer falls, another round promises
@@ -35,7 +35,7 @@ const PAGE_BYTES: f64 = (PAGE_SIZE + HEADER_BYTES) as f64;
 const DECAY: f64 = 0.5;
 
 /// Within the budget, the part of the downtime that another round must save.
-const PAYS_PART: f64 = 0.2;
+const PAYS_PART: f64 = 0.1;
 
 /// Within the budget, the least that another round must save: a tenth of what a blinking cursor is late by, and
 /// about the precision of the prediction on a busy host.

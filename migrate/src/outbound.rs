@@ -151,7 +151,8 @@ struct Outbound<'a> {
     /// What a message there and its answer back take.
     round_trip: Duration,
     begun: Instant,
-    rounds_begun: Instant,
+    /// While rounds are sent and there is nothing to force: when they must be over.
+    deadline: Option<Instant>,
     frozen_at: Option<Instant>,
 }
 
@@ -198,7 +199,7 @@ impl<'a> Outbound<'a> {
             measured: Vec::new(),
             round_trip: Duration::ZERO,
             begun: Instant::now(),
-            rounds_begun: Instant::now(),
+            deadline: None,
             frozen_at: None,
         }
     }
@@ -296,9 +297,10 @@ impl<'a> Outbound<'a> {
     /// The peer's next message, before `Commit`. Cancelling, a failing page stream and the peer's own failure end the
     /// wait.
     fn hear(&mut self, what: &'static str, limit: Duration) -> Result<Upstream> {
-        let Self { talk, lanes, cancel, ticker, .. } = self;
+        let Self { talk, lanes, cancel, ticker, deadline, options, .. } = self;
         let mut watch = || {
             cancel.check()?;
+            check_deadline(*deadline, options)?;
             lanes.check()?;
             ticker.tick(lanes.sent());
             Ok(lanes.sent().bytes)
@@ -309,4 +311,15 @@ impl<'a> Outbound<'a> {
             other => Ok(other),
         }
     }
+}
+
+/// Ends the rounds of a migration that is not to be forced once they take too long, in the middle of one too.
+fn check_deadline(deadline: Option<Instant>, options: &Options) -> Result<()> {
+    if deadline.is_none_or(|deadline| Instant::now() < deadline) {
+        return Ok(());
+    }
+    Err(Error::NotConverged(format!(
+        "memory was not copied within {} s: allow more time, or freeze the workload then",
+        options.limits.timeout.as_secs_f32()
+    )))
 }

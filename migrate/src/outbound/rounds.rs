@@ -9,8 +9,8 @@
 //! something else: the page may have been sent and *then* been given back to the host (a balloon, a hole punched), so
 //! it must become zero there too, and that is sent. A page that is touched right behind the look is dirty again.
 
-use super::Outbound;
 use super::lanes::{Contents, Sent};
+use super::{Outbound, check_deadline};
 use crate::converge::{Bound, Decision, Limits, Measured, OnTimeout, bandwidth_bytes_per_s, decide};
 use crate::conversation::out_of_order;
 use crate::error::{Error, Result};
@@ -24,7 +24,11 @@ use std::time::{Duration, Instant};
 impl Outbound<'_> {
     /// Rounds until the stop rule says freeze.
     pub(super) fn rounds(&mut self) -> Result<()> {
-        self.rounds_begun = Instant::now();
+        let begun = Instant::now();
+        let Limits { timeout, on_timeout, .. } = self.options.limits;
+        if on_timeout == OnTimeout::Cancel {
+            self.deadline = begun.checked_add(timeout);
+        }
         let mut selector = Selector::Full;
         let mut harvested_at = Instant::now();
         let mut harvest = self.source.harvest()?;
@@ -41,8 +45,7 @@ impl Outbound<'_> {
                 duration: Duration::from_micros(round.duration_us),
                 remaining_pages: round.remaining_pages,
             });
-            let decision =
-                decide(&self.measured, self.fixed_cost(), &self.options.limits, self.rounds_begun.elapsed());
+            let decision = decide(&self.measured, self.fixed_cost(), &self.options.limits, begun.elapsed());
             let (Decision::Round { predicted }
             | Decision::Freeze { predicted }
             | Decision::Force { predicted }
@@ -68,6 +71,7 @@ impl Outbound<'_> {
     /// Stops the workload and sends what it wrote since the last round.
     pub(super) fn freeze(&mut self) -> Result<()> {
         self.cancel.check()?;
+        self.deadline = None;
         let frozen_at = Instant::now();
         self.source.freeze()?;
         self.frozen_at = Some(frozen_at);
@@ -182,18 +186,11 @@ impl Outbound<'_> {
 
     /// Waits for room for one more piece, unless there is a reason to stop.
     fn reserve(&mut self) -> Result<()> {
-        let Self { lanes, cancel, ticker, options, frozen_at, rounds_begun, .. } = self;
-        let Limits { timeout, on_timeout, .. } = options.limits;
-        let bounded = frozen_at.is_none() && on_timeout == OnTimeout::Cancel;
+        let Self { lanes, cancel, ticker, options, deadline, .. } = self;
         lanes.reserve(options.stall, || {
             cancel.check()?;
+            check_deadline(*deadline, options)?;
             ticker.tick(lanes.sent());
-            if bounded && rounds_begun.elapsed() > timeout {
-                return Err(Error::NotConverged(format!(
-                    "memory was not copied within {} s: allow more time, or freeze the workload then",
-                    timeout.as_secs_f32()
-                )));
-            }
             Ok(())
         })
     }

@@ -292,7 +292,7 @@ impl Source for Scripted {
         let half = run.bytes() / 2 / PAGE_SIZE * PAGE_SIZE + PAGE_SIZE / 2;
         let at = run.offset() as usize;
         buffer[..half].copy_from_slice(&vm.memory[space][at..at + half]);
-        if vm.stage == Stage::Running && vm.random().is_multiple_of(4) {
+        if vm.stage == Stage::Running && vm.pages_per_call > 0 && vm.random().is_multiple_of(4) {
             vm.write(space, run.first + u64::from(run.count / 2));
         }
         vm.run();
