@@ -233,7 +233,8 @@ impl Outbound<'_> {
         let remaining = self.measured.last().map_or(0, |round| round.remaining_pages);
         Error::NotConverged(format!(
             "after {bound} {remaining} pages are still dirty, which at {:.1} MB/s is a downtime of {} ms, and {} ms \
-             are allowed: allow a longer downtime or more time, or freeze it all the same",
+             are allowed: allow more with --downtime, --max-rounds or --timeout, or move it all the same with \
+             --on-timeout force",
             bandwidth_bytes_per_s(&self.measured) / 1e6,
             predicted.as_millis(),
             downtime.as_millis(),

@@ -156,9 +156,9 @@ fn raw_pipe(program: &Path) -> Value {
     let mut receiver = b.start(&["bench-pipe", "receive", "--listen", "127.0.0.1:0"]);
     let listening = receiver.wait_event("listening");
     let address = listening["address"].as_str().expect("an address").to_owned();
-    let sent = a.run(&["bench-pipe", "send", &address, "--bytes", "768MiB"]).success();
+    let sent = a.run(&["bench-pipe", "send", &address, "--mib", "768"]).success();
     receiver.finish().success();
-    sent.lines.last().map_or(Value::Null, |line| line["rate_bytes_per_s"].clone())
+    sent.lines.last().map_or(Value::Null, |line| line["bytes_per_second"].clone())
 }
 
 /// Touches memory and gives it back: the host behind this machine takes far longer for a first touch than the
