@@ -49,8 +49,13 @@ impl Socket {
         // Two VMMs that find the same stale socket would else each replace the other's.
         let lock = File::open(directory).map_err(|error| wrong(error.to_string()))?;
         rustix::fs::flock(&lock, FlockOperation::LockExclusive).map_err(|error| wrong(error.to_string()))?;
-        remove_stale(path)?;
-        let fd = listen(path).map_err(|error| wrong(error.to_string()))?;
+        check_free(path)?;
+        // Listening first, named after: whoever sees the name can connect. The rename also replaces a
+        // stale socket.
+        let unnamed = directory.join(format!(".{}", std::process::id()));
+        let _ = std::fs::remove_file(&unnamed);
+        let fd = listen(&unnamed).map_err(|error| wrong(error.to_string()))?;
+        std::fs::rename(&unnamed, path).map_err(|error| wrong(error.to_string()))?;
         drop(lock);
         Ok(Self { path: path.to_owned(), listener: fd.into() })
     }
@@ -68,8 +73,8 @@ impl Drop for Socket {
     }
 }
 
-/// Removes the socket of a VMM that died. Nothing else is ever removed.
-fn remove_stale(path: &Path) -> Result<()> {
+/// Checks that nothing is in the way but the socket of a VMM that died: nothing else is ever replaced.
+fn check_free(path: &Path) -> Result<()> {
     let wrong = |reason: String| Error::Socket { path: path.to_owned(), reason };
     match std::fs::symlink_metadata(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
@@ -89,7 +94,7 @@ fn remove_stale(path: &Path) -> Result<()> {
         }
         Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
             tracing::info!(path = %path.display(), "replacing the control socket of a VMM that died");
-            std::fs::remove_file(path).map_err(|error| wrong(error.to_string()))
+            Ok(())
         }
         Err(error) => Err(wrong(error.to_string())),
     }
