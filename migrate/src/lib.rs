@@ -3,9 +3,9 @@
 //! ```text
 //!             rounds                                            rounds
 //! source ─▶ outbound ─▶ link (quic | duplex) ═════════▶ link ─▶ inbound ─▶ destination
-//!    ▲         ▲                                                   │
-//!  dirty log  converge (when to stop)                              ▼
-//!                                                               report
+//!    ▲       ▲     ▲                                               │
+//!  dirty    select converge                                        ▼
+//!  log      (what) (when to stop)                               report
 //! ```
 //!
 //! The modules stand in the order in which pages flow.

@@ -132,6 +132,8 @@ fn cancelled_behind_commit_the_workload_moves() {
         let ended = world.attempt(&network, None, &sending(), &cancel, &mut Canceller(phase, cancel.clone()));
         assert!(cancel.is_set());
         world.assert_moved(&ended);
+        let phases = &ended.sent.as_ref().unwrap().phases;
+        assert!(phases.iter().all(|time| time.phase != Phase::Ask), "{phases:?}");
     }
 }
 
