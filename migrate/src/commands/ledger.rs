@@ -46,7 +46,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
             .map_err(|error| wrong(&error))?;
     let description = client.describe().map_err(|error| wrong(&error))?;
     let layout = description.layout;
-    let memory = GuestMemory::map(&layout, description.memory)?;
+    let memory = GuestMemory::open(&layout, description.memory)?;
     if args.verify {
         client.freeze().map_err(|error| wrong(&error))?;
     }

@@ -77,7 +77,7 @@ impl VmDestination {
                 };
                 refuse(code, error.to_string())
             })?;
-            let memory = GuestMemory::map(&offer.layout, description.memory)
+            let memory = GuestMemory::open(&offer.layout, description.memory)
                 .map_err(|error| refuse(RefuseCode::Host, error.to_string()))?;
             Ok((client, memory))
         });

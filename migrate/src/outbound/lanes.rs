@@ -23,6 +23,12 @@ const BUFFERS: usize = 16;
 /// acknowledged, and a megabyte kept for the sake of one page, a thousand times, would be a gigabyte.
 const KEPT_PART: usize = 2;
 
+/// The longest payload that is copied in any case, to stand with its neighbours: 64 KiB, the most a packet carries.
+const COPIED_BYTES: usize = 64 << 10;
+
+/// What one write is filled up to, in bytes, as long as more is waiting.
+const WRITE_BYTES: u64 = 1 << 20;
+
 /// Stack of a lane: it has a few hundred bytes of locals.
 const STACK_BYTES: usize = 256 << 10;
 
@@ -194,23 +200,50 @@ fn run(
 ) -> Result<()> {
     stream.write(&mut [Bytes::copy_from_slice(&StreamPreamble { stream: number }.encode())])?;
     for job in todo {
-        match job {
-            Job::Pages { round, runs, contents } => {
-                let (mut chunks, sent) = encode(round, &runs, &contents);
-                drop(contents);
-                stream.write(&mut chunks)?;
-                shared.count(sent);
-                // There is room for as many as were reserved.
-                let _ = free.try_send(());
-            }
-            Job::RoundEnd { round } => {
-                let frame = Frame::RoundEnd { round }.encode(&[]);
-                stream.write(&mut [Bytes::copy_from_slice(&frame)])?;
-                shared.count(Sent { bytes: frame.len() as u64, ..Sent::default() });
-            }
+        // A write costs the same for a page as for a megabyte, so what waits already goes along.
+        let (mut load, mut next) = (Load::default(), Some(job));
+        while let Some(job) = next {
+            load.add(job);
+            next = if load.sent.bytes < WRITE_BYTES { todo.try_recv().ok() } else { None };
+        }
+        stream.write(&mut load.chunks)?;
+        shared.count(load.sent);
+        for _ in 0..load.pieces {
+            // There is room for as many as were reserved.
+            let _ = free.try_send(());
         }
     }
     Ok(())
+}
+
+/// What one write carries.
+#[derive(Default)]
+struct Load {
+    chunks: Vec<Bytes>,
+    sent: Sent,
+    /// Buffers that were reserved for it.
+    pieces: usize,
+}
+
+impl Load {
+    fn add(&mut self, job: Job) {
+        let sent = match job {
+            Job::Pages { round, runs, contents } => {
+                let (chunks, sent) = encode(round, &runs, &contents);
+                self.chunks.extend(chunks);
+                self.pieces += 1;
+                sent
+            }
+            Job::RoundEnd { round } => {
+                let frame = Frame::RoundEnd { round }.encode(&[]);
+                self.chunks.push(Bytes::copy_from_slice(&frame));
+                Sent { bytes: frame.len() as u64, ..Sent::default() }
+            }
+        };
+        self.sent.pages += sent.pages;
+        self.sent.zero_pages += sent.zero_pages;
+        self.sent.bytes += sent.bytes;
+    }
 }
 
 /// The frames for some runs, as chunks of bytes in their order on the stream.
@@ -226,6 +259,7 @@ fn encode(round: u32, runs: &[PageRun], contents: &Contents) -> (Vec<Bytes>, Sen
             }
         }
     }
+    let buffer_bytes = if let Contents::Bytes(buffer) = contents { buffer.len() } else { 0 };
     let mut sent = Sent::default();
     for (run, bytes) in &frames {
         let pages = if bytes.is_some() { &mut sent.pages } else { &mut sent.zero_pages };
@@ -233,14 +267,8 @@ fn encode(round: u32, runs: &[PageRun], contents: &Contents) -> (Vec<Bytes>, Sen
     }
     let payload_bytes = sent.pages as usize * PAGE_SIZE;
     sent.bytes = (frames.len() * HEADER_BYTES + payload_bytes) as u64;
-    if let Contents::Bytes(buffer) = contents
-        && payload_bytes < buffer.len() / KEPT_PART
-    {
-        for bytes in frames.iter_mut().filter_map(|(_, bytes)| bytes.as_mut()) {
-            *bytes = Bytes::copy_from_slice(bytes);
-        }
-    }
-    (chunks(round, frames), sent)
+    let kept = payload_bytes >= buffer_bytes / KEPT_PART;
+    (chunks(round, frames, if kept { COPIED_BYTES } else { usize::MAX }), sent)
 }
 
 /// Splits a run where its pages begin or cease to be zero.
@@ -255,21 +283,26 @@ fn split_zeros(run: PageRun, bytes: &Bytes, frames: &mut Vec<(PageRun, Option<By
     }
 }
 
-/// Headers and payloads in turn; the headers share one allocation.
-fn chunks(round: u32, frames: Vec<(PageRun, Option<Bytes>)>) -> Vec<Bytes> {
-    let mut headers = Vec::with_capacity(frames.len() * HEADER_BYTES);
-    for (run, bytes) in &frames {
+/// Headers and payloads in turn. Payloads of up to `copied_bytes` are copied to stand in one chunk with their headers: a
+/// transport walks over its chunks for every packet.
+fn chunks(round: u32, frames: Vec<(PageRun, Option<Bytes>)>, copied_bytes: usize) -> Vec<Bytes> {
+    let (mut chunks, mut gathered) = (Vec::new(), Vec::new());
+    for (run, bytes) in frames {
         let encoding = if bytes.is_some() { Encoding::Raw } else { Encoding::Zero };
         let payload: &[u8] = bytes.as_deref().unwrap_or(&[]);
         let payload_bytes = payload.len() as u32;
-        let frame = Frame::Pages { run: *run, encoding, payload_bytes, round };
-        headers.extend_from_slice(&frame.encode(payload));
+        let frame = Frame::Pages { run, encoding, payload_bytes, round };
+        gathered.extend_from_slice(&frame.encode(payload));
+        match bytes {
+            Some(bytes) if bytes.len() > copied_bytes => {
+                chunks.push(std::mem::take(&mut gathered).into());
+                chunks.push(bytes);
+            }
+            _ => gathered.extend_from_slice(payload),
+        }
     }
-    let mut headers = Bytes::from(headers);
-    let mut chunks = Vec::with_capacity(frames.len() * 2);
-    for (_, payload) in frames {
-        chunks.push(headers.split_to(HEADER_BYTES));
-        chunks.extend(payload);
+    if !gathered.is_empty() {
+        chunks.push(gathered.into());
     }
     chunks
 }

@@ -38,7 +38,7 @@ impl VmSource {
             .map_err(|error| Error::Workload(format!("the VM {name} cannot be taken: {error}")))?;
         let description = client.describe().map_err(workload)?;
         description.layout.validate(u64::MAX)?;
-        let memory = GuestMemory::map(&description.layout, description.memory)?;
+        let memory = GuestMemory::open(&description.layout, description.memory)?;
         let workload = Workload {
             kind: WorkloadKind::Vm,
             name: description.name,
