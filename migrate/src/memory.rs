@@ -13,7 +13,6 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt as _;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// The memory of a layout, one memfd for each space.
 pub struct GuestMemory {
@@ -23,10 +22,9 @@ pub struct GuestMemory {
 struct Space {
     file: File,
     bytes: u64,
-    /// Pages that were found allocated in one piece, from..to: what was allocated once stays so, or it would do no harm to
-    /// take it for allocated. The kernel walks all of a piece to find its end, so this is asked once a piece.
-    known_from: AtomicU64,
-    known_to: AtomicU64,
+    /// Pages that were found allocated. They stay so, or it does no harm to take them for allocated; and the kernel walks all
+    /// of a piece to find its end (10 ms for 768 MiB), so that must not be asked twice.
+    allocated: PageSet,
 }
 
 impl GuestMemory {
@@ -55,8 +53,7 @@ impl GuestMemory {
                     space.id.0
                 )));
             }
-            let (known_from, known_to) = (AtomicU64::new(0), AtomicU64::new(0));
-            Ok(Space { file: File::from(file), bytes, known_from, known_to })
+            Ok(Space { file: File::from(file), bytes, allocated: PageSet::empty(space.pages) })
         });
         Ok(Self { spaces: spaces.collect::<Result<_>>()? })
     }
@@ -81,14 +78,29 @@ impl GuestMemory {
     ///
     /// # Errors
     /// `Host` when the file does not say.
-    pub fn remove_holes(&self, space: SpaceId, first: u64, count: u64, pages: &mut PageSet) -> Result<()> {
-        let space = self.space(space)?;
+    pub fn remove_holes(
+        &mut self,
+        space: SpaceId,
+        first: u64,
+        count: u64,
+        pages: &mut PageSet,
+    ) -> Result<()> {
+        let space = self
+            .spaces
+            .get_mut(usize::from(space.0))
+            .ok_or_else(|| Error::Workload(format!("there is no space {}", space.0)))?;
         let end = first.saturating_add(count).min(pages.pages());
         let mut at = first;
-        while at < end {
-            let data = space.next_data(at)?;
-            pages.remove(at, data.start.min(end) - at);
-            at = data.end.max(data.start);
+        while let Some(page) = pages.next_set(at).filter(|page| *page < end) {
+            let known = space.allocated.next_clear(page);
+            if known > page {
+                at = known;
+                continue;
+            }
+            let data = space.next_data(page)?;
+            pages.remove(page, data.start.min(end) - page);
+            space.allocated.insert(data.start, data.end - data.start);
+            at = data.start;
         }
         Ok(())
     }
@@ -116,20 +128,13 @@ fn refused(what: &str, error: &std::io::Error) -> Error {
 impl Space {
     /// The first allocated pages at or behind `page`, in one piece; empty at the end of the space if there are none.
     fn next_data(&self, page: u64) -> Result<Range<u64>> {
-        let known = self.known_from.load(Relaxed)..self.known_to.load(Relaxed);
-        if known.contains(&page) {
-            return Ok(page..known.end);
-        }
         let pages = self.bytes / PAGE_SIZE as u64;
         let Some(start) = self.first_data(page)? else { return Ok(pages..pages) };
         let end =
             rustix::fs::seek(&self.file, SeekFrom::Hole(start * PAGE_SIZE as u64)).map_err(|error| {
                 Error::Host(format!("the guest's memory file does not tell its holes: {error}"))
             })?;
-        let data = start..(end / PAGE_SIZE as u64).max(start + 1).min(pages);
-        self.known_from.store(data.start, Relaxed);
-        self.known_to.store(data.end, Relaxed);
-        Ok(data)
+        Ok(start..(end / PAGE_SIZE as u64).max(start + 1).min(pages))
     }
 
     /// The first allocated page at or behind `page`.
@@ -189,14 +194,14 @@ mod tests {
     #[test]
     fn zero_runs_and_hole_tests_allocate_nothing() {
         let pages = 4096;
-        let memory = GuestMemory::open(&layout(pages), vec![memfd(pages)]).unwrap();
+        let mut memory = GuestMemory::open(&layout(pages), vec![memfd(pages)]).unwrap();
         let space = SpaceId(0);
-        let allocated = || rustix::fs::fstat(&memory.spaces[0].file).unwrap().st_blocks;
+        let allocated = |memory: &GuestMemory| rustix::fs::fstat(&memory.spaces[0].file).unwrap().st_blocks;
         memory.zero(PageRun { space, first: 0, count: pages as u32 }).unwrap();
         let mut set = PageSet::full(pages);
         memory.remove_holes(space, 0, pages, &mut set).unwrap();
         assert!(set.is_empty());
-        assert_eq!(allocated(), 0);
+        assert_eq!(allocated(&memory), 0);
 
         memory.write(space, 700 * 4096 + 5, b"abc").unwrap();
         let mut set = PageSet::full(pages);
