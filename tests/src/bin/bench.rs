@@ -90,7 +90,7 @@ fn measure(program: &Path, case: &Case, run: u64) -> Value {
     let start = source.stats().expect("stats");
     let mut sender = a.start(&["send", "bench", &address]);
     let sender_memory = MemoryWatch::start(sender.pid());
-    let during = speed_of_rounds(&mut sender, &source, start.iterations, start.tsc_last);
+    let (during, frozen_tsc) = speed_of_rounds(&mut sender, &source, start.iterations, start.tsc_last);
     let sent = sender.finish().success();
     let received = receiver.finish().success();
     drop(received);
@@ -99,14 +99,29 @@ fn measure(program: &Path, case: &Case, run: u64) -> Value {
     let arrived = Window::open(b.vm_pid("bench")).expect("the guest's memory");
     std::thread::sleep(Duration::from_millis(50));
     let after = arrived.stats().expect("stats");
-    let gap_us = after.longest_gap_since(start.tsc_last).and_then(|gap| after.us(gap.cycles));
+    let gap_since = |tsc| after.longest_gap_since(tsc).and_then(|gap| after.us(gap.cycles));
+    // No gap longer than two ticks: then two ticks bound it.
+    let bound_us = 2 * after.tick_us;
+    // The gap that the freeze is part of is the first that ends behind it, and what comes later is the destination's.
+    let frozen = after.gaps.iter().find(|gap| gap.tsc_end > frozen_tsc).and_then(|gap| after.us(gap.cycles));
+    if std::env::var_os("BENCH_GAPS").is_some() {
+        let ms = |cycles: u64| after.us(cycles).unwrap_or(0) as f64 / 1e3;
+        for gap in after.gaps.iter().filter(|gap| gap.tsc_end > start.tsc_last) {
+            let at = ms(gap.tsc_end.saturating_sub(start.tsc_last));
+            eprintln!(
+                "gap of {:.2} ms ends at {at:.2} ms; frozen at {:.2} ms",
+                ms(gap.cycles),
+                ms(frozen_tsc - start.tsc_last)
+            );
+        }
+    }
     b.assert_sound("bench");
     let first = &report["rounds"][0];
     json!({
         "total_us": report["total_us"],
         "downtime_engine_us": report["downtime_us"],
-        // No gap longer than two ticks: then two ticks bound it.
-        "downtime_guest_us": gap_us.unwrap_or(2 * after.tick_us),
+        "downtime_guest_us": frozen.unwrap_or(bound_us),
+        "longest_gap_us": gap_since(start.tsc_last).unwrap_or(bound_us),
         "longest_gap_undisturbed_us": gap_before_us,
         "rounds": report["rounds"].as_array().map(Vec::len),
         "first_round_bytes_per_s": first["rate_bytes_per_s"],
@@ -141,13 +156,13 @@ fn speed(begin: &ledger::Stats, end: &ledger::Stats) -> f64 {
     (end.bytes_written - begin.bytes_written) as f64 / us as f64
 }
 
-/// MB/s that the guest writes from the start of the migration until it is frozen.
-fn speed_of_rounds(sender: &mut Running, window: &Window, iterations: u64, tsc: u64) -> f64 {
+/// MB/s that the guest writes from the start of the migration until it is frozen, and the tsc of its last tick then.
+fn speed_of_rounds(sender: &mut Running, window: &Window, iterations: u64, tsc: u64) -> (f64, u64) {
     sender.wait_for("the freeze", |line| line["event"] == "phase" && line["phase"] == "freeze");
     // The guest stands still now: its stats are those of the freeze.
-    let Some(end) = window.stats() else { return 0.0 };
+    let Some(end) = window.stats() else { return (0.0, tsc) };
     let us = end.us(end.tsc_last.saturating_sub(tsc)).unwrap_or(0).max(1);
-    ((end.iterations - iterations) * ledger::PAGE_SIZE) as f64 / us as f64
+    (((end.iterations - iterations) * ledger::PAGE_SIZE) as f64 / us as f64, end.tsc_last)
 }
 
 /// The same quinn settings with no guest behind them, in bytes per second.
