@@ -97,6 +97,24 @@ impl Error {
     }
 }
 
+/// Whose fault an error of a VMM, or of the way to one, is.
+impl From<vmm::Error> for Error {
+    fn from(error: vmm::Error) -> Self {
+        use vmm::Error as Vmm;
+        let text = error.to_string();
+        match error {
+            Vmm::Config(_) | Vmm::Image(_) => Self::Usage(text),
+            Vmm::NoKvm(_)
+            | Vmm::KvmPermission(_)
+            | Vmm::KvmLacks(_)
+            | Vmm::Host { .. }
+            | Vmm::Socket { .. } => Self::Host(text),
+            // What the VM or its VMM answered, or failed to.
+            _ => Self::Workload(text),
+        }
+    }
+}
+
 /// Words of a peer, made fit for a terminal: one line, no control characters, at most 300 characters.
 pub fn clean(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(300).collect()

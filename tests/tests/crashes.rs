@@ -1,5 +1,10 @@
 //! Every process is killed in every phase. Before the commit point the source goes on and the next attempt is
 //! correct; behind it the VM runs at the destination, or stands still until `migrate recover` has asked. Never two.
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests: what goes wrong in them fails the test"
+)]
 
 use e2e::{Host, Running, trusting_pair, without_kvm};
 use rustix::process::Signal;

@@ -1,4 +1,9 @@
 //! The link is cut, loses packets, or carries garbage.
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests: what goes wrong in them fails the test"
+)]
 
 use e2e::relay::{Relay, Weather};
 use e2e::{Host, Running, trusting_pair, without_kvm};

@@ -1,4 +1,9 @@
 //! Real guests move between real processes, and say themselves that nothing was lost.
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests: what goes wrong in them fails the test"
+)]
 
 use e2e::{Host, trusting_pair, without_kvm};
 use serde_json::Value;

@@ -1,4 +1,9 @@
 //! What cannot work ends in one line that says why, with its exit code, and harms nobody.
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests: what goes wrong in them fails the test"
+)]
 
 use e2e::host::trust;
 use e2e::{Finished, Host, trusting_pair, without_kvm};

@@ -109,7 +109,7 @@ pub fn run(common: &Common, verb: Verb) -> Result<ExitCode> {
                 serial: serial(&args.serial)?,
                 socket_path: runtime.socket(&args.name),
             };
-            let reason = vmm::run_incoming(config).map_err(host)?;
+            let reason = vmm::run_incoming(config)?;
             Ok(report_exit(&args.name, &reason))
         }
         Verb::List => list(common, &runtime),
@@ -140,7 +140,7 @@ fn run_here(runtime: &RuntimeDir, args: RunArgs) -> Result<ExitCode> {
         serial: serial(args.serial.as_deref().unwrap_or("stdout"))?,
         socket_path: Some(runtime.socket(&args.name)),
     };
-    let reason = vmm::run(config).map_err(host)?;
+    let reason = vmm::run(config)?;
     Ok(report_exit(&args.name, &reason))
 }
 
@@ -148,19 +148,7 @@ fn serial(text: &str) -> Result<SerialSink> {
     match text {
         "stdout" => Ok(SerialSink::Stdout),
         "none" => Ok(SerialSink::None),
-        path => SerialSink::append_to(Path::new(path)).map_err(host),
-    }
-}
-
-/// Whose fault an error of the VMM is.
-fn host(error: vmm::Error) -> Error {
-    let text = error.to_string();
-    match error {
-        vmm::Error::Config(_) | vmm::Error::Image(_) => Error::Usage(text),
-        vmm::Error::WrongState { .. } | vmm::Error::GuestEnded(_) | vmm::Error::Busy { .. } => {
-            Error::Workload(text)
-        }
-        _ => Error::Host(text),
+        path => Ok(SerialSink::append_to(Path::new(path))?),
     }
 }
 

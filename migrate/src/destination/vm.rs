@@ -150,10 +150,6 @@ fn end(child: &mut Child) {
     }
 }
 
-fn workload(error: vmm::Error) -> Error {
-    Error::Workload(error.to_string())
-}
-
 impl Destination for VmDestination {
     fn prepare(&mut self, offer: &Offer, machine: &[u8]) -> std::result::Result<(), Refusal> {
         self.arrival = Some(self.arrive(offer, machine)?);
@@ -168,12 +164,12 @@ impl Destination for VmDestination {
     }
 
     fn load(&mut self, state: &[u8]) -> Result<()> {
-        self.arrival()?.client.load(state).map_err(workload)
+        Ok(self.arrival()?.client.load(state)?)
     }
 
     fn start(mut self: Box<Self>, migration: MigrationId) -> Result<String> {
         let arrival = self.arrival()?;
-        arrival.client.start(migration).map_err(workload)?;
+        arrival.client.start(migration)?;
         let name = arrival.name.clone();
         // It lives on without this process: nothing is waited for, nothing is ended.
         self.arrival = None;

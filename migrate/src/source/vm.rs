@@ -36,7 +36,7 @@ impl VmSource {
     pub fn connect(name: &str, socket: &Path, destination: &str) -> Result<Self> {
         let mut client = Client::connect(socket, Role::Session, "migrate send", ANSWER_LIMIT)
             .map_err(|error| Error::Workload(format!("the VM {name} cannot be taken: {error}")))?;
-        let description = client.describe().map_err(workload)?;
+        let description = client.describe()?;
         description.layout.validate(u64::MAX)?;
         let memory = GuestMemory::open(&description.layout, description.memory)?;
         let workload = Workload {
@@ -57,30 +57,26 @@ impl VmSource {
     }
 }
 
-fn workload(error: vmm::Error) -> Error {
-    Error::Workload(error.to_string())
-}
-
 impl Source for VmSource {
     fn workload(&self) -> &Workload {
         &self.workload
     }
 
     fn track(&mut self) -> Result<String> {
-        let mode = self.client.track_start().map_err(workload)?;
+        let mode = self.client.track_start()?;
         self.tracked = true;
         let name = serde_json::to_value(mode).ok().and_then(|value| value.as_str().map(str::to_owned));
         Ok(format!("kvm-{}", name.unwrap_or_default()))
     }
 
     fn harvest(&mut self) -> Result<Vec<PageSet>> {
-        self.client.harvest(&self.workload.layout).map_err(workload)
+        Ok(self.client.harvest(&self.workload.layout)?)
     }
 
     fn take(&mut self, space: SpaceId, first: u64, count: u64) -> Result<()> {
         let count = u32::try_from(count)
             .map_err(|_| Error::Workload(format!("{count} pages are more than can be taken at once")))?;
-        self.client.take(PageRun { space, first, count }).map_err(workload)
+        Ok(self.client.take(PageRun { space, first, count })?)
     }
 
     fn present(&mut self, space: SpaceId, first: u64, count: u64, pages: &mut PageSet) -> Result<()> {
@@ -92,32 +88,32 @@ impl Source for VmSource {
     }
 
     fn redirty(&mut self, pages: &[PageSet]) -> Result<()> {
-        self.client.redirty(pages).map_err(workload)
+        Ok(self.client.redirty(pages)?)
     }
 
     fn freeze(&mut self) -> Result<()> {
-        self.client.freeze().map_err(workload)?;
+        self.client.freeze()?;
         self.frozen = true;
         Ok(())
     }
 
     fn state(&mut self) -> Result<Vec<u8>> {
-        self.client.save().map_err(workload)
+        Ok(self.client.save()?)
     }
 
     fn pledge(&mut self, migration: MigrationId, _peer: &str) -> Result<()> {
-        self.client.pledge(migration, &self.destination).map_err(workload)?;
+        self.client.pledge(migration, &self.destination)?;
         self.pledged_to = Some(migration);
         Ok(())
     }
 
     fn resume(mut self: Box<Self>) -> Result<()> {
         if self.frozen {
-            self.client.resume(self.pledged_to).map_err(workload)?;
+            self.client.resume(self.pledged_to)?;
         }
         // Resuming from a pledge ends the tracking by itself.
         if self.tracked && self.pledged_to.is_none() {
-            self.client.track_stop().map_err(workload)?;
+            self.client.track_stop()?;
         }
         Ok(())
     }
@@ -127,7 +123,7 @@ impl Source for VmSource {
         // waits for any more.
         let Self { mut client, memory, .. } = *self;
         drop(memory);
-        client.hand_over(committed.migration()).map_err(workload)
+        Ok(client.hand_over(committed.migration())?)
     }
 
     fn leave_frozen(self: Box<Self>) {
