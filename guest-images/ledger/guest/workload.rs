@@ -225,11 +225,10 @@ impl Workload {
         );
     }
 
-    /// Parks until something is due, but no longer than a tick; and not for less than a quarter of one,
-    /// because a park costs an exit and a wake-up. What became due meanwhile is caught up with.
+    /// Parks until a write is due, but no longer than a tick; and not for less than a quarter of one, because a
+    /// park costs an exit and a wake-up. What became due meanwhile is caught up with; the scrub is in no hurry.
     fn park(&mut self, now: u64) {
-        let wait = self.writes.wait(now).min(self.scrub.wait(now));
-        let cycles = wait.clamp(self.tick_cycles / 4, self.tick_cycles);
+        let cycles = self.writes.wait(now).clamp(self.tick_cycles / 4, self.tick_cycles);
         self.block.add(at::PARKS, 1);
         self.devices.park_ns(self.clock.us(cycles).saturating_mul(1000));
     }

@@ -24,7 +24,12 @@ struct Case {
 }
 
 const CASES: &[Case] = &[
-    Case { name: "1GiB-idle", memory: "1GiB", memory_mib: 1024, cmdline: "fill=768M ws=256M rate=0" },
+    Case {
+        name: "1GiB-idle",
+        memory: "1GiB",
+        memory_mib: 1024,
+        cmdline: "fill=768M ws=256M rate=0 tick_us=1000",
+    },
     Case { name: "1GiB-50", memory: "1GiB", memory_mib: 1024, cmdline: "fill=768M ws=256M rate=50" },
     Case { name: "1GiB-100", memory: "1GiB", memory_mib: 1024, cmdline: "fill=768M ws=256M rate=100" },
     Case { name: "1GiB-200", memory: "1GiB", memory_mib: 1024, cmdline: "fill=768M ws=256M rate=200" },
@@ -66,6 +71,7 @@ fn main() {
         "cores": std::thread::available_parallelism().map_or(0, usize::from),
         "date": output("date", &["-u", "+%Y-%m-%dT%H:%M:%SZ"]),
         "runs": runs,
+        "seeds": (1..=runs).collect::<Vec<u64>>(),
         "results": results,
         "samples": cases.iter().zip(&samples).map(|(case, samples)| json!({"case": case.name, "samples": samples})).collect::<Vec<_>>(),
     });

@@ -59,6 +59,14 @@ pub struct Params {
     pub serial: Serial,
 }
 
+/// `tick_us=` and `scrub=` of a guest that writes, if it is not told others.
+const BUSY_TICK_US: u64 = 1000;
+const BUSY_SCRUB_MB_S: u64 = 64;
+
+/// The same for an idle one: each tick costs an exit and a wake-up, and an idle guest ought to cost next to nothing.
+const IDLE_TICK_US: u64 = 4000;
+const IDLE_SCRUB_MB_S: u64 = 16;
+
 impl Default for Params {
     fn default() -> Self {
         Params {
@@ -68,9 +76,9 @@ impl Default for Params {
             rate: Rate::Idle,
             pattern: Pattern::Uniform,
             content: Content::Random,
-            tick_us: 1000,
+            tick_us: IDLE_TICK_US,
             report_ms: 1000,
-            scrub_mb_s: 64,
+            scrub_mb_s: IDLE_SCRUB_MB_S,
             tsc_khz: 0,
             stop_after: 0,
             serial: Serial::Mmio,
@@ -165,6 +173,7 @@ impl FromStr for Params {
         let mut ws_bytes = None;
         let (mut hot_pages, mut hot_writes) = (10, 90);
         let mut pattern = "uniform";
+        let (mut tick_us, mut scrub_mb_s) = (None, None);
         for word in line.split_ascii_whitespace() {
             let Some((key, value)) = word.split_once('=') else { continue };
             match key {
@@ -187,9 +196,9 @@ impl FromStr for Params {
                     params.content =
                         Content::from_name(value).ok_or(ParamError { key: "content", problem })?;
                 }
-                "tick_us" => params.tick_us = number("tick_us", value, 10, 1_000_000)?,
+                "tick_us" => tick_us = Some(number("tick_us", value, 10, 1_000_000)?),
                 "report_ms" => params.report_ms = number("report_ms", value, 0, 3_600_000)?,
-                "scrub" => params.scrub_mb_s = number("scrub", value, 0, MAX_MB_S)?,
+                "scrub" => scrub_mb_s = Some(number("scrub", value, 0, MAX_MB_S)?),
                 "tsc_khz" => params.tsc_khz = number("tsc_khz", value, 0, 100_000_000)?,
                 "stop_after" => params.stop_after = number("stop_after", value, 0, u64::MAX)?,
                 "serial" => {
@@ -206,6 +215,12 @@ impl FromStr for Params {
                 _ => {}
             }
         }
+        let (tick, scrub) = match params.rate {
+            Rate::Idle => (IDLE_TICK_US, IDLE_SCRUB_MB_S),
+            Rate::Paced(_) | Rate::Max => (BUSY_TICK_US, BUSY_SCRUB_MB_S),
+        };
+        params.tick_us = tick_us.unwrap_or(tick);
+        params.scrub_mb_s = scrub_mb_s.unwrap_or(scrub);
         params.pattern = match pattern {
             "seq" => Pattern::Seq,
             "uniform" => Pattern::Uniform,
