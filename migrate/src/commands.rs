@@ -1,5 +1,6 @@
 //! The verbs, one a file, and what they share.
 
+mod target;
 pub mod vm;
 pub mod send;
 pub mod receive;

@@ -34,6 +34,8 @@ pub(crate) struct Conversation<S, H> {
     /// `None` once it hung up.
     link: Option<Box<dyn Link>>,
     max_blob_bytes: u32,
+    /// The peer's preamble was waited for and did not come whole.
+    in_preamble: bool,
     /// The message that is arriving: its header's bytes, the header once it is whole, and its body, of which
     /// `body_bytes` are there.
     header_bytes: [u8; envelope::HEADER_BYTES],
@@ -49,6 +51,7 @@ impl<S: Serialize, H: DeserializeOwned> Conversation<S, H> {
         Self {
             link: Some(link),
             max_blob_bytes,
+            in_preamble: false,
             header_bytes: [0; envelope::HEADER_BYTES],
             header: None,
             body: Vec::new(),
@@ -81,7 +84,9 @@ impl<S: Serialize, H: DeserializeOwned> Conversation<S, H> {
     pub(crate) fn preamble(&mut self, limit: Duration, watch: &mut dyn FnMut() -> Result<u64>) -> Result<()> {
         let mut bytes = [0; PREAMBLE_BYTES];
         let mut wait = Wait::new("the peer's greeting", limit);
+        self.in_preamble = true;
         while !wait.slice(self.link()?, &mut bytes, watch)? {}
+        self.in_preamble = false;
         Preamble::decode(&bytes)?;
         Ok(())
     }
@@ -105,6 +110,10 @@ impl<S: Serialize, H: DeserializeOwned> Conversation<S, H> {
         limit: Duration,
         watch: &mut dyn FnMut() -> Result<u64>,
     ) -> Result<(H, Vec<u8>)> {
+        if self.in_preamble {
+            // What came of it would be taken for the header of a message.
+            return Err(Error::Link("it was lost in the middle of the greeting".into()));
+        }
         let mut wait = Wait::new(what, limit);
         let header = loop {
             if let Some(header) = self.header {

@@ -21,9 +21,11 @@
 //!
 //! # Why none runs only where that cannot be avoided
 //!
-//! A link that is lost in *loaded* is not the end: the sender may have committed and will ask. So *loaded* and
-//! *discarded* listen for new connections for [`Options::linger`], longer than a sender asks. Only if both ends cannot
-//! reach each other for all of that time, or this process dies in between, does the sender stay in doubt, with its
+//! A link that is lost in *loaded* is not the end: the sender may have committed and will ask. Discarding is always safe,
+//! as long as the answer is still there when it asks: the source stands still until then. So what was discarded is written
+//! into the [`Ledger`], *loaded* and *discarded* miss a lost link for [`Options::forget`] only, and whoever serves the next
+//! connection answers. *Started* waits for [`Options::linger`], longer than a sender asks, because the process may end behind it.
+//! Only if both ends cannot reach each other for all of that time, or the ledger dies, does the sender stay in doubt, with its
 //! workload frozen and whole.
 //!
 //! Whatever a peer sends is checked before memory is reserved for it, and a violation ends the migration with an error
@@ -63,6 +65,9 @@ pub struct Options {
     pub idle: Duration,
     /// How long to wait for `Commit`, and afterwards for the sender to know the outcome. Longer than a sender asks.
     pub linger: Duration,
+    /// How long to miss a link that is lost before anything was started. What is discarded then is in the ledger, so whoever
+    /// goes on serving connections with it still has the answer; only one that ends then should wait for as long as `linger`.
+    pub forget: Duration,
 }
 
 impl Options {
@@ -73,6 +78,7 @@ impl Options {
             max_page_streams: 16,
             idle: Duration::from_secs(20),
             linger: Duration::from_secs(60),
+            forget: Duration::from_secs(1),
         }
     }
 }

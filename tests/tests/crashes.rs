@@ -133,6 +133,55 @@ fn the_destination_vmm_dies_before_commit() {
 }
 
 #[test]
+fn the_receiver_dies_in_each_of_its_own_phases() {
+    if without_kvm("the_receiver_dies_in_each_of_its_own_phases") {
+        return;
+    }
+    for phase in ["greet", "offer", "rounds", "state", "ready"] {
+        println!("the receiver is killed when it enters {phase}");
+        let (a, b) = trusting_pair(Path::new(PROGRAM));
+        a.run_ledger("v", "64MiB", GUEST, &[]);
+        a.wait_ledger_running("v");
+        let (mut receiver, address) = b.receive_held(&["--link-timeout", "2s"], phase);
+        let sender = a.start(&["send", "v", &address, "--link-timeout", "2s"]);
+        receiver.wait_held();
+        receiver.signal(Signal::KILL);
+        receiver.finish();
+        let sent = sender.finish();
+        assert_eq!(sent.code, 7, "{phase}: {sent:#?}");
+        assert_eq!(a.phase("v").as_deref(), Some("running"), "{phase}");
+        a.assert_sound("v");
+        next_attempt_is_correct(&a, &b);
+    }
+}
+
+#[test]
+fn a_receiver_that_dies_with_commit_unread_leaves_one_vm_and_at_most_a_doubt() {
+    if without_kvm("a_receiver_that_dies_with_commit_unread_leaves_one_vm_and_at_most_a_doubt") {
+        return;
+    }
+    let (a, b) = trusting_pair(Path::new(PROGRAM));
+    a.run_ledger("v", "64MiB", GUEST, &[]);
+    a.wait_ledger_running("v");
+    let (mut receiver, address) = b.receive_held(&["--link-timeout", "2s"], "commit");
+    let sender = a.start(&["send", "v", &address, "--link-timeout", "2s", "--ask-timeout", "2s"]);
+    receiver.wait_held();
+    receiver.signal(Signal::KILL);
+    receiver.finish();
+    let sent = sender.finish();
+    b.wait_phase("v", None);
+    // Its Ready may have left the host before the process stood still, or not.
+    if sent.code == 10 {
+        assert_eq!(a.phase("v").as_deref(), Some("pledged"));
+        a.run(&["recover", "v", "--resume"]).success();
+    } else {
+        assert_eq!(sent.code, 7, "{sent:#?}");
+    }
+    assert_eq!(a.phase("v").as_deref(), Some("running"));
+    a.assert_sound("v");
+}
+
+#[test]
 fn a_receiver_outlives_a_failed_attempt_and_takes_the_next() {
     if without_kvm("a_receiver_outlives_a_failed_attempt_and_takes_the_next") {
         return;

@@ -164,3 +164,24 @@ fn a_guest_arrives_under_another_name() {
     receiver.finish().success();
     b.assert_sound("w");
 }
+
+#[test]
+fn a_vm_is_known_by_its_socket_too() {
+    if without_kvm("a_vm_is_known_by_its_socket_too") {
+        return;
+    }
+    let (a, b) = pair();
+    let socket = a.path("elsewhere.sock");
+    let socket = socket.to_str().expect("a path");
+    a.run_ledger("v", "64MiB", "fill=8M ws=4M rate=5", &["--socket", socket]);
+    assert!(a.vms().is_empty(), "list looks into the runtime directory only");
+    let shown = a.run(&["vm", "show", socket]).success();
+    assert_eq!(shown.lines[0]["name"], "v");
+    a.wait_ledger_running(socket);
+    let (receiver, address) = b.receive(&[]);
+    a.run(&["send", socket, &address]).success();
+    receiver.finish().success();
+    b.assert_sound("v");
+    b.run(&["vm", "stop", "v"]).success();
+    assert!(b.vms().is_empty());
+}

@@ -41,10 +41,50 @@ fn no_such_vm() {
 
 #[test]
 fn names_that_could_leave_the_directory_are_refused() {
-    let host = Host::new(Path::new(PROGRAM));
+    let (host, other) = trusting_pair(Path::new(PROGRAM));
     for name in ["../x", ".hidden", "a/b", ""] {
-        says(&host.run(&["vm", "show", name]), 2, &["name"]);
+        says(&host.run(&["vm", "run", "--serial", "none", "--name", name]), 2, &["name"]);
+        says(&other.run(&["receive", "--listen", "127.0.0.1:0", "--name", name]), 2, &["name"]);
     }
+    says(&host.run(&["vm", "show", ".hidden"]), 2, &["name"]);
+    says(&host.run(&["vm", "show", "/nonexistent/x.sock"]), 4, &["/nonexistent/x.sock"]);
+}
+
+#[test]
+fn no_kvm_and_no_permission_to_use_it() {
+    use std::os::unix::fs::MetadataExt as _;
+    use std::os::unix::process::CommandExt as _;
+    const NOBODY: u32 = 65534;
+    if without_kvm("no_kvm_and_no_permission_to_use_it") {
+        return;
+    }
+    let kvm = std::fs::metadata("/dev/kvm").expect("/dev/kvm");
+    if !rustix::process::geteuid().is_root() || kvm.mode() & 0o006 != 0 || kvm.gid() == NOBODY {
+        println!(
+            "SKIPPED: no_kvm_and_no_permission_to_use_it: it needs root, and a /dev/kvm that is not for everybody"
+        );
+        return;
+    }
+    let dir = tempfile::tempdir().expect("a directory");
+    std::os::unix::fs::chown(dir.path(), Some(NOBODY), Some(NOBODY)).expect("chown");
+    // The tests' own program may lie where nobody else may go.
+    let program = dir.path().join("migrate");
+    std::fs::copy(PROGRAM, &program).expect("a copy");
+    let run = |command: &mut std::process::Command| {
+        command.args(["vm", "run", "--name", "v", "--serial", "none", "--json", "--runtime-dir"]);
+        let output = command.arg(dir.path().join("run")).output().expect("the program starts");
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let (code, stderr) = run(std::process::Command::new(&program).uid(NOBODY).gid(NOBODY));
+    assert_eq!(code, Some(3), "{stderr}");
+    assert!(stderr.contains("/dev/kvm") && stderr.contains("permission"), "{stderr}");
+
+    // A mount namespace in which the device is missing: an empty directory hides all of /dev.
+    let hide = "mount -t tmpfs none /dev && exec \"$0\" \"$@\"";
+    let (code, stderr) =
+        run(std::process::Command::new("unshare").args(["-m", "sh", "-c", hide]).arg(&program));
+    assert_eq!(code, Some(3), "{stderr}");
+    assert!(stderr.contains("/dev/kvm does not exist"), "{stderr}");
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! `migrate ledger`: what a ledger guest says of itself, and what its memory says.
 
-use super::{check_name, emit, say};
+use super::target::Target;
+use super::{emit, say};
 use crate::cli::Common;
 use crate::error::{Error, Result};
 use crate::exit;
@@ -9,11 +10,9 @@ use crate::paths::RuntimeDir;
 use crate::units;
 use ledger::{Stats, Verdict};
 use protocol::layout::Layout;
-use protocol::monitor::Role;
 use protocol::page::PAGE_SIZE;
 use std::process::ExitCode;
 use std::time::Duration;
-use vmm::Client;
 
 /// How long the VMM may take for one answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
@@ -22,8 +21,8 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example: migrate ledger web --verify")]
 pub struct Args {
-    /// The VM's name.
-    name: String,
+    /// The VM's name, or the path of its control socket.
+    vm: String,
     /// Freeze the guest for a moment, compute from its parameters what every page must hold, and compare.
     #[arg(long)]
     verify: bool,
@@ -38,12 +37,9 @@ pub struct Args {
 /// `Workload` when there is no such VM, or its guest is no ledger.
 pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let runtime = RuntimeDir::open(common.runtime_dir.as_deref())?;
-    check_name(&args.name)?;
-    super::vm::status(&runtime, &args.name)?;
-    let wrong = |error: &dyn std::fmt::Display| Error::Workload(format!("{}: {error}", args.name));
-    let mut client =
-        Client::connect(&runtime.socket(&args.name), Role::Session, "migrate ledger", ANSWER_LIMIT)
-            .map_err(|error| wrong(&error))?;
+    let mut client = Target::find(&runtime, &args.vm)?.hold("migrate ledger", ANSWER_LIMIT)?;
+    let name = client.welcome().name.clone();
+    let wrong = |error: &dyn std::fmt::Display| Error::Workload(format!("{name}: {error}"));
     let description = client.describe().map_err(|error| wrong(&error))?;
     let layout = description.layout;
     let memory = GuestMemory::open(&layout, description.memory)?;
@@ -59,7 +55,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     if args.verify {
         client.resume(None).map_err(|error| wrong(&error))?;
     }
-    let account = Account::new(&args.name, &stats, verdict.as_ref(), args.since_tsc);
+    let account = Account::new(&name, &stats, verdict.as_ref(), args.since_tsc);
     if common.json {
         emit(&account);
     } else {

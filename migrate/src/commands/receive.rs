@@ -49,7 +49,7 @@ pub struct Args {
     /// How long to wait for a sender that says nothing.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = units::duration)]
     link_timeout: Duration,
-    /// How long to wait for the commit, or a question about it, when the link breaks in front of it.
+    /// How long to wait for the commit, and behind it for the sender to know that the VM runs here.
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = units::duration)]
     ask_timeout: Duration,
 }
@@ -74,6 +74,10 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     });
     options.idle = args.link_timeout;
     options.linger = args.ask_timeout;
+    if args.once {
+        // Nobody is here to answer afterwards.
+        options.forget = args.ask_timeout;
+    }
     let mut listener = Listener::bind(args.listen, &keys, send::settings(args.link_timeout))?;
     let address = listener.local_addr().to_string();
     if common.json {
@@ -161,8 +165,8 @@ impl Ledger for HostLedger {
     fn outcome(&self, migration: MigrationId) -> Outcome {
         match self.memory.outcome(migration) {
             Outcome::Unknown => {
-                let vms = super::vm::all(&self.runtime).unwrap_or_default();
-                let arrived = vms.iter().any(|vm| vm.arrived_by == Some(migration));
+                let vms = super::target::all(&self.runtime).unwrap_or_default();
+                let arrived = vms.iter().any(|(_, vm)| vm.arrived_by == Some(migration));
                 if arrived { Outcome::Started } else { Outcome::Unknown }
             }
             known => known,

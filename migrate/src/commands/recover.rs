@@ -1,6 +1,7 @@
 //! `migrate recover`: VMs that stand still between two hosts. It asks, and never guesses.
 
-use super::{check_name, emit, say};
+use super::target::{Target, all};
+use super::{emit, say};
 use crate::cli::Common;
 use crate::error::{Error, Result};
 use crate::identity::{self, Identity, TrustStore};
@@ -9,10 +10,9 @@ use crate::outbound;
 use crate::paths::RuntimeDir;
 use crate::units;
 use protocol::control::Outcome;
-use protocol::monitor::{Phase, Pledge, Role};
+use protocol::monitor::{Phase, Pledge};
 use std::process::ExitCode;
 use std::time::Duration;
-use vmm::Client;
 
 /// How long the VMM may take for one answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
@@ -24,8 +24,9 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 Without a name it lists the VMs whose migration was cut off behind its commit. With one it asks the destination,
 where migrate receive must listen, and does what follows from the answer.")]
 pub struct Args {
-    /// The VM's name.
-    name: Option<String>,
+    /// The VM's name, or the path of its control socket.
+    #[arg(id = "name", value_name = "VM")]
+    vm: Option<String>,
     /// Where to ask, if not where the VM was sent to: HOST:PORT.
     #[arg(long, value_name = "ADDR", requires = "name")]
     at: Option<String>,
@@ -46,16 +47,16 @@ pub struct Args {
 /// `InDoubt` when the destination does not know or does not answer.
 pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let runtime = RuntimeDir::open(common.runtime_dir.as_deref())?;
-    let Some(name) = &args.name else { return list(common, &runtime) };
-    check_name(name)?;
-    let status = super::vm::status(&runtime, name)?;
+    let Some(vm) = &args.vm else { return list(common, &runtime) };
+    let target = Target::find(&runtime, vm)?;
+    let status = target.status()?;
+    let name = &status.name;
     let Some(pledge) = status.pledged_to.filter(|_| status.phase == Phase::Pledged) else {
         return Err(Error::Workload(format!("{name} is not in doubt: there is nothing to recover")));
     };
     // Taken before the question is asked: nobody else may settle it meanwhile.
     let wrong = |error: vmm::Error| Error::Workload(format!("{name} cannot be settled: {error}"));
-    let mut client = Client::connect(&runtime.socket(name), Role::Session, "migrate recover", ANSWER_LIMIT)
-        .map_err(wrong)?;
+    let mut client = target.hold("migrate recover", ANSWER_LIMIT)?;
     let outcome = match (args.resume, args.discard) {
         (true, _) => Outcome::Discarded,
         (_, true) => Outcome::Started,
@@ -107,7 +108,7 @@ fn ask(common: &Common, args: &Args, name: &str, pledge: &Pledge) -> Result<Outc
 
 fn list(common: &Common, runtime: &RuntimeDir) -> Result<ExitCode> {
     let mut found = false;
-    for vm in super::vm::all(runtime)? {
+    for (_, vm) in all(runtime)? {
         let Some(pledge) = &vm.pledged_to else { continue };
         found = true;
         if common.json {

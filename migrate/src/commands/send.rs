@@ -1,6 +1,7 @@
 //! `migrate send`: move a running VM to another host.
 
-use super::{cancel_on_signals, check_name, emit};
+use super::target::Target;
+use super::{cancel_on_signals, emit};
 use crate::cli::Common;
 use crate::converge::OnTimeout;
 use crate::error::{Error, Result};
@@ -21,8 +22,8 @@ use std::time::Duration;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example: migrate send web b.example:7700 --downtime 20ms")]
 pub struct Args {
-    /// The VM's name.
-    name: String,
+    /// The VM's name, or the path of its control socket.
+    vm: String,
     /// Where migrate receive listens: HOST:PORT.
     address: String,
     /// The downtime to aim at.
@@ -58,12 +59,12 @@ enum Choice {
 /// As `docs/scripting.md` lists them.
 pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let runtime = RuntimeDir::open(common.runtime_dir.as_deref())?;
-    check_name(&args.name)?;
-    let status = super::vm::status(&runtime, &args.name)?;
+    let target = Target::find(&runtime, &args.vm)?;
+    let status = target.status()?;
     if status.phase == Phase::Pledged {
         return Err(Error::Workload(format!(
             "{} stands still because the outcome of a migration is not known: settle it with migrate recover {0}",
-            args.name
+            args.vm
         )));
     }
     let keys = identity::directory(common.keys.as_deref())?;
@@ -75,7 +76,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         Ok(Box::new(quic::dial(&args.address, &identity, &trust, &settings, args.link_timeout)?))
     };
     let cancel = cancel_on_signals()?;
-    let source = VmSource::connect(&args.name, &runtime.socket(&args.name), &args.address)?;
+    let source = VmSource::connect(&status.name, target.socket(), &args.address)?;
     let link = dial()?;
     let mut options = Options::new(outbound::new_migration_id()?);
     options.limits.downtime = args.downtime;

@@ -1,5 +1,6 @@
 //! `migrate vm run|list|show|stop`.
 
+use super::target::{STATUS_LIMIT, Target, all};
 use super::{check_name, emit, say};
 use crate::cli::Common;
 use crate::error::{Error, Result};
@@ -7,16 +8,13 @@ use crate::exit;
 use crate::paths::RuntimeDir;
 use crate::units;
 use clap::{Args, Subcommand};
-use protocol::monitor::{Phase, Role, Status};
+use protocol::monitor::{Phase, Status};
 use std::fs::File;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
-use vmm::{Bytes, Client, ExitReason, KernelSource, Ring, SerialSink};
-
-/// How long a VMM may take to say how it is.
-const STATUS_LIMIT: Duration = Duration::from_secs(5);
+use vmm::{Bytes, ExitReason, KernelSource, Ring, SerialSink};
 
 /// How long a detached VM may take to come up: a large image is read, and memory is mapped, but not touched.
 const START_LIMIT: Duration = Duration::from_secs(20);
@@ -65,6 +63,9 @@ pub struct RunArgs {
     /// Where the serial port goes: stdout, none, or a file [default: stdout, or a file when detached].
     #[arg(long, value_name = "WHERE")]
     serial: Option<String>,
+    /// Where its control socket goes [default: NAME.sock in the runtime directory, where migrate vm list looks].
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
     /// Run it in the background and come back when it runs.
     #[arg(long)]
     detach: bool,
@@ -74,8 +75,8 @@ pub struct RunArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "Example: migrate vm show web")]
 pub struct NameArgs {
-    /// The VM's name.
-    name: String,
+    /// The VM's name, or the path of its control socket.
+    vm: String,
 }
 
 /// Where an arriving VM waits.
@@ -114,16 +115,16 @@ pub fn run(common: &Common, verb: Verb) -> Result<ExitCode> {
         }
         Verb::List => list(common, &runtime),
         Verb::Show(args) => {
-            let status = status(&runtime, &args.name)?;
-            show(common, &runtime, &status);
+            let target = Target::find(&runtime, &args.vm)?;
+            show(common, &target, &target.status()?);
             Ok(ExitCode::SUCCESS)
         }
-        Verb::Stop(args) => stop(&runtime, &args.name),
+        Verb::Stop(args) => stop(&Target::find(&runtime, &args.vm)?),
     }
 }
 
 fn run_here(runtime: &RuntimeDir, args: RunArgs) -> Result<ExitCode> {
-    check_free(runtime, &args.name)?;
+    let target = check_free(runtime, &args)?;
     let image = args.kernel.map_or_else(|| Bytes::Inline(ledger::IMAGE.into()), Bytes::File);
     let kernel = match args.flat {
         None => KernelSource::Elf(image),
@@ -138,7 +139,7 @@ fn run_here(runtime: &RuntimeDir, args: RunArgs) -> Result<ExitCode> {
         kernel,
         cmdline: args.cmdline,
         serial: serial(args.serial.as_deref().unwrap_or("stdout"))?,
-        socket_path: Some(runtime.socket(&args.name)),
+        socket_path: Some(target.socket().to_owned()),
     };
     let reason = vmm::run(config)?;
     Ok(report_exit(&args.name, &reason))
@@ -166,17 +167,22 @@ fn report_exit(name: &str, reason: &ExitReason) -> ExitCode {
     }
 }
 
-/// Refuses a name that is taken. Two that come at the same moment are told apart by the socket.
-fn check_free(runtime: &RuntimeDir, name: &str) -> Result<()> {
-    check_name(name)?;
-    match status(runtime, name) {
-        Ok(vm) => Err(Error::Workload(format!("a VM named {name} runs here already (pid {})", vm.pid))),
-        Err(_) => Ok(()),
+/// Where the VM will be, unless one is there. Two that come at the same moment are told apart by the socket.
+fn check_free(runtime: &RuntimeDir, args: &RunArgs) -> Result<Target> {
+    check_name(&args.name)?;
+    let target = match &args.socket {
+        // As a path, also if it is a plain file name.
+        Some(path) => Target::find(runtime, &Path::new(".").join(path).to_string_lossy())?,
+        None => Target::find(runtime, &args.name)?,
+    };
+    match target.status() {
+        Ok(vm) => Err(Error::Workload(format!("a VM named {} runs there already (pid {})", vm.name, vm.pid))),
+        Err(_) => Ok(target),
     }
 }
 
 fn detach(common: &Common, runtime: &RuntimeDir, args: &RunArgs) -> Result<ExitCode> {
-    check_free(runtime, &args.name)?;
+    let target = check_free(runtime, args)?;
     let cannot = |what: &str, error: std::io::Error| Error::Host(format!("{what}: {error}"));
     let log_path = runtime.log(&args.name);
     let log = File::create(&log_path).map_err(|error| cannot("the VM's log cannot be written", error))?;
@@ -188,6 +194,9 @@ fn detach(common: &Common, runtime: &RuntimeDir, args: &RunArgs) -> Result<ExitC
     command.args(["--memory", &args.memory.to_string(), "--vcpus", &args.vcpus.to_string()]);
     command.args(["--serial", args.serial.as_deref().unwrap_or(&default_serial)]);
     command.arg("--runtime-dir").arg(runtime.path());
+    if args.socket.is_some() {
+        command.arg("--socket").arg(target.socket());
+    }
     if let Some(kernel) = &args.kernel {
         command.arg("--kernel").arg(kernel);
     }
@@ -203,8 +212,8 @@ fn detach(common: &Common, runtime: &RuntimeDir, args: &RunArgs) -> Result<ExitC
         .map_err(|error| cannot("the VM's process cannot be started", error))?;
     let until = Instant::now() + START_LIMIT;
     loop {
-        if let Ok(status) = status(runtime, &args.name) {
-            show(common, runtime, &status);
+        if let Ok(status) = target.status() {
+            show(common, &target, &status);
             return Ok(ExitCode::SUCCESS);
         }
         let said = || {
@@ -231,30 +240,6 @@ fn detach(common: &Common, runtime: &RuntimeDir, args: &RunArgs) -> Result<ExitC
     }
 }
 
-/// How the VM with this name is.
-///
-/// # Errors
-/// `Workload` when there is none.
-pub(super) fn status(runtime: &RuntimeDir, name: &str) -> Result<Status> {
-    check_name(name)?;
-    Client::connect(&runtime.socket(name), Role::Query, "migrate", STATUS_LIMIT)
-        .map(|client| client.welcome().clone())
-        .map_err(|error| {
-            Error::Workload(format!(
-                "there is no VM {name} in {}: {error}; see migrate vm list",
-                runtime.path().display()
-            ))
-        })
-}
-
-/// All VMs of this host that answer.
-///
-/// # Errors
-/// `Host` when the runtime directory cannot be read.
-pub(super) fn all(runtime: &RuntimeDir) -> Result<Vec<Status>> {
-    Ok(runtime.names()?.iter().filter_map(|name| status(runtime, name).ok()).collect())
-}
-
 fn list(common: &Common, runtime: &RuntimeDir) -> Result<ExitCode> {
     let vms = all(runtime)?;
     if !common.json {
@@ -264,9 +249,9 @@ fn list(common: &Common, runtime: &RuntimeDir) -> Result<ExitCode> {
         }
         say(&format!("{:<20} {:<10} {:>8} {:>10} {:>6}  HELD BY", "NAME", "PHASE", "PID", "MEMORY", "VCPUS"));
     }
-    for vm in &vms {
+    for (target, vm) in &vms {
         if common.json {
-            emit(&with_socket(runtime, vm));
+            emit(&with_socket(target, vm));
         } else {
             let held =
                 vm.holder_pid.map(|pid| format!("{} (pid {pid})", vm.holder.clone().unwrap_or_default()));
@@ -284,22 +269,22 @@ fn list(common: &Common, runtime: &RuntimeDir) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn with_socket(runtime: &RuntimeDir, status: &Status) -> serde_json::Value {
+fn with_socket(target: &Target, status: &Status) -> serde_json::Value {
     let mut value = serde_json::to_value(status).unwrap_or_default();
-    value["socket"] = runtime.socket(&status.name).to_string_lossy().into();
+    value["socket"] = target.socket().to_string_lossy().into();
     value
 }
 
-fn show(common: &Common, runtime: &RuntimeDir, vm: &Status) {
+fn show(common: &Common, target: &Target, vm: &Status) {
     if common.json {
-        emit(&with_socket(runtime, vm));
+        emit(&with_socket(target, vm));
         return;
     }
     say(&format!("{} is {} (pid {})", vm.name, phase(vm.phase), vm.pid));
     say(&format!("  memory   {}, {} vCPUs", units::show_bytes(vm.memory_bytes), vm.vcpus));
     say(&format!("  up       {:.1} s", vm.uptime_ms as f64 / 1e3));
     say(&format!("  serial   {}", vm.serial));
-    say(&format!("  socket   {}", runtime.socket(&vm.name).display()));
+    say(&format!("  socket   {}", target.socket().display()));
     if let Some(pid) = vm.holder_pid {
         say(&format!("  held by  {} (pid {pid})", vm.holder.clone().unwrap_or_default()));
     }
@@ -316,16 +301,10 @@ pub(super) fn phase(phase: Phase) -> String {
     serde_json::to_value(phase).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
-fn stop(runtime: &RuntimeDir, name: &str) -> Result<ExitCode> {
-    check_name(name)?;
-    status(runtime, name)?;
-    let cannot = |error: vmm::Error| Error::Workload(format!("{name} cannot be stopped: {error}"));
-    let mut client = Client::connect(&runtime.socket(name), Role::Session, "migrate vm stop", STATUS_LIMIT)
-        .map_err(cannot)?;
-    client.terminate().map_err(cannot)?;
-    drop(client);
+fn stop(target: &Target) -> Result<ExitCode> {
+    target.hold("migrate vm stop", STATUS_LIMIT)?.terminate()?;
     let until = Instant::now() + STATUS_LIMIT;
-    while status(runtime, name).is_ok() {
+    while target.status().is_ok() {
         if Instant::now() > until {
             return Err(Error::TimedOut { what: "the VM's process to end", after: STATUS_LIMIT });
         }

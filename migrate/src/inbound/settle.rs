@@ -1,6 +1,6 @@
 //! From `Ready` on: the decision, and telling it to a sender that may have lost its link.
 
-use super::{Arrival, Inbound, Order};
+use super::{Arrival, Inbound, Options, Order};
 use crate::conversation::{Receiver, out_of_order};
 use crate::destination::Destination;
 use crate::error::{Error, Result, clean};
@@ -28,7 +28,8 @@ impl Inbound<'_> {
     /// is discarded.
     pub(super) fn commit(&mut self) -> Result<Order> {
         let ours = self.report.migration;
-        match self.next_word("Commit, or a question about it", Instant::now() + self.options.linger)? {
+        let Options { linger, forget, .. } = *self.options;
+        match self.next_word("Commit, or a question about it", Instant::now() + linger, forget)? {
             Downstream::Commit { migration } if Some(migration) == ours => Ok(Order::Start),
             Downstream::Ask { migration } if Some(migration) == ours => Ok(Order::Answer),
             Downstream::Cancel { reason } => Err(Error::PeerFailed { reason: clean(&reason) }),
@@ -44,13 +45,14 @@ impl Inbound<'_> {
                 self.report.workload.clone_from(name);
                 self.ledger.record(migration, Outcome::Started);
                 self.tell(&Upstream::Started { migration });
+                self.settle(self.options.linger);
             }
             Err(error) => {
                 self.ledger.record(migration, Outcome::Discarded);
                 self.tell(&Upstream::Failed { reason: clean(&error.to_string()) });
+                self.settle(self.options.forget);
             }
         }
-        self.settle();
         started.map(drop)
     }
 
@@ -67,7 +69,7 @@ impl Inbound<'_> {
         // A sender that cancels has resumed already, and will not ask.
         if !matches!(error.root(), Error::PeerFailed { .. }) {
             self.tell(word);
-            self.settle();
+            self.settle(self.options.forget);
         }
         error
     }
@@ -102,11 +104,11 @@ impl Inbound<'_> {
         Ok(outcome)
     }
 
-    /// The outcome is known here: sees to it that the sender knows it too.
-    fn settle(&mut self) {
+    /// The outcome is known here: sees to it that the sender knows it too, for as long as it may be without a link.
+    fn settle(&mut self, without_link: Duration) {
         let until = Instant::now() + self.options.linger;
         loop {
-            match self.next_word("the sender to know the outcome", until) {
+            match self.next_word("the sender to know the outcome", until, without_link) {
                 Ok(Downstream::Done { .. }) => return,
                 Ok(Downstream::Ask { migration }) => {
                     let outcome = self.ledger.outcome(migration);
@@ -126,9 +128,15 @@ impl Inbound<'_> {
     }
 
     /// The next message about this migration, on this link or, if it is silent or lost, on a new one that takes its
-    /// place.
-    fn next_word(&mut self, what: &'static str, until: Instant) -> Result<Downstream> {
+    /// place; `without_link` is how long a lost one is missed.
+    fn next_word(
+        &mut self,
+        what: &'static str,
+        until: Instant,
+        without_link: Duration,
+    ) -> Result<Downstream> {
         let begun = Instant::now();
+        let mut linked = begun;
         loop {
             match self.talk.hear(what, LOOK, &mut || Ok(0)) {
                 Ok((message, _)) => return Ok(message),
@@ -136,7 +144,11 @@ impl Inbound<'_> {
                 Err(Error::Link(_)) => self.talk.hang_up("lost"),
                 Err(error) => return Err(error),
             }
-            let left = until.saturating_duration_since(Instant::now());
+            let now = Instant::now();
+            if self.talk.link().is_ok() {
+                linked = now;
+            }
+            let left = until.saturating_duration_since(now).min(without_link.saturating_sub(now - linked));
             if left.is_zero() {
                 return Err(Error::TimedOut { what, after: begun.elapsed() });
             }

@@ -326,8 +326,9 @@ impl Link for Duplex {
                 None => return Err(Error::Link("the control stream ended".into())),
             }
         }
+        let rest = self.part.split_off(buffer.len());
         buffer.copy_from_slice(&self.part);
-        self.part.clear();
+        self.part = rest;
         Ok(())
     }
 

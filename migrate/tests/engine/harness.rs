@@ -81,6 +81,15 @@ pub(crate) struct World {
     pub(crate) ledger: Shared,
 }
 
+/// Sets a flag when it goes.
+struct OnDrop<'a>(&'a AtomicBool);
+
+impl Drop for OnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
 impl World {
     pub(crate) fn new(seed: u64, pages_per_call: u64) -> Self {
         let witness = Witness::default();
@@ -121,10 +130,12 @@ impl World {
                 }
                 received
             });
+            // Also when the sender panics: the test shall fail then, not wait.
+            let end = OnDrop(&over);
             let sent = network.dial().map(|link| {
                 outbound::send(self.machine.attach(), link, &mut || network.dial(), options, cancel, observer)
             });
-            over.store(true, Ordering::Release);
+            drop(end);
             let received = receiver.join().expect("the receiver does not panic");
             Ended { sent: sent.expect("the first connection is made"), received }
         })
