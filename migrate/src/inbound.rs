@@ -44,7 +44,7 @@ use crate::link::Link;
 use crate::report::{ArrivalReport, Event, Observer, Phase, PhaseTime, micros, rate};
 pub use ledger::{Ledger, MemoryLedger};
 use protocol::MigrationId;
-use protocol::control::{self, Downstream, MAX_BLOB_BYTES, MAX_NAME_BYTES, Offer, RefuseCode, Upstream};
+use protocol::control::{self, Downstream, MAX_BLOB_BYTES, Offer, RefuseCode, Upstream};
 use protocol::frame::MAX_PAGE_STREAMS;
 use protocol::handshake::Hello;
 use std::sync::Arc;
@@ -295,15 +295,8 @@ impl Inbound<'_> {
 /// Checks everything about an offer that needs no host: before anything is made for it.
 fn check(offer: &Offer, options: &Options) -> std::result::Result<(), Refusal> {
     let bad = |reason: String| Err(Refusal { code: RefuseCode::BadOffer, reason });
-    let plain = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'_' | b'-');
-    let name = offer.name.as_bytes();
-    if name.is_empty() || name.len() > MAX_NAME_BYTES || !name.iter().all(|c| plain(*c)) {
-        return bad(format!(
-            "a workload's name has 1 to {MAX_NAME_BYTES} letters, digits, dots, underscores and dashes"
-        ));
-    }
-    if matches!(name[0], b'.' | b'-') {
-        return bad("a workload's name begins with a letter, a digit or an underscore".into());
+    if let Err(error) = control::check_name(&offer.name) {
+        return bad(error.to_string());
     }
     let most = options.max_page_streams.min(MAX_PAGE_STREAMS);
     if !(1..=most).contains(&offer.page_streams) {

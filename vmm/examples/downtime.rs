@@ -1,6 +1,6 @@
 //! Where the VMM's part of the downtime goes: moves a ledger guest between VMMs of this process.
 //!
-//!     cargo run --release -p vmm --example downtime -- MEMORY_MIB MOVES LEDGER_PARAMETERS...
+//!     cargo run --release -p vmm --example downtime -- MEMORY_MIB MOVES VCPUS LEDGER_PARAMETERS...
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a measurement that fails has nothing to report")]
 
 #[path = "../tests/hop/mod.rs"]
