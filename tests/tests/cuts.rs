@@ -29,12 +29,21 @@ fn a_link_cut_in_any_phase_before_commit_leaves_the_source_running() {
         println!("the link is cut when the sender enters {phase}");
         let (a, b, mut receiver, address) = scene("fill=24M ws=8M rate=30");
         let relay = Relay::start(&address, Weather::default(), 1);
-        let mut sender = a.start_held(&["send", "v", &relay.address(), "--link-timeout", "2s"], phase);
+        let mut sender = a.start_held(
+            &["send", "v", &relay.address(), "--link-timeout", "2s", "--ask-timeout", "3s"],
+            phase,
+        );
         sender.wait_held();
         relay.cut();
         sender.signal(Signal::CONT);
         let sent = sender.finish();
-        assert_eq!(sent.code, 7, "{phase}: {sent:#?}");
+        if phase == "ready" && sent.code == 10 {
+            // Ready was on this host before the cut, so Commit was sent into it: asked past the cut, the receiver decides.
+            assert_eq!(a.phase("v").as_deref(), Some("pledged"));
+            a.run(&["recover", "v", "--at", &address]).success();
+        } else {
+            assert_eq!(sent.code, 7, "{phase}: {sent:#?}");
+        }
         assert_eq!(a.phase("v").as_deref(), Some("running"), "{phase}");
         b.wait_phase("v", None);
         a.assert_sound("v");
