@@ -36,7 +36,7 @@ mod commit;
 mod settle;
 
 use crate::cancel::CancelFlag;
-use crate::converge::{Limits, Measured, OnTimeout};
+use crate::converge::{Limits, Measured};
 use crate::conversation::{self, out_of_order};
 use crate::error::{Error, Result, clean};
 use crate::link::Link;
@@ -79,12 +79,7 @@ impl Options {
     pub fn new(migration: MigrationId) -> Self {
         Self {
             migration,
-            limits: Limits {
-                downtime: Duration::from_millis(50),
-                max_rounds: 30,
-                timeout: Duration::from_secs(600),
-                on_timeout: OnTimeout::Cancel,
-            },
+            limits: Limits::default(),
             fixed_cost: Duration::from_millis(2),
             page_streams: 2,
             stall: Duration::from_secs(10),

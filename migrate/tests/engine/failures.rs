@@ -152,7 +152,7 @@ fn a_workload_that_does_not_converge_stays_or_is_forced() {
     assert!(world.witness.is_running(Who::Source));
 
     let mut forced = sending();
-    forced.limits = options.limits;
+    forced.limits = options.limits.clone();
     forced.limits.on_timeout = OnTimeout::Force;
     let ended = world.attempt(&network, None, &forced, &CancelFlag::default(), &mut Quiet);
     world.assert_moved(&ended);
