@@ -34,6 +34,8 @@ pub mod measure;
 pub mod forecast;
 pub mod stall;
 pub mod policy;
+pub mod policies;
+pub mod trace;
 
 pub use measure::{Measured, bandwidth_bytes_per_s};
 pub use policy::{Bound, Decision, Limits, OnStall, OnTimeout, Situation, decide};

@@ -14,7 +14,7 @@ pub(crate) const DOWNSTREAM_TYPES: [&str; 8] =
     ["hello", "offer", "state", "commit", "done", "cancel", "ask", "round-sent"];
 pub(crate) const UPSTREAM_TYPES: [&str; 8] =
     ["hello", "accept", "refuse", "round-done", "ready", "started", "failed", "outcome"];
-pub(crate) const REQUEST_TYPES: [&str; 18] = [
+pub(crate) const REQUEST_TYPES: [&str; 19] = [
     "hello",
     "status",
     "describe",
@@ -33,6 +33,7 @@ pub(crate) const REQUEST_TYPES: [&str; 18] = [
     "load",
     "start",
     "discard",
+    "throttle",
 ];
 pub(crate) const REPLY_TYPES: [&str; 9] =
     ["welcome", "refused", "status", "description", "tracking", "dirty", "saved", "done", "error"];
@@ -86,6 +87,7 @@ pub(crate) fn request_type(message: &Request) -> &'static str {
         Request::Load => 15,
         Request::Start { .. } => 16,
         Request::Discard => 17,
+        Request::Throttle { .. } => 18,
     }]
 }
 
@@ -162,6 +164,7 @@ pub(crate) fn requests() -> Vec<Request> {
         Request::Take { space: 1, first: 4096, count: 512 },
         Request::Redirty,
         Request::TrackStop,
+        Request::Throttle { percent: 40 },
         Request::Freeze,
         Request::Save,
         Request::Pledge { migration: MIGRATION, peer: "192.0.2.7:4242".into() },
@@ -188,6 +191,7 @@ pub(crate) fn status() -> Status {
         holder: Some("migrate send".into()),
         arrived_by: None,
         pledged_to: Some(Pledge { migration: MIGRATION, peer: "192.0.2.7:4242".into() }),
+        throttle_percent: None,
     }
 }
 
