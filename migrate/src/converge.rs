@@ -36,6 +36,9 @@ pub mod stall;
 pub mod policy;
 pub mod policies;
 pub mod trace;
+pub mod simulate;
+#[cfg(test)]
+mod compare;
 
 pub use measure::{Measured, bandwidth_bytes_per_s};
 pub use policy::{Bound, Decision, Limits, OnStall, OnTimeout, Situation, decide};
