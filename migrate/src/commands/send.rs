@@ -3,7 +3,8 @@
 use super::target::Target;
 use super::{cancel_on_signals, emit};
 use crate::cli::Common;
-use crate::converge::OnTimeout;
+use crate::controls::check_limits;
+use crate::converge::{Limits, OnTimeout};
 use crate::error::{Error, Result};
 use crate::identity::{self, Identity, TrustStore};
 use crate::link::Link;
@@ -79,13 +80,17 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let source = VmSource::connect(&status.name, target.socket(), &args.address)?;
     let link = dial()?;
     let mut options = Options::new(outbound::new_migration_id()?);
-    options.limits.downtime = args.downtime;
-    options.limits.max_rounds = args.max_rounds;
-    options.limits.timeout = args.timeout;
-    options.limits.on_timeout = match args.on_timeout {
-        Choice::Cancel => OnTimeout::Cancel,
-        Choice::Force => OnTimeout::Force,
+    let limits = Limits {
+        downtime: args.downtime,
+        max_rounds: args.max_rounds,
+        timeout: args.timeout,
+        on_timeout: match args.on_timeout {
+            Choice::Cancel => OnTimeout::Cancel,
+            Choice::Force => OnTimeout::Force,
+        },
     };
+    check_limits(&limits).map_err(Error::Usage)?;
+    options.controls.change(|now| *now = limits);
     options.stall = args.link_timeout;
     options.ask = args.ask_timeout;
     let mut observer = progress::observer(common);

@@ -11,7 +11,7 @@
 
 use super::lanes::{Contents, Sent};
 use super::{Outbound, check_deadline};
-use crate::converge::{Bound, Decision, Limits, Measured, OnTimeout, bandwidth_bytes_per_s, decide};
+use crate::converge::{Bound, Decision, Limits, Measured, bandwidth_bytes_per_s, decide};
 use crate::conversation::out_of_order;
 use crate::error::{Error, Result};
 use crate::report::{Event, RoundReport, micros, rate};
@@ -25,10 +25,7 @@ impl Outbound<'_> {
     /// Rounds until the stop rule says freeze.
     pub(super) fn rounds(&mut self) -> Result<()> {
         let begun = Instant::now();
-        let Limits { timeout, on_timeout, .. } = self.options.limits;
-        if on_timeout == OnTimeout::Cancel {
-            self.deadline = begun.checked_add(timeout);
-        }
+        self.rounds_since = Some(begun);
         let mut selector = Selector::Full;
         let mut harvested_at = Instant::now();
         let mut harvest = self.source.harvest()?;
@@ -45,7 +42,7 @@ impl Outbound<'_> {
                 duration: Duration::from_micros(round.duration_us),
                 remaining_pages: round.remaining_pages,
             });
-            let decision = decide(&self.measured, self.fixed_cost(), &self.options.limits, begun.elapsed());
+            let decision = decide(&self.measured, self.fixed_cost(), &self.options.limits(), begun.elapsed());
             let (Decision::Round { predicted }
             | Decision::Freeze { predicted }
             | Decision::Force { predicted }
@@ -71,7 +68,7 @@ impl Outbound<'_> {
     /// Stops the workload and sends what it wrote since the last round.
     pub(super) fn freeze(&mut self) -> Result<()> {
         self.cancel.check()?;
-        self.deadline = None;
+        self.rounds_since = None;
         let frozen_at = Instant::now();
         self.source.freeze()?;
         self.frozen_at = Some(frozen_at);
@@ -186,10 +183,10 @@ impl Outbound<'_> {
 
     /// Waits for room for one more piece, unless there is a reason to stop.
     fn reserve(&mut self) -> Result<()> {
-        let Self { lanes, cancel, ticker, options, deadline, .. } = self;
+        let Self { lanes, cancel, ticker, options, rounds_since, .. } = self;
         lanes.reserve(options.stall, || {
             cancel.check()?;
-            check_deadline(*deadline, options)?;
+            check_deadline(*rounds_since, options)?;
             ticker.tick(lanes.sent());
             Ok(())
         })
@@ -225,7 +222,7 @@ impl Outbound<'_> {
     }
 
     fn not_converged(&self, bound: Bound, predicted: Duration) -> Error {
-        let Limits { downtime, max_rounds, timeout, .. } = self.options.limits;
+        let Limits { downtime, max_rounds, timeout, .. } = self.options.limits();
         let bound = match bound {
             Bound::Rounds => format!("{max_rounds} rounds"),
             Bound::Time => format!("{} s", timeout.as_secs_f32()),
