@@ -3,6 +3,7 @@
 use super::target::Target;
 use super::{cancel_on_signals, emit};
 use crate::cli::Common;
+use crate::controls::check_limits;
 use crate::converge::{Limits, OnStall, OnTimeout};
 use crate::error::{Error, Result};
 use crate::identity::{self, Identity, TrustStore};
@@ -117,7 +118,9 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let source = VmSource::connect(&status.name, target.socket(), &args.address)?;
     let link = dial()?;
     let mut options = Options::new(outbound::new_migration_id()?);
-    options.limits = args.limits.limits();
+    let limits = args.limits.limits();
+    check_limits(&limits).map_err(Error::Usage)?;
+    options.controls.change(|now| *now = limits);
     options.stall = args.link_timeout;
     options.ask = args.ask_timeout;
     let mut observer = progress::observer(common);
