@@ -10,11 +10,23 @@ use protocol::state::State;
 
 pub(crate) const MIGRATION: MigrationId = MigrationId(0x0011_2233_4455_6677_8899_aabb_ccdd_eeff);
 
-pub(crate) const DOWNSTREAM_TYPES: [&str; 8] =
-    ["hello", "offer", "state", "commit", "done", "cancel", "ask", "round-sent"];
-pub(crate) const UPSTREAM_TYPES: [&str; 8] =
-    ["hello", "accept", "refuse", "round-done", "ready", "started", "failed", "outcome"];
-pub(crate) const REQUEST_TYPES: [&str; 18] = [
+pub(crate) const DOWNSTREAM_TYPES: [&str; 10] =
+    ["hello", "offer", "state", "commit", "done", "cancel", "ask", "round-sent", "missing", "recover"];
+pub(crate) const UPSTREAM_TYPES: [&str; 12] = [
+    "hello",
+    "accept",
+    "refuse",
+    "round-done",
+    "ready",
+    "started",
+    "failed",
+    "outcome",
+    "want",
+    "missing",
+    "complete",
+    "incomplete",
+];
+pub(crate) const REQUEST_TYPES: [&str; 21] = [
     "hello",
     "status",
     "describe",
@@ -33,9 +45,22 @@ pub(crate) const REQUEST_TYPES: [&str; 18] = [
     "load",
     "start",
     "discard",
+    "expect",
+    "page-faults",
+    "complete",
 ];
-pub(crate) const REPLY_TYPES: [&str; 9] =
-    ["welcome", "refused", "status", "description", "tracking", "dirty", "saved", "done", "error"];
+pub(crate) const REPLY_TYPES: [&str; 10] = [
+    "welcome",
+    "refused",
+    "status",
+    "description",
+    "tracking",
+    "dirty",
+    "saved",
+    "done",
+    "error",
+    "page-faults",
+];
 
 // A variant that is added to the crate does not compile here until it has a place in the list above, and a type in
 // the list does not pass `every_message_has_a_golden_file` until it has a sample.
@@ -50,6 +75,8 @@ pub(crate) fn downstream_type(message: &Downstream) -> &'static str {
         Downstream::Cancel { .. } => 5,
         Downstream::Ask { .. } => 6,
         Downstream::RoundSent { .. } => 7,
+        Downstream::Missing { .. } => 8,
+        Downstream::Recover { .. } => 9,
     }]
 }
 
@@ -63,6 +90,10 @@ pub(crate) fn upstream_type(message: &Upstream) -> &'static str {
         Upstream::Started { .. } => 5,
         Upstream::Failed { .. } => 6,
         Upstream::Outcome { .. } => 7,
+        Upstream::Want { .. } => 8,
+        Upstream::Missing { .. } => 9,
+        Upstream::Complete { .. } => 10,
+        Upstream::Incomplete { .. } => 11,
     }]
 }
 
@@ -86,6 +117,9 @@ pub(crate) fn request_type(message: &Request) -> &'static str {
         Request::Load => 15,
         Request::Start { .. } => 16,
         Request::Discard => 17,
+        Request::Expect => 18,
+        Request::PageFaults => 19,
+        Request::Complete => 20,
     }]
 }
 
@@ -100,6 +134,7 @@ pub(crate) fn reply_type(message: &Reply) -> &'static str {
         Reply::Saved => 6,
         Reply::Done => 7,
         Reply::Error { .. } => 8,
+        Reply::PageFaults { .. } => 9,
     }]
 }
 
@@ -129,6 +164,8 @@ pub(crate) fn downstream() -> Vec<Downstream> {
         Downstream::Cancel { reason: "stopped by the operator".into() },
         Downstream::Ask { migration: MIGRATION },
         Downstream::RoundSent { round: 0 },
+        Downstream::Missing { pages: 5 },
+        Downstream::Recover { migration: MIGRATION },
     ]
 }
 
@@ -145,6 +182,10 @@ pub(crate) fn upstream() -> Vec<Upstream> {
         Upstream::Started { migration: MIGRATION },
         Upstream::Failed { reason: "the state's section vcpu/1 is missing".into() },
         Upstream::Outcome { migration: MIGRATION, outcome: Outcome::Discarded },
+        Upstream::Want { space: 1, page: 4096 },
+        Upstream::Missing { pages: 5 },
+        Upstream::Complete { migration: MIGRATION },
+        Upstream::Incomplete { migration: MIGRATION },
     ]
 }
 
@@ -172,6 +213,9 @@ pub(crate) fn requests() -> Vec<Request> {
         Request::Load,
         Request::Start { migration: MIGRATION },
         Request::Discard,
+        Request::Expect,
+        Request::PageFaults,
+        Request::Complete,
     ]
 }
 
@@ -188,6 +232,7 @@ pub(crate) fn status() -> Status {
         holder: Some("migrate send".into()),
         arrived_by: None,
         pledged_to: Some(Pledge { migration: MIGRATION, peer: "192.0.2.7:4242".into() }),
+        awaiting_pages: None,
     }
 }
 
@@ -215,6 +260,7 @@ pub(crate) fn replies() -> Vec<Reply> {
             code: ErrorCode::WrongState,
             message: "save needs a frozen VM, this one is running: freeze it first".into(),
         },
+        Reply::PageFaults { pages: 5, addresses: vec![0x7f00_0000_0000, 0x7f00_c000_0000] },
     ]
 }
 
