@@ -36,7 +36,8 @@ mod commit;
 mod settle;
 
 use crate::cancel::CancelFlag;
-use crate::converge::{Limits, Measured};
+use crate::controls::Controls;
+use crate::converge::{Limits, Measured, OnTimeout};
 use crate::conversation::{self, out_of_order};
 use crate::error::{Error, Result, clean};
 use crate::link::Link;
@@ -59,8 +60,8 @@ use ticker::Ticker;
 pub struct Options {
     /// The name of this migration: see [`new_migration_id`].
     pub migration: MigrationId,
-    /// When to freeze, and how long to try.
-    pub limits: Limits,
+    /// When to freeze, how long to try, and how fast: read at every decision, so that it may change meanwhile.
+    pub controls: Controls,
     /// What freezing, saving, loading and starting cost, without pages and round trips: what the last migration of
     /// this kind measured, or a guess.
     pub fixed_cost: Duration,
@@ -81,7 +82,7 @@ impl Options {
     pub fn new(migration: MigrationId) -> Self {
         Self {
             migration,
-            limits: Limits::default(),
+            controls: Controls::new(Limits::default()),
             fixed_cost: Duration::from_millis(2),
             fixed_cost_known_from: 0,
             page_streams: 2,
@@ -90,6 +91,11 @@ impl Options {
             prepare: Duration::from_secs(120),
             ask: Duration::from_secs(30),
         }
+    }
+
+    /// The limits as they are now.
+    pub fn limits(&self) -> Limits {
+        self.controls.limits()
     }
 }
 
@@ -151,8 +157,8 @@ struct Outbound<'a> {
     /// What a message there and its answer back take.
     round_trip: Duration,
     begun: Instant,
-    /// While rounds are sent and there is nothing to force: when they must be over.
-    deadline: Option<Instant>,
+    /// While rounds are sent: when they began.
+    rounds_since: Option<Instant>,
     frozen_at: Option<Instant>,
 }
 
@@ -205,7 +211,7 @@ impl<'a> Outbound<'a> {
             throttle_percent: 0,
             round_trip: Duration::ZERO,
             begun: Instant::now(),
-            deadline: None,
+            rounds_since: None,
             frozen_at: None,
         }
     }
@@ -303,10 +309,10 @@ impl<'a> Outbound<'a> {
     /// The peer's next message, before `Commit`. Cancelling, a failing page stream and the peer's own failure end the
     /// wait.
     fn hear(&mut self, what: &'static str, limit: Duration) -> Result<Upstream> {
-        let Self { talk, lanes, cancel, ticker, deadline, options, .. } = self;
+        let Self { talk, lanes, cancel, ticker, rounds_since, options, .. } = self;
         let mut watch = || {
             cancel.check()?;
-            check_deadline(*deadline, options)?;
+            check_deadline(*rounds_since, options)?;
             lanes.check()?;
             ticker.tick(lanes.sent());
             Ok(lanes.sent().bytes)
@@ -320,12 +326,13 @@ impl<'a> Outbound<'a> {
 }
 
 /// Ends the rounds of a migration that is not to be forced once they take too long, in the middle of one too.
-fn check_deadline(deadline: Option<Instant>, options: &Options) -> Result<()> {
-    if deadline.is_none_or(|deadline| Instant::now() < deadline) {
+fn check_deadline(rounds_since: Option<Instant>, options: &Options) -> Result<()> {
+    let Limits { timeout, on_timeout, .. } = options.limits();
+    if on_timeout != OnTimeout::Cancel || rounds_since.is_none_or(|since| since.elapsed() < timeout) {
         return Ok(());
     }
     Err(Error::NotConverged(format!(
         "memory was not copied within {} s: allow more time, or freeze the workload then",
-        options.limits.timeout.as_secs_f32()
+        timeout.as_secs_f32()
     )))
 }

@@ -4,6 +4,7 @@ use super::limits::LimitArgs;
 use super::target::Target;
 use super::{cancel_on_signals, emit};
 use crate::cli::Common;
+use crate::controls::check_limits;
 use crate::converge::Limits;
 use crate::converge::trace::Recorder;
 use crate::error::{Error, Result};
@@ -70,7 +71,9 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let source = VmSource::connect(&status.name, target.socket(), &args.address)?;
     let link = dial()?;
     let mut options = Options::new(outbound::new_migration_id()?);
-    options.limits = args.limits.over(&Limits::default());
+    let limits = args.limits.over(&Limits::default());
+    check_limits(&limits).map_err(Error::Usage)?;
+    options.controls.change(|now| *now = limits);
     let peer = link.peer();
     let history = paths::state_dir(common.state_dir.as_deref()).map(|dir| History::in_dir(&dir));
     if let Some((fixed, moves)) = history.as_ref().and_then(|history| history.fixed(&peer)) {

@@ -13,9 +13,7 @@ use super::lanes::{Contents, Sent};
 use super::{Outbound, check_deadline};
 use crate::converge::forecast::Forecast;
 use crate::converge::trace::Entry;
-use crate::converge::{
-    Bound, Decision, Limits, Measured, OnTimeout, Situation, bandwidth_bytes_per_s, decide,
-};
+use crate::converge::{Bound, Decision, Limits, Measured, Situation, bandwidth_bytes_per_s, decide};
 use crate::conversation::out_of_order;
 use crate::error::{Error, Result};
 use crate::report::{Event, RoundReport, micros, rate};
@@ -29,10 +27,7 @@ impl Outbound<'_> {
     /// Rounds until the stop rule says freeze.
     pub(super) fn rounds(&mut self) -> Result<()> {
         let begun = Instant::now();
-        let Limits { timeout, on_timeout, .. } = self.limits();
-        if on_timeout == OnTimeout::Cancel {
-            self.deadline = begun.checked_add(timeout);
-        }
+        self.rounds_since = Some(begun);
         let mut selector = Selector::Full;
         let mut harvested_at = Instant::now();
         let mut harvest = self.source.harvest()?;
@@ -85,7 +80,7 @@ impl Outbound<'_> {
 
     /// What the operator allows, as it is now: read anew for every decision.
     fn limits(&self) -> Limits {
-        self.options.limits.clone()
+        self.options.limits()
     }
 
     /// What to do behind the round that was just measured, and on what grounds.
@@ -124,7 +119,7 @@ impl Outbound<'_> {
     /// Stops the workload and sends what it wrote since the last round.
     pub(super) fn freeze(&mut self) -> Result<()> {
         self.cancel.check()?;
-        self.deadline = None;
+        self.rounds_since = None;
         let frozen_at = Instant::now();
         self.source.freeze()?;
         self.frozen_at = Some(frozen_at);
@@ -254,10 +249,10 @@ impl Outbound<'_> {
 
     /// Waits for room for one more piece, unless there is a reason to stop.
     fn reserve(&mut self) -> Result<()> {
-        let Self { lanes, cancel, ticker, options, deadline, .. } = self;
+        let Self { lanes, cancel, ticker, options, rounds_since, .. } = self;
         lanes.reserve(options.stall, || {
             cancel.check()?;
-            check_deadline(*deadline, options)?;
+            check_deadline(*rounds_since, options)?;
             ticker.tick(lanes.sent());
             Ok(())
         })

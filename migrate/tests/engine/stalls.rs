@@ -24,7 +24,9 @@ fn stalling(on_stall: &[OnStall]) -> Options {
         max_throttle_percent: 50,
         ..Limits::default()
     };
-    Options { limits, ..sending() }
+    let options = sending();
+    options.controls.change(|now| *now = limits);
+    options
 }
 
 fn throttles(rounds: &[RoundReport]) -> Vec<u8> {
