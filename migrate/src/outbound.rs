@@ -42,6 +42,7 @@ use crate::conversation::{self, out_of_order};
 use crate::error::{Error, Result, clean};
 use crate::link::Link;
 use crate::report::{Event, FixedPart, Observer, Outcome, Phase, PhaseTime, Report, micros};
+use crate::select::hot::{HotPages, HotRule};
 use crate::source::Source;
 use commit::Answer;
 pub use commit::ask;
@@ -67,6 +68,8 @@ pub struct Options {
     pub fixed_cost: Duration,
     /// The moves that `fixed_cost` is known from; 0 for a guess.
     pub fixed_cost_known_from: u32,
+    /// Which pages wait for the last round.
+    pub hot: HotRule,
     /// Page streams, 1 to [`MAX_PAGE_STREAMS`].
     pub page_streams: u16,
     /// The longest the peer may leave us waiting with nothing moving on the link.
@@ -85,6 +88,7 @@ impl Options {
             controls: Controls::new(Limits::default()),
             fixed_cost: Duration::from_millis(2),
             fixed_cost_known_from: 0,
+            hot: HotRule::default(),
             page_streams: 2,
             stall: Duration::from_secs(10),
             // Touching fresh memory was measured at up to 2 s/GiB on a machine that must get it back from its host.
@@ -152,6 +156,8 @@ struct Outbound<'a> {
     taken: Vec<PageSet>,
     /// The rounds that were acknowledged.
     measured: Vec<Measured>,
+    /// Which pages wait for the last round, and which were taken without being sent.
+    hot: HotPages,
     /// How much the workload is slowed down, in percent.
     throttle_percent: u8,
     /// What a message there and its answer back take.
@@ -172,6 +178,7 @@ impl<'a> Outbound<'a> {
         observer: &'a mut dyn Observer,
     ) -> Self {
         let workload = source.workload();
+        let pages: Vec<u64> = workload.layout.spaces.iter().map(|space| space.pages).collect();
         let report = Report {
             migration: options.migration,
             workload: workload.name.clone(),
@@ -208,6 +215,7 @@ impl<'a> Outbound<'a> {
             ticker: Ticker::new(observer),
             report,
             measured: Vec::new(),
+            hot: HotPages::new(&pages, options.hot),
             throttle_percent: 0,
             round_trip: Duration::ZERO,
             begun: Instant::now(),

@@ -130,6 +130,8 @@ pub struct RoundReport {
     pub remaining_pages: u64,
     /// The downtime that freezing then was predicted to cost.
     pub predicted_downtime_us: u64,
+    /// Those of the remaining that the next round holds back, because they are dirty in every one.
+    pub held_pages: u64,
     /// The share of its time that the workload was made to stand still in it, in percent.
     pub throttle_percent: u8,
 }

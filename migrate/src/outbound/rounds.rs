@@ -20,7 +20,7 @@ use crate::report::{Event, RoundReport, micros, rate};
 use crate::select::{Batch, Piece, Selector, Window, batches};
 use protocol::ProtocolError;
 use protocol::control::{Downstream, MAX_BLOB_BYTES, Upstream};
-use protocol::page::{PAGE_SIZE, PageSet};
+use protocol::page::{PAGE_SIZE, PageSet, SpaceId};
 use std::time::{Duration, Instant};
 
 impl Outbound<'_> {
@@ -28,23 +28,24 @@ impl Outbound<'_> {
     pub(super) fn rounds(&mut self) -> Result<()> {
         let begun = Instant::now();
         self.rounds_since = Some(begun);
-        let mut selector = Selector::Full;
         let mut harvested_at = Instant::now();
-        let mut harvest = self.source.harvest()?;
+        let mut dirty = self.harvest(Selector::Full)?;
         loop {
-            let plan = selector.plan(&self.source.workload().layout, harvest)?;
-            let mut round = self.live_round(plan, harvested_at)?;
+            let live = self.hot.begin(dirty);
+            self.probe(&live.probes)?;
+            let mut round = self.live_round(live.sends, harvested_at)?;
             harvested_at = Instant::now();
-            harvest = self.source.harvest()?;
-            selector = Selector::Precopy;
+            dirty = self.harvest(Selector::Precopy)?;
+            self.hot.end(&dirty);
 
-            round.remaining_pages = harvest.iter().map(PageSet::count).sum();
+            round.remaining_pages = self.hot.remaining(&dirty).iter().map(PageSet::count).sum();
+            round.held_pages = self.hot.held_pages();
             self.measured.push(Measured {
                 sent_bytes: round.sent_bytes,
                 duration: Duration::from_micros(round.duration_us),
                 remaining_pages: round.remaining_pages,
+                held_pages: round.held_pages,
                 throttle_percent: self.throttle_percent,
-                ..Measured::default()
             });
             let entry = self.decide(begun.elapsed());
             let decision = entry.decided;
@@ -76,6 +77,30 @@ impl Outbound<'_> {
                 Decision::GiveUp { bound, predicted } => return Err(self.not_converged(bound, predicted)),
             }
         }
+    }
+
+    /// What is dirty now.
+    fn harvest(&mut self, selector: Selector) -> Result<Vec<PageSet>> {
+        let harvest = self.source.harvest()?;
+        selector.plan(&self.source.workload().layout, harvest)
+    }
+
+    /// Takes pages without sending them: they are owed, unless they are written again.
+    fn probe(&mut self, pages: &[PageSet]) -> Result<()> {
+        for Batch { space, first, count, .. } in batches(pages) {
+            self.take(space, first, count)?;
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, space: SpaceId, first: u64, count: u64) -> Result<()> {
+        // Noted before it is done: a call that fails may have taken some of them.
+        let index = usize::from(space.0);
+        if let Some(taken) = self.taken.get_mut(index) {
+            taken.insert(first, count);
+        }
+        self.hot.taken(index, first, count);
+        self.source.take(space, first, count)
     }
 
     /// What the operator allows, as it is now: read anew for every decision.
@@ -125,8 +150,8 @@ impl Outbound<'_> {
         self.frozen_at = Some(frozen_at);
         self.report.fixed.pause_us = micros(frozen_at.elapsed());
         // Again, now that nothing writes: devices had writes in flight until this call.
-        let harvest = self.source.harvest()?;
-        let plan = Selector::Precopy.plan(&self.source.workload().layout, harvest)?;
+        let dirty = self.harvest(Selector::Precopy)?;
+        let plan = self.hot.remaining(&dirty);
         let round = self.last_round();
         let mut report = self.send_pages(round, plan)?;
         self.lanes.end_round(round);
@@ -225,11 +250,7 @@ impl Outbound<'_> {
     fn send_batch(&mut self, round: u32, batch: &Batch, pages: &mut PageSet) -> Result<u64> {
         let Batch { space, first, count, .. } = *batch;
         let wanted = Window::of(pages, batch)?;
-        // Noted before it is done: a call that fails may have taken some of them.
-        if let Some(taken) = self.taken.get_mut(usize::from(space.0)) {
-            taken.insert(first, count);
-        }
-        self.source.take(space, first, count)?;
+        self.take(space, first, count)?;
         self.source.present(space, first, count, pages)?;
         let present = Window::of(pages, batch)?;
         let absent = wanted.without(&present);
