@@ -22,7 +22,8 @@
 //! its last round the sender ends its page streams; the state is loaded only once all of them have ended.
 //!
 //! Instead of `Offer`, a sender that lost its link behind `Commit` says `Ask` on a new connection and is told the
-//! `Outcome`. Either end may say why it gives up: `Cancel` downstream, `Failed` upstream.
+//! `Outcome`; one that lost it in the rounds says `Resume`, and one that opens a further connection says `Join`. The
+//! first message behind `Hello` tells what a connection is about. Either end may say why it gives up: `Cancel` downstream, `Failed` upstream.
 
 use crate::MigrationId;
 use crate::error::{ProtocolError, Result};
@@ -89,6 +90,18 @@ pub enum Downstream {
         /// Which migration.
         migration: MigrationId,
     },
+    /// A further connection of a migration that was accepted on another one. Needs the capability `connections`.
+    Join {
+        /// Which migration.
+        migration: MigrationId,
+        /// Which of its connections this is; the one that made the offer is 0.
+        connection: u16,
+    },
+    /// The link was lost in the rounds: this connection takes its place. Needs the capability `resume`.
+    Resume {
+        /// Which migration.
+        migration: MigrationId,
+    },
 }
 
 impl Downstream {
@@ -103,6 +116,8 @@ impl Downstream {
             Self::Done { .. } => "Done",
             Self::Cancel { .. } => "Cancel",
             Self::Ask { .. } => "Ask",
+            Self::Join { .. } => "Join",
+            Self::Resume { .. } => "Resume",
         }
     }
 }
@@ -224,6 +239,8 @@ pub enum RefuseCode {
     BadOffer,
     /// The destination could not build the workload (no KVM, no permission, …).
     Host,
+    /// There is no such migration under way that this peer offered. The answer to `Join` and `Resume`.
+    NoSuchMigration,
 }
 
 /// What became of a migration, by the receiver's word.

@@ -10,8 +10,8 @@ use protocol::state::State;
 
 pub(crate) const MIGRATION: MigrationId = MigrationId(0x0011_2233_4455_6677_8899_aabb_ccdd_eeff);
 
-pub(crate) const DOWNSTREAM_TYPES: [&str; 8] =
-    ["hello", "offer", "state", "commit", "done", "cancel", "ask", "round-sent"];
+pub(crate) const DOWNSTREAM_TYPES: [&str; 10] =
+    ["hello", "offer", "state", "commit", "done", "cancel", "ask", "round-sent", "join", "resume"];
 pub(crate) const UPSTREAM_TYPES: [&str; 8] =
     ["hello", "accept", "refuse", "round-done", "ready", "started", "failed", "outcome"];
 pub(crate) const REQUEST_TYPES: [&str; 18] = [
@@ -50,6 +50,8 @@ pub(crate) fn downstream_type(message: &Downstream) -> &'static str {
         Downstream::Cancel { .. } => 5,
         Downstream::Ask { .. } => 6,
         Downstream::RoundSent { .. } => 7,
+        Downstream::Join { .. } => 8,
+        Downstream::Resume { .. } => 9,
     }]
 }
 
@@ -129,6 +131,8 @@ pub(crate) fn downstream() -> Vec<Downstream> {
         Downstream::Cancel { reason: "stopped by the operator".into() },
         Downstream::Ask { migration: MIGRATION },
         Downstream::RoundSent { round: 0 },
+        Downstream::Join { migration: MIGRATION, connection: 1 },
+        Downstream::Resume { migration: MIGRATION },
     ]
 }
 
@@ -242,7 +246,7 @@ pub(crate) fn page() -> Vec<u8> {
 
 // The names that stand for something, all of them. `complete` does not compile when one is missing from its match.
 
-pub(crate) const REFUSE_CODES: [RefuseCode; 7] = [
+pub(crate) const REFUSE_CODES: [RefuseCode; 8] = [
     RefuseCode::Version,
     RefuseCode::Memory,
     RefuseCode::NameTaken,
@@ -250,6 +254,7 @@ pub(crate) const REFUSE_CODES: [RefuseCode; 7] = [
     RefuseCode::Busy,
     RefuseCode::BadOffer,
     RefuseCode::Host,
+    RefuseCode::NoSuchMigration,
 ];
 pub(crate) const OUTCOMES: [Outcome; 3] = [Outcome::Started, Outcome::Discarded, Outcome::Unknown];
 pub(crate) const WORKLOAD_KINDS: [WorkloadKind; 1] = [WorkloadKind::Vm];
@@ -279,6 +284,7 @@ pub(crate) fn complete() -> bool {
         RefuseCode::Busy => 4,
         RefuseCode::BadOffer => 5,
         RefuseCode::Host => 6,
+        RefuseCode::NoSuchMigration => 7,
     });
     let outcomes = OUTCOMES.map(|outcome| match outcome {
         Outcome::Started => 0,

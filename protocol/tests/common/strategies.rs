@@ -62,6 +62,9 @@ pub(crate) fn downstream() -> impl Strategy<Value = Downstream> {
         text().prop_map(|reason| Downstream::Cancel { reason }),
         migration().prop_map(|migration| Downstream::Ask { migration }),
         any::<u32>().prop_map(|round| Downstream::RoundSent { round }),
+        (migration(), any::<u16>())
+            .prop_map(|(migration, connection)| Downstream::Join { migration, connection }),
+        migration().prop_map(|migration| Downstream::Resume { migration }),
     ]
 }
 
