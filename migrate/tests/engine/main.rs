@@ -15,3 +15,4 @@ mod moves;
 mod cuts;
 mod failures;
 mod hostile;
+mod desk;
