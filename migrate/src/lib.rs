@@ -19,6 +19,7 @@ pub mod memory;
 pub mod select;
 pub mod converge;
 pub mod controls;
+pub mod history;
 pub mod outbound;
 mod conversation;
 pub mod link;

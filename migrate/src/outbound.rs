@@ -41,7 +41,7 @@ use crate::converge::{Limits, Measured, OnTimeout};
 use crate::conversation::{self, out_of_order};
 use crate::error::{Error, Result, clean};
 use crate::link::Link;
-use crate::report::{Event, Observer, Outcome, Phase, PhaseTime, Report, micros};
+use crate::report::{Event, FixedPart, Observer, Outcome, Phase, PhaseTime, Report, micros};
 use crate::source::Source;
 use commit::Answer;
 pub use commit::ask;
@@ -65,6 +65,8 @@ pub struct Options {
     /// What freezing, saving, loading and starting cost, without pages and round trips: what the last migration of
     /// this kind measured, or a guess.
     pub fixed_cost: Duration,
+    /// The moves that `fixed_cost` is known from; 0 for a guess.
+    pub fixed_cost_known_from: u32,
     /// Page streams, 1 to [`MAX_PAGE_STREAMS`].
     pub page_streams: u16,
     /// The longest the peer may leave us waiting with nothing moving on the link.
@@ -82,6 +84,7 @@ impl Options {
             migration,
             controls: Controls::new(Limits::default()),
             fixed_cost: Duration::from_millis(2),
+            fixed_cost_known_from: 0,
             page_streams: 2,
             stall: Duration::from_secs(10),
             // Touching fresh memory was measured at up to 2 s/GiB on a machine that must get it back from its host.
@@ -149,6 +152,8 @@ struct Outbound<'a> {
     taken: Vec<PageSet>,
     /// The rounds that were acknowledged.
     measured: Vec<Measured>,
+    /// How much the workload is slowed down, in percent.
+    throttle_percent: u8,
     /// What a message there and its answer back take.
     round_trip: Duration,
     begun: Instant,
@@ -183,6 +188,11 @@ impl<'a> Outbound<'a> {
             sent_bytes: 0,
             state_bytes: 0,
             downtime_us: 0,
+            fixed: FixedPart {
+                assumed_us: micros(options.fixed_cost),
+                known_from: options.fixed_cost_known_from,
+                ..FixedPart::default()
+            },
             total_us: 0,
             link: link.stats(),
             warnings: Vec::new(),
@@ -198,6 +208,7 @@ impl<'a> Outbound<'a> {
             ticker: Ticker::new(observer),
             report,
             measured: Vec::new(),
+            throttle_percent: 0,
             round_trip: Duration::ZERO,
             begun: Instant::now(),
             rounds_since: None,

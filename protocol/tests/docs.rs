@@ -52,6 +52,7 @@ fn limits() -> BTreeMap<&'static str, String> {
         ("layout::MAX_SPACE_PAGES", number(layout::MAX_SPACE_PAGES)),
         ("monitor::MAX_BLOB_BYTES", number(monitor::MAX_BLOB_BYTES.into())),
         ("monitor::MAX_FDS", number(monitor::MAX_FDS as u64)),
+        ("monitor::MAX_THROTTLE_PERCENT", number(monitor::MAX_THROTTLE_PERCENT.into())),
         ("monitor::VERSION", number(monitor::VERSION.into())),
         ("page::PAGE_SIZE", number(page::PAGE_SIZE as u64)),
         ("sparse::SEGMENT_BYTES", number(sparse::SEGMENT_BYTES as u64)),

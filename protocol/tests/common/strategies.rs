@@ -115,6 +115,7 @@ pub(crate) fn request() -> impl Strategy<Value = Request> {
             first,
             count
         }),
+        any::<u8>().prop_map(|percent| Request::Throttle { percent }),
         (migration(), text()).prop_map(|(migration, peer)| Request::Pledge { migration, peer }),
         option::of(migration()).prop_map(|migration| Request::Resume { migration }),
         migration().prop_map(|migration| Request::HandOver { migration }),
@@ -127,10 +128,10 @@ fn status() -> impl Strategy<Value = Status> {
     let numbers = (any::<u32>(), any::<u64>(), any::<u32>(), any::<u64>());
     let pledge = (migration(), text()).prop_map(|(migration, peer)| Pledge { migration, peer });
     let options = (option::of(any::<u32>()), option::of(text()), option::of(migration()), option::of(pledge));
-    let options = (options, option::of(any::<u64>()));
+    let options = (options, option::of(any::<u64>()), option::of(any::<u8>()));
     (text(), select(&samples::PHASES[..]), numbers, text(), options).prop_map(
         |(name, phase, (pid, memory_bytes, vcpus, uptime_ms), serial, options)| {
-            let ((holder_pid, holder, arrived_by, pledged_to), awaiting_pages) = options;
+            let ((holder_pid, holder, arrived_by, pledged_to), awaiting_pages, throttle_percent) = options;
             Status {
                 name,
                 phase,
@@ -144,6 +145,7 @@ fn status() -> impl Strategy<Value = Status> {
                 arrived_by,
                 pledged_to,
                 awaiting_pages,
+                throttle_percent,
             }
         },
     )
