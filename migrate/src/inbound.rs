@@ -32,6 +32,7 @@
 //! that names what came: the sender is told, the destination discarded.
 
 mod parse;
+mod decode;
 mod streams;
 mod ledger;
 mod settle;

@@ -18,6 +18,8 @@ pub mod source;
 pub mod memory;
 pub mod select;
 pub mod converge;
+mod codec;
+pub mod cap;
 pub mod outbound;
 mod conversation;
 pub mod link;

@@ -30,12 +30,14 @@
 //! meant for a destination that is gone, so all of it is given back, whichever rounds had arrived there.
 
 mod ticker;
+mod encode;
 mod lanes;
 mod rounds;
 mod commit;
 mod settle;
 
 use crate::cancel::CancelFlag;
+use crate::cap::Cap;
 use crate::converge::{Limits, Measured, OnTimeout};
 use crate::conversation::{self, out_of_order};
 use crate::error::{Error, Result, clean};
@@ -43,7 +45,9 @@ use crate::link::Link;
 use crate::report::{Event, Observer, Outcome, Phase, PhaseTime, Report, micros};
 use crate::source::Source;
 use commit::Answer;
+use encode::Plan;
 pub use commit::ask;
+pub use encode::Packs;
 use lanes::Lanes;
 use protocol::MigrationId;
 use protocol::control::{Downstream, Offer, Upstream};
@@ -66,6 +70,11 @@ pub struct Options {
     pub fixed_cost: Duration,
     /// Page streams, 1 to [`MAX_PAGE_STREAMS`].
     pub page_streams: u16,
+    /// The most bytes a second on the page streams together. The last pages, while the workload stands still, are not held
+    /// back.
+    pub bandwidth: Cap,
+    /// Which ways of packing pages may be used.
+    pub packs: Packs,
     /// The longest the peer may leave us waiting with nothing moving on the link.
     pub stall: Duration,
     /// The longest the destination may take to make room for the workload.
@@ -87,6 +96,8 @@ impl Options {
             },
             fixed_cost: Duration::from_millis(2),
             page_streams: 2,
+            bandwidth: Cap::default(),
+            packs: Packs::default(),
             stall: Duration::from_secs(10),
             // Touching fresh memory was measured at up to 2 s/GiB on a machine that must get it back from its host.
             prepare: Duration::from_secs(120),
@@ -150,6 +161,8 @@ struct Outbound<'a> {
     measured: Vec<Measured>,
     /// What a message there and its answer back take.
     round_trip: Duration,
+    /// The capabilities of both ends.
+    agreed: Vec<&'static str>,
     begun: Instant,
     /// While rounds are sent and there is nothing to force: when they must be over.
     deadline: Option<Instant>,
@@ -198,6 +211,7 @@ impl<'a> Outbound<'a> {
             report,
             measured: Vec::new(),
             round_trip: Duration::ZERO,
+            agreed: Vec::new(),
             begun: Instant::now(),
             deadline: None,
             frozen_at: None,
@@ -260,6 +274,7 @@ impl<'a> Outbound<'a> {
                 let capabilities = hello.agree()?;
                 self.round_trip = begun.elapsed();
                 tracing::info!(peer = clean(&hello.software), ?capabilities, "greeted");
+                self.agreed = capabilities;
                 Ok(())
             }
             other => Err(out_of_order("Hello", other.name())),
@@ -280,7 +295,9 @@ impl<'a> Outbound<'a> {
             Upstream::Accept => {}
             other => return Err(out_of_order("Accept", other.name())),
         }
-        self.lanes = Lanes::open(self.talk.link()?, self.options.page_streams)?;
+        let Options { page_streams, packs, bandwidth, .. } = self.options;
+        self.lanes =
+            Lanes::open(self.talk.link()?, *page_streams, Plan::new(*packs, &self.agreed), bandwidth)?;
         Ok(())
     }
 
