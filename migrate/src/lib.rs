@@ -20,6 +20,8 @@ pub mod select;
 pub mod converge;
 pub mod controls;
 pub mod history;
+mod codec;
+pub mod cap;
 pub mod outbound;
 mod conversation;
 pub mod link;
