@@ -30,6 +30,7 @@
 //! meant for a destination that is gone, so all of it is given back, whichever rounds had arrived there.
 
 mod ticker;
+mod encode;
 mod lanes;
 mod rounds;
 mod commit;
@@ -46,6 +47,8 @@ use crate::select::hot::{HotPages, HotRule};
 use crate::source::Source;
 use commit::Answer;
 pub use commit::ask;
+pub use encode::Packs;
+use encode::Plan;
 use lanes::Lanes;
 use protocol::MigrationId;
 use protocol::control::{Downstream, Offer, Upstream};
@@ -72,6 +75,8 @@ pub struct Options {
     pub hot: HotRule,
     /// Page streams, 1 to [`MAX_PAGE_STREAMS`].
     pub page_streams: u16,
+    /// Which ways of packing pages may be used.
+    pub packs: Packs,
     /// The longest the peer may leave us waiting with nothing moving on the link.
     pub stall: Duration,
     /// The longest the destination may take to make room for the workload.
@@ -90,6 +95,7 @@ impl Options {
             fixed_cost_known_from: 0,
             hot: HotRule::default(),
             page_streams: 2,
+            packs: Packs::default(),
             stall: Duration::from_secs(10),
             // Touching fresh memory was measured at up to 2 s/GiB on a machine that must get it back from its host.
             prepare: Duration::from_secs(120),
@@ -162,6 +168,8 @@ struct Outbound<'a> {
     throttle_percent: u8,
     /// What a message there and its answer back take.
     round_trip: Duration,
+    /// The capabilities of both ends.
+    agreed: Vec<&'static str>,
     begun: Instant,
     /// While rounds are sent: when they began.
     rounds_since: Option<Instant>,
@@ -218,6 +226,7 @@ impl<'a> Outbound<'a> {
             hot: HotPages::new(&pages, options.hot),
             throttle_percent: 0,
             round_trip: Duration::ZERO,
+            agreed: Vec::new(),
             begun: Instant::now(),
             rounds_since: None,
             frozen_at: None,
@@ -280,6 +289,7 @@ impl<'a> Outbound<'a> {
                 let capabilities = hello.agree()?;
                 self.round_trip = begun.elapsed();
                 tracing::info!(peer = clean(&hello.software), ?capabilities, "greeted");
+                self.agreed = capabilities;
                 Ok(())
             }
             other => Err(out_of_order("Hello", other.name())),
@@ -300,7 +310,13 @@ impl<'a> Outbound<'a> {
             Upstream::Accept => {}
             other => return Err(out_of_order("Accept", other.name())),
         }
-        self.lanes = Lanes::open(self.talk.link()?, self.options.page_streams)?;
+        let Options { page_streams, packs, controls, .. } = self.options;
+        self.lanes = Lanes::open(
+            self.talk.link()?,
+            *page_streams,
+            Plan::new(*packs, &self.agreed),
+            &controls.bandwidth(),
+        )?;
         Ok(())
     }
 

@@ -244,12 +244,12 @@ pub struct Status {
     pub arrived_by: Option<MigrationId>,
     /// The migration it is pledged to, if it is.
     pub pledged_to: Option<Pledge>,
-    /// How much of their time its vCPUs are made to stand still, in percent. Missing where the VMM cannot throttle.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub throttle_percent: Option<u8>,
     /// Pages that are not here yet, of a VM that was started without all of its memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub awaiting_pages: Option<u64>,
+    /// How much of their time its vCPUs are made to stand still, in percent. Missing where the VMM cannot throttle.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub throttle_percent: Option<u8>,
 }
 
 /// A source that waits for the answer to its `Commit`.

@@ -193,7 +193,7 @@ mod tests {
             for sent in [0.0, 500.0, 1000.0] {
                 let dirty = group.dirtied(sent, busy_s);
                 assert!(
-                    dirty >= 0.0 && dirty <= 1000.0 && dirty <= 500.0 * busy_s + 1e-6,
+                    (0.0..=1000.0).contains(&dirty) && dirty <= 500.0 * busy_s + 1e-6,
                     "{dirty} after {busy_s} s"
                 );
             }

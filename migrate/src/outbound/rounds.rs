@@ -153,7 +153,7 @@ impl Outbound<'_> {
         let dirty = self.harvest(Selector::Precopy)?;
         let plan = self.hot.remaining(&dirty);
         let round = self.last_round();
-        let mut report = self.send_pages(round, plan)?;
+        let mut report = self.send_pages(round, true, plan)?;
         self.lanes.end_round(round);
         self.lanes.finish();
         (report.frozen, report.duration_us) = (true, micros(frozen_at.elapsed()));
@@ -217,7 +217,7 @@ impl Outbound<'_> {
     /// A round from its harvest to the answer that all of it arrived.
     fn live_round(&mut self, plan: Vec<PageSet>, harvested_at: Instant) -> Result<RoundReport> {
         let round = self.measured.len() as u32;
-        let mut report = self.send_pages(round, plan)?;
+        let mut report = self.send_pages(round, false, plan)?;
         self.lanes.end_round(round);
         self.talk.say(&Downstream::RoundSent { round }, &[], self.options.stall)?;
         match self.hear("the destination to have a round in memory", self.options.stall)? {
@@ -230,14 +230,15 @@ impl Outbound<'_> {
     }
 
     /// Takes, reads and sends the pages of a plan, batch by batch.
-    fn send_pages(&mut self, round: u32, mut plan: Vec<PageSet>) -> Result<RoundReport> {
+    fn send_pages(&mut self, round: u32, frozen: bool, mut plan: Vec<PageSet>) -> Result<RoundReport> {
         let dirty_pages = plan.iter().map(PageSet::count).sum();
         let throttle_percent = if self.frozen_at.is_none() { self.throttle_percent } else { 0 };
         let mut report = RoundReport { round, dirty_pages, throttle_percent, ..RoundReport::default() };
+        self.lanes.begin_round();
         self.ticker.round_begins(round, dirty_pages, self.lanes.sent());
         for batch in batches(&plan).collect::<Vec<_>>() {
             if let Some(pages) = plan.get_mut(usize::from(batch.space.0)) {
-                report.skipped_pages += self.send_batch(round, &batch, pages)?;
+                report.skipped_pages += self.send_batch(round, frozen, &batch, pages)?;
             }
             self.ticker.done(batch.dirty_pages);
             self.ticker.tick(self.lanes.sent());
@@ -247,7 +248,7 @@ impl Outbound<'_> {
     }
 
     /// Sends the pages of one batch; answers how many need not be sent.
-    fn send_batch(&mut self, round: u32, batch: &Batch, pages: &mut PageSet) -> Result<u64> {
+    fn send_batch(&mut self, round: u32, frozen: bool, batch: &Batch, pages: &mut PageSet) -> Result<u64> {
         let Batch { space, first, count, .. } = *batch;
         let wanted = Window::of(pages, batch)?;
         self.take(space, first, count)?;
@@ -257,13 +258,13 @@ impl Outbound<'_> {
         if round > 0 {
             for piece in absent.pieces() {
                 self.reserve()?;
-                self.lanes.send(round, piece.runs, Contents::Zeros);
+                self.lanes.send(round, frozen, piece.runs, Contents::Zeros);
             }
         }
         for piece in present.pieces() {
             self.reserve()?;
             let bytes = self.read(&piece)?;
-            self.lanes.send(round, piece.runs, Contents::Bytes(bytes.into()));
+            self.lanes.send(round, frozen, piece.runs, Contents::Bytes(bytes.into()));
         }
         Ok(if round == 0 { absent.count() } else { 0 })
     }
@@ -292,7 +293,7 @@ impl Outbound<'_> {
 
     /// Fills in what the lanes sent since the last round, once it is known, and adds it to the totals.
     fn count(&mut self, round: &mut RoundReport) {
-        let Sent { pages, zero_pages, bytes } = self.lanes.sent();
+        let Sent { pages, zero_pages, bytes, .. } = self.lanes.sent();
         let total = &mut self.report;
         round.sent_pages = pages - total.sent_pages;
         round.zero_pages = zero_pages - total.zero_pages;

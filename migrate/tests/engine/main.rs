@@ -15,5 +15,6 @@ mod moves;
 mod cuts;
 mod failures;
 mod hostile;
+mod desk;
 mod stalls;
 mod hot;

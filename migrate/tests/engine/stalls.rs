@@ -24,9 +24,7 @@ fn stalling(on_stall: &[OnStall]) -> Options {
         max_throttle_percent: 50,
         ..Limits::default()
     };
-    let options = sending();
-    options.controls.change(|now| *now = limits);
-    options
+    Options { controls: migrate::controls::Controls::new(limits), ..sending() }
 }
 
 fn throttles(rounds: &[RoundReport]) -> Vec<u8> {
