@@ -93,13 +93,16 @@ impl Unpacker {
         }
         let pages = &mut self.pages[..length];
         let found = match packing {
-            Packing::Lz4 => lz4_flex::block::decompress_into(payload, pages).map_err(|error| error.to_string()),
+            Packing::Lz4 => {
+                lz4_flex::block::decompress_into(payload, pages).map_err(|error| error.to_string())
+            }
             Packing::Zstd => {
                 let zstd = match &mut self.zstd {
                     Some(zstd) => Ok(zstd),
                     none => zstd::bulk::Decompressor::new().map(|new| none.insert(new)),
                 };
-                zstd.and_then(|zstd| zstd.decompress_to_buffer(payload, pages)).map_err(|error| error.to_string())
+                zstd.and_then(|zstd| zstd.decompress_to_buffer(payload, pages))
+                    .map_err(|error| error.to_string())
             }
         };
         match found {

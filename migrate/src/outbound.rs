@@ -31,23 +31,25 @@
 
 mod ticker;
 mod encode;
+mod cap;
 mod lanes;
 mod rounds;
 mod commit;
 mod settle;
 
 use crate::cancel::CancelFlag;
-use crate::cap::Cap;
+use crate::controls::Controls;
 use crate::converge::{Limits, Measured, OnTimeout};
 use crate::conversation::{self, out_of_order};
 use crate::error::{Error, Result, clean};
 use crate::link::Link;
 use crate::report::{Event, Observer, Outcome, Phase, PhaseTime, Report, micros};
 use crate::source::Source;
+use cap::Cap;
 use commit::Answer;
-use encode::Plan;
 pub use commit::ask;
 pub use encode::Packs;
+use encode::Plan;
 use lanes::Lanes;
 use protocol::MigrationId;
 use protocol::control::{Downstream, Offer, Upstream};
@@ -63,16 +65,13 @@ use ticker::Ticker;
 pub struct Options {
     /// The name of this migration: see [`new_migration_id`].
     pub migration: MigrationId,
-    /// When to freeze, and how long to try.
-    pub limits: Limits,
+    /// When to freeze, how long to try, and how fast: read at every decision, so that it may change meanwhile.
+    pub controls: Controls,
     /// What freezing, saving, loading and starting cost, without pages and round trips: what the last migration of
     /// this kind measured, or a guess.
     pub fixed_cost: Duration,
     /// Page streams, 1 to [`MAX_PAGE_STREAMS`].
     pub page_streams: u16,
-    /// The most bytes a second on the page streams together. The last pages, while the workload stands still, are not held
-    /// back.
-    pub bandwidth: Cap,
     /// Which ways of packing pages may be used.
     pub packs: Packs,
     /// The longest the peer may leave us waiting with nothing moving on the link.
@@ -88,21 +87,20 @@ impl Options {
     pub fn new(migration: MigrationId) -> Self {
         Self {
             migration,
-            limits: Limits {
-                downtime: Duration::from_millis(50),
-                max_rounds: 30,
-                timeout: Duration::from_secs(600),
-                on_timeout: OnTimeout::Cancel,
-            },
+            controls: Controls::new(Limits::default()),
             fixed_cost: Duration::from_millis(2),
             page_streams: 2,
-            bandwidth: Cap::default(),
             packs: Packs::default(),
             stall: Duration::from_secs(10),
             // Touching fresh memory was measured at up to 2 s/GiB on a machine that must get it back from its host.
             prepare: Duration::from_secs(120),
             ask: Duration::from_secs(30),
         }
+    }
+
+    /// The limits as they are now.
+    pub fn limits(&self) -> Limits {
+        self.controls.limits()
     }
 }
 
@@ -164,8 +162,8 @@ struct Outbound<'a> {
     /// The capabilities of both ends.
     agreed: Vec<&'static str>,
     begun: Instant,
-    /// While rounds are sent and there is nothing to force: when they must be over.
-    deadline: Option<Instant>,
+    /// While rounds are sent: when they began.
+    rounds_since: Option<Instant>,
     frozen_at: Option<Instant>,
 }
 
@@ -190,6 +188,7 @@ impl<'a> Outbound<'a> {
             phases: Vec::new(),
             rounds: Vec::new(),
             sent_pages: 0,
+            packed_pages: 0,
             zero_pages: 0,
             skipped_pages: 0,
             sent_bytes: 0,
@@ -213,7 +212,7 @@ impl<'a> Outbound<'a> {
             round_trip: Duration::ZERO,
             agreed: Vec::new(),
             begun: Instant::now(),
-            deadline: None,
+            rounds_since: None,
             frozen_at: None,
         }
     }
@@ -295,9 +294,9 @@ impl<'a> Outbound<'a> {
             Upstream::Accept => {}
             other => return Err(out_of_order("Accept", other.name())),
         }
-        let Options { page_streams, packs, bandwidth, .. } = self.options;
-        self.lanes =
-            Lanes::open(self.talk.link()?, *page_streams, Plan::new(*packs, &self.agreed), bandwidth)?;
+        let Options { page_streams, packs, controls, .. } = self.options;
+        let (plan, cap) = (Plan::new(*packs, &self.agreed), Cap::new(controls.clone()));
+        self.lanes = Lanes::open(self.talk.link()?, *page_streams, plan, &cap)?;
         Ok(())
     }
 
@@ -314,10 +313,10 @@ impl<'a> Outbound<'a> {
     /// The peer's next message, before `Commit`. Cancelling, a failing page stream and the peer's own failure end the
     /// wait.
     fn hear(&mut self, what: &'static str, limit: Duration) -> Result<Upstream> {
-        let Self { talk, lanes, cancel, ticker, deadline, options, .. } = self;
+        let Self { talk, lanes, cancel, ticker, rounds_since, options, .. } = self;
         let mut watch = || {
             cancel.check()?;
-            check_deadline(*deadline, options)?;
+            check_deadline(*rounds_since, options)?;
             lanes.check()?;
             ticker.tick(lanes.sent());
             Ok(lanes.sent().bytes)
@@ -331,12 +330,13 @@ impl<'a> Outbound<'a> {
 }
 
 /// Ends the rounds of a migration that is not to be forced once they take too long, in the middle of one too.
-fn check_deadline(deadline: Option<Instant>, options: &Options) -> Result<()> {
-    if deadline.is_none_or(|deadline| Instant::now() < deadline) {
+fn check_deadline(rounds_since: Option<Instant>, options: &Options) -> Result<()> {
+    let Limits { timeout, on_timeout, .. } = options.limits();
+    if on_timeout != OnTimeout::Cancel || rounds_since.is_none_or(|since| since.elapsed() < timeout) {
         return Ok(());
     }
     Err(Error::NotConverged(format!(
         "memory was not copied within {} s: allow more time, or freeze the workload then",
-        options.limits.timeout.as_secs_f32()
+        timeout.as_secs_f32()
     )))
 }

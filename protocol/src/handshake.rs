@@ -42,8 +42,11 @@ pub const DELTA_PAGES: &str = "delta-pages";
 /// them were not there.
 pub const KNOWN_PAGES: &str = "known-pages";
 
+/// The workload may be started at the destination before all of its memory is there.
+pub const POST_COPY: &str = "post-copy";
+
 /// The capabilities of this release. All of version 1.0 is the base.
-pub const CAPABILITIES: &[&str] = &[PACKED_PAGES];
+pub const CAPABILITIES: &[&str] = &[POST_COPY, PACKED_PAGES];
 
 /// First bytes of a control stream, decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -53,7 +53,14 @@ enum Stage {
 impl Parser {
     /// A stream out of `streams`, carrying pages of `layout`.
     pub(super) fn new(layout: Arc<Layout>, streams: u16) -> Self {
-        Self { layout, streams, stream: 0, round: 0, stage: Stage::Preamble(Gather::new()), payload: Vec::new() }
+        Self {
+            layout,
+            streams,
+            stream: 0,
+            round: 0,
+            stage: Stage::Preamble(Gather::new()),
+            payload: Vec::new(),
+        }
     }
 
     /// What the last [`Item::Coded`] came with: whole, and as it was sent. Less than 1 MiB.

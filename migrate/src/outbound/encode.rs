@@ -41,7 +41,7 @@ const MOST_UNSAMPLED: u32 = 8;
 const OTHER_WAY: u32 = 16;
 
 /// Which ways of sending pages may be used.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub enum Packs {
     /// Whichever is measured to be the fastest.
     #[default]
@@ -190,7 +190,14 @@ impl Encoder {
     }
 
     /// Splits a run without zero pages into pieces, and packs those that can be.
-    fn pieces(&mut self, run: PageRun, bytes: &Bytes, method: Method, parts: &mut Vec<Part>, work: &mut Work) {
+    fn pieces(
+        &mut self,
+        run: PageRun,
+        bytes: &Bytes,
+        method: Method,
+        parts: &mut Vec<Part>,
+        work: &mut Work,
+    ) {
         let mut raw = 0..0;
         let mut at = 0;
         let raw_part = |pages: std::ops::Range<usize>| Part {
@@ -341,7 +348,8 @@ mod tests {
         let mut memory = vec![0; 5 * PAGE_SIZE];
         memory[PAGE_SIZE + 7] = 1; // page 6
         memory[3 * PAGE_SIZE..].fill(2); // pages 20 and 21
-        let (chunks, sent, _) = encoder(Packs::Never).encode(9, false, &runs, &Contents::Bytes(memory.clone().into()));
+        let (chunks, sent, _) =
+            encoder(Packs::Never).encode(9, false, &runs, &Contents::Bytes(memory.clone().into()));
         let bytes = (4 * HEADER_BYTES + 3 * PAGE_SIZE) as u64;
         assert_eq!(sent, Sent { pages: 3, zero_pages: 2, packed_pages: 0, bytes });
         let frames = frames_of(&chunks.concat());
@@ -383,7 +391,8 @@ mod tests {
         memory[200 * PAGE_SIZE..201 * PAGE_SIZE].fill(0);
         let mut unpacker = crate::codec::Unpacker::new();
         for (packs, packing) in [(Packs::Lz4, Packing::Lz4), (Packs::Zstd, Packing::Zstd)] {
-            let (chunks, sent, work) = encoder(packs).encode(1, false, &[run], &Contents::Bytes(memory.clone().into()));
+            let (chunks, sent, work) =
+                encoder(packs).encode(1, false, &[run], &Contents::Bytes(memory.clone().into()));
             assert_eq!((sent.pages, sent.zero_pages, sent.packed_pages), (255, 1, 127));
             assert_eq!(sent.bytes as usize, chunks.concat().len());
             assert_eq!((work.method, work.bytes), (None, 255 << 12));

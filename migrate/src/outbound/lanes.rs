@@ -4,8 +4,8 @@
 //! hands them to its stream without copying. So reading overlaps with encoding and with sending. How much is read
 //! ahead is bounded for all lanes together, by [`BUFFERS`], whatever their number and the guest's size.
 
+use super::cap::Cap;
 use super::encode::{Encoder, Packs, Plan, Work};
-use crate::cap::Cap;
 use crate::error::{Error, Result};
 use crate::link::{Link, PageSender};
 use bytes::Bytes;
@@ -74,7 +74,13 @@ impl Lanes {
     /// Before the destination accepted there are none.
     pub(super) fn none() -> Self {
         let (_, free_buffers) = bounded(0);
-        Self { jobs: Vec::new(), threads: Vec::new(), free_buffers, shared: Arc::default(), plan: Plan::new(Packs::Never, &[]) }
+        Self {
+            jobs: Vec::new(),
+            threads: Vec::new(),
+            free_buffers,
+            shared: Arc::default(),
+            plan: Plan::new(Packs::Never, &[]),
+        }
     }
 
     /// Opens `streams` page streams, which together send no faster than `cap`.
@@ -94,7 +100,14 @@ impl Lanes {
                 .name(format!("pages-out-{number}"))
                 .stack_size(STACK_BYTES)
                 .spawn(move || {
-                    let lane = Lane { stream, encoder: Encoder::new(plan.clone()), plan, cap, free, shared: &shared };
+                    let lane = Lane {
+                        stream,
+                        encoder: Encoder::new(plan.clone()),
+                        plan,
+                        cap,
+                        free,
+                        shared: &shared,
+                    };
                     shared.note(lane.run(number, &todo));
                 })
                 .map_err(|error| Error::Host(format!("could not start a thread: {error}")))?;

@@ -103,7 +103,9 @@ impl Choice {
         }
         let best = self.best();
         match (self.time(best), self.time(Method::Raw)) {
-            (Some(best_ns), Some(raw_ns)) if best_ns > raw_ns * FROZEN_GAIN && self.allows(Method::Raw) => Method::Raw,
+            (Some(best_ns), Some(raw_ns)) if best_ns > raw_ns * FROZEN_GAIN && self.allows(Method::Raw) => {
+                Method::Raw
+            }
             _ => best,
         }
     }
@@ -174,9 +176,9 @@ impl Choice {
         // What is in use is the best of what is known. What is worth a trial?
         let due = Method::ALL.into_iter().filter(|other| *other != method && self.allows(*other));
         let due = due.filter(|other| self.pause_bytes[*other as usize] == 0);
-        let tried = due.filter(|other| self.predicted(*other) < measured_ns * PROMISE).min_by(|left, right| {
-            self.predicted(*left).total_cmp(&self.predicted(*right))
-        });
+        let tried = due
+            .filter(|other| self.predicted(*other) < measured_ns * PROMISE)
+            .min_by(|left, right| self.predicted(*left).total_cmp(&self.predicted(*right)));
         if let Some(other) = tried {
             self.gauges[other as usize] = Gauge::default();
             self.trying = true;
