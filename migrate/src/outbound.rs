@@ -31,7 +31,6 @@
 
 mod ticker;
 mod encode;
-mod cap;
 mod lanes;
 mod rounds;
 mod commit;
@@ -43,9 +42,8 @@ use crate::converge::{Limits, Measured, OnTimeout};
 use crate::conversation::{self, out_of_order};
 use crate::error::{Error, Result, clean};
 use crate::link::Link;
-use crate::report::{Event, Observer, Outcome, Phase, PhaseTime, Report, micros};
+use crate::report::{Event, FixedPart, Observer, Outcome, Phase, PhaseTime, Report, micros};
 use crate::source::Source;
-use cap::Cap;
 use commit::Answer;
 pub use commit::ask;
 pub use encode::Packs;
@@ -70,6 +68,8 @@ pub struct Options {
     /// What freezing, saving, loading and starting cost, without pages and round trips: what the last migration of
     /// this kind measured, or a guess.
     pub fixed_cost: Duration,
+    /// The moves that `fixed_cost` is known from; 0 for a guess.
+    pub fixed_cost_known_from: u32,
     /// Page streams, 1 to [`MAX_PAGE_STREAMS`].
     pub page_streams: u16,
     /// Which ways of packing pages may be used.
@@ -89,6 +89,7 @@ impl Options {
             migration,
             controls: Controls::new(Limits::default()),
             fixed_cost: Duration::from_millis(2),
+            fixed_cost_known_from: 0,
             page_streams: 2,
             packs: Packs::default(),
             stall: Duration::from_secs(10),
@@ -157,6 +158,8 @@ struct Outbound<'a> {
     taken: Vec<PageSet>,
     /// The rounds that were acknowledged.
     measured: Vec<Measured>,
+    /// How much the workload is slowed down, in percent.
+    throttle_percent: u8,
     /// What a message there and its answer back take.
     round_trip: Duration,
     /// The capabilities of both ends.
@@ -194,6 +197,11 @@ impl<'a> Outbound<'a> {
             sent_bytes: 0,
             state_bytes: 0,
             downtime_us: 0,
+            fixed: FixedPart {
+                assumed_us: micros(options.fixed_cost),
+                known_from: options.fixed_cost_known_from,
+                ..FixedPart::default()
+            },
             total_us: 0,
             link: link.stats(),
             warnings: Vec::new(),
@@ -209,6 +217,7 @@ impl<'a> Outbound<'a> {
             ticker: Ticker::new(observer),
             report,
             measured: Vec::new(),
+            throttle_percent: 0,
             round_trip: Duration::ZERO,
             agreed: Vec::new(),
             begun: Instant::now(),
@@ -295,8 +304,12 @@ impl<'a> Outbound<'a> {
             other => return Err(out_of_order("Accept", other.name())),
         }
         let Options { page_streams, packs, controls, .. } = self.options;
-        let (plan, cap) = (Plan::new(*packs, &self.agreed), Cap::new(controls.clone()));
-        self.lanes = Lanes::open(self.talk.link()?, *page_streams, plan, &cap)?;
+        self.lanes = Lanes::open(
+            self.talk.link()?,
+            *page_streams,
+            Plan::new(*packs, &self.agreed),
+            &controls.bandwidth(),
+        )?;
         Ok(())
     }
 

@@ -59,6 +59,7 @@ fn limits() -> BTreeMap<&'static str, String> {
         ("layout::MAX_SPACE_PAGES", number(layout::MAX_SPACE_PAGES)),
         ("monitor::MAX_BLOB_BYTES", number(monitor::MAX_BLOB_BYTES.into())),
         ("monitor::MAX_FDS", number(monitor::MAX_FDS as u64)),
+        ("monitor::MAX_THROTTLE_PERCENT", number(monitor::MAX_THROTTLE_PERCENT.into())),
         ("monitor::VERSION", number(monitor::VERSION.into())),
         ("payload::DELTA_SUM_BYTES", number(payload::DELTA_SUM_BYTES as u64)),
         ("payload::KNOWN_PAGE_BYTES", number(payload::KNOWN_PAGE_BYTES as u64)),

@@ -4,8 +4,8 @@
 //! hands them to its stream without copying. So reading overlaps with encoding and with sending. How much is read
 //! ahead is bounded for all lanes together, by [`BUFFERS`], whatever their number and the guest's size.
 
-use super::cap::Cap;
 use super::encode::{Encoder, Packs, Plan, Work};
+use crate::cap::Cap;
 use crate::error::{Error, Result};
 use crate::link::{Link, PageSender};
 use bytes::Bytes;

@@ -11,6 +11,8 @@
 
 use super::lanes::{Contents, Sent};
 use super::{Outbound, check_deadline};
+use crate::converge::forecast::Forecast;
+use crate::converge::trace::Entry;
 use crate::converge::{Bound, Decision, Limits, Measured, Situation, bandwidth_bytes_per_s, decide};
 use crate::conversation::out_of_order;
 use crate::error::{Error, Result};
@@ -42,15 +44,19 @@ impl Outbound<'_> {
                 sent_bytes: round.sent_bytes.max(round.sent_pages * PAGE_SIZE as u64),
                 duration: Duration::from_micros(round.duration_us),
                 remaining_pages: round.remaining_pages,
+                throttle_percent: self.throttle_percent,
                 ..Measured::default()
             });
-            let decision = self.decide(begun.elapsed());
+            let entry = self.decide(begun.elapsed());
+            let decision = entry.decided;
             let predicted = decision.predicted();
             round.predicted_downtime_us = micros(predicted);
             self.ticker.predict(predicted);
             self.round_is_over(round);
+            self.ticker.event(&Event::Decided(Box::new(entry)));
             match decision {
-                Decision::Round { .. } | Decision::Throttle { .. } => {}
+                Decision::Round { .. } => {}
+                Decision::Throttle { percent, .. } => self.throttle(percent)?,
                 Decision::Freeze { .. } => return Ok(()),
                 Decision::Minimum { .. } => {
                     self.report.warnings.push(format!(
@@ -78,16 +84,27 @@ impl Outbound<'_> {
         self.options.limits()
     }
 
-    /// What to do behind the round that was just measured.
-    fn decide(&self, elapsed: Duration) -> Decision {
-        decide(&Situation {
-            rounds: &self.measured,
-            fixed: self.fixed_cost(),
-            elapsed,
-            can_throttle: false,
-            can_post_copy: self.can_post_copy(),
-            limits: &self.limits(),
-        })
+    /// What to do behind the round that was just measured, and on what grounds.
+    fn decide(&self, elapsed: Duration) -> Entry {
+        // In whole microseconds, as a trace keeps them: what is replayed must be what was decided.
+        let whole = |time| Duration::from_micros(micros(time));
+        let (fixed, elapsed) = (whole(self.fixed_cost()), whole(elapsed));
+        let (rounds, limits) = (&self.measured, self.limits());
+        let (can_throttle, can_post_copy) = (self.source.can_throttle(), self.can_post_copy());
+        let now = Situation { rounds, fixed, elapsed, can_throttle, can_post_copy, limits: &limits };
+        let decided = decide(&now);
+        let round = rounds.last().copied().unwrap_or_default();
+        Entry { round, fixed, elapsed, can_throttle, can_post_copy, decided, limits }
+    }
+
+    /// Slows the workload down. It is the source that lets it run again, whatever ends the rounds.
+    fn throttle(&mut self, percent: u8) -> Result<()> {
+        if percent != self.throttle_percent {
+            tracing::info!(percent, "throttled");
+            self.source.throttle(percent)?;
+            self.throttle_percent = percent;
+        }
+        Ok(())
     }
 
     /// Whether both ends can do post-copy.
@@ -107,6 +124,7 @@ impl Outbound<'_> {
         let frozen_at = Instant::now();
         self.source.freeze()?;
         self.frozen_at = Some(frozen_at);
+        self.report.fixed.pause_us = micros(frozen_at.elapsed());
         // Again, now that nothing writes: devices had writes in flight until this call.
         let harvest = self.source.harvest()?;
         let plan = Selector::Precopy.plan(&self.source.workload().layout, harvest)?;
@@ -121,7 +139,9 @@ impl Outbound<'_> {
 
     /// Saves the state, while the lanes still send the last pages, and sends it behind them.
     pub(super) fn state(&mut self) -> Result<()> {
+        let saving = Instant::now();
         let state = self.source.state()?;
+        self.report.fixed.save_us = micros(saving.elapsed());
         self.report.state_bytes = state.len() as u64;
         if state.len() as u64 > u64::from(MAX_BLOB_BYTES) {
             let (found, limit) = (state.len() as u64, u64::from(MAX_BLOB_BYTES));
@@ -159,6 +179,17 @@ impl Outbound<'_> {
         self.options.fixed_cost + if measured.is_zero() { self.round_trip } else { measured }
     }
 
+    /// What of the downtime is left when round trips, the overhead of a round and the last pages are taken away: the
+    /// same as [`Options::fixed_cost`](super::Options::fixed_cost) stands for, so that the next move can count with it.
+    pub(super) fn learn_fixed_part(&mut self, downtime: Duration) {
+        let trips = self.fixed_cost().saturating_sub(self.options.fixed_cost);
+        let last_bytes = self.report.rounds.last().map_or(0, |round| round.sent_bytes);
+        let explained =
+            trips + Forecast::of(&self.measured, Duration::ZERO).moving(last_bytes, &self.measured);
+        let fixed = &mut self.report.fixed;
+        fixed.actual_us = micros(downtime.saturating_sub(explained));
+    }
+
     /// A round from its harvest to the answer that all of it arrived.
     fn live_round(&mut self, plan: Vec<PageSet>, harvested_at: Instant) -> Result<RoundReport> {
         let round = self.measured.len() as u32;
@@ -177,7 +208,8 @@ impl Outbound<'_> {
     /// Takes, reads and sends the pages of a plan, batch by batch.
     fn send_pages(&mut self, round: u32, frozen: bool, mut plan: Vec<PageSet>) -> Result<RoundReport> {
         let dirty_pages = plan.iter().map(PageSet::count).sum();
-        let mut report = RoundReport { round, dirty_pages, ..RoundReport::default() };
+        let throttle_percent = if self.frozen_at.is_none() { self.throttle_percent } else { 0 };
+        let mut report = RoundReport { round, dirty_pages, throttle_percent, ..RoundReport::default() };
         self.lanes.begin_round();
         self.ticker.round_begins(round, dirty_pages, self.lanes.sent());
         for batch in batches(&plan).collect::<Vec<_>>() {

@@ -65,6 +65,9 @@ pub(crate) fn downstream() -> impl Strategy<Value = Downstream> {
         any::<u32>().prop_map(|round| Downstream::RoundSent { round }),
         any::<u64>().prop_map(|pages| Downstream::Missing { pages }),
         migration().prop_map(|migration| Downstream::Recover { migration }),
+        (migration(), any::<u16>())
+            .prop_map(|(migration, connection)| Downstream::Join { migration, connection }),
+        migration().prop_map(|migration| Downstream::Resume { migration }),
     ]
 }
 
@@ -112,6 +115,7 @@ pub(crate) fn request() -> impl Strategy<Value = Request> {
             first,
             count
         }),
+        any::<u8>().prop_map(|percent| Request::Throttle { percent }),
         (migration(), text()).prop_map(|(migration, peer)| Request::Pledge { migration, peer }),
         option::of(migration()).prop_map(|migration| Request::Resume { migration }),
         migration().prop_map(|migration| Request::HandOver { migration }),
@@ -124,10 +128,10 @@ fn status() -> impl Strategy<Value = Status> {
     let numbers = (any::<u32>(), any::<u64>(), any::<u32>(), any::<u64>());
     let pledge = (migration(), text()).prop_map(|(migration, peer)| Pledge { migration, peer });
     let options = (option::of(any::<u32>()), option::of(text()), option::of(migration()), option::of(pledge));
-    let options = (options, option::of(any::<u64>()));
+    let options = (options, option::of(any::<u64>()), option::of(any::<u8>()));
     (text(), select(&samples::PHASES[..]), numbers, text(), options).prop_map(
         |(name, phase, (pid, memory_bytes, vcpus, uptime_ms), serial, options)| {
-            let ((holder_pid, holder, arrived_by, pledged_to), awaiting_pages) = options;
+            let ((holder_pid, holder, arrived_by, pledged_to), awaiting_pages, throttle_percent) = options;
             Status {
                 name,
                 phase,
@@ -141,6 +145,7 @@ fn status() -> impl Strategy<Value = Status> {
                 arrived_by,
                 pledged_to,
                 awaiting_pages,
+                throttle_percent,
             }
         },
     )

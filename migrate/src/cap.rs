@@ -1,12 +1,12 @@
 //! The most bytes a second that a migration may send: a token bucket over all page streams together.
 //!
 //! ```text
-//! operator ─▶ Controls ◀─ Cap ◀─ lanes take bytes from it before they write them
+//! operator ─▶ Cap ◀─ lanes take bytes from it before they write them
 //! ```
 //!
-//! What is set holds at once, also for who waits already.
+//! A [`Cap`] is a handle: what is set through one holds for all, at once, also for who waits already.
 
-use crate::controls::Controls;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -19,36 +19,51 @@ const MIN_BURST_BYTES: u64 = 64 << 10;
 /// How long a wait goes on before it looks at the rate again.
 const SLICE: Duration = Duration::from_millis(50);
 
-/// The bucket of one migration, shared by its lanes.
-#[derive(Clone)]
-pub(super) struct Cap(Arc<Shared>);
+/// A limit in bytes a second, shared by whoever sends and whoever changes it. 0 is no limit.
+#[derive(Debug, Clone, Default)]
+pub struct Cap(Arc<Shared>);
 
+#[derive(Debug, Default)]
 struct Shared {
-    controls: Controls,
+    bytes_per_s: AtomicU64,
     bucket: Mutex<Option<Bucket>>,
 }
 
 impl Cap {
-    /// As `controls` say, whenever it is asked.
-    pub(super) fn new(controls: Controls) -> Self {
-        Self(Arc::new(Shared { controls, bucket: Mutex::new(None) }))
+    /// A limit of so many bytes a second; 0 is none.
+    pub fn new(bytes_per_s: u64) -> Self {
+        let cap = Self::default();
+        cap.set(bytes_per_s);
+        cap
+    }
+
+    /// Changes it, for every handle.
+    pub fn set(&self, bytes_per_s: u64) {
+        self.0.bytes_per_s.store(bytes_per_s, Relaxed);
+    }
+
+    /// The limit in bytes a second; 0 is none.
+    pub fn get(&self) -> u64 {
+        self.0.bytes_per_s.load(Relaxed)
     }
 
     /// The most that should be taken at once; `None` without a limit.
-    pub(super) fn portion_bytes(&self) -> Option<usize> {
-        let rate = self.0.controls.bandwidth_bytes_per_s()?;
-        Some(usize::try_from(burst_bytes(rate)).unwrap_or(usize::MAX))
+    pub(crate) fn portion_bytes(&self) -> Option<usize> {
+        match self.get() {
+            0 => None,
+            rate => Some(usize::try_from(burst_bytes(rate)).unwrap_or(usize::MAX)),
+        }
     }
 
     /// Waits until `bytes` may be sent. Whoever waits keeps the others waiting, so that all get their turn.
-    pub(super) fn take(&self, bytes: usize) {
+    pub(crate) fn take(&self, bytes: usize) {
         let mut bucket = self.0.bucket.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
-            let Some(rate) = self.0.controls.bandwidth_bytes_per_s() else {
+            let (rate, now) = (self.get(), Instant::now());
+            if rate == 0 {
                 *bucket = None;
                 return;
-            };
-            let now = Instant::now();
+            }
             let bucket = bucket.get_or_insert(Bucket { debt_bytes: 0, at: now });
             match bucket.take(now, bytes as u64, rate) {
                 None => return,
@@ -94,7 +109,6 @@ impl Bucket {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::converge::Limits;
     use proptest::prelude::*;
 
     /// Bytes that get through in `time`, taken in pieces as fast as the bucket lets them.
@@ -135,21 +149,19 @@ mod tests {
     }
 
     #[test]
-    fn what_is_set_holds_for_who_waits_already() {
-        let controls = Controls::new(Limits::default());
-        let cap = Cap::new(controls.clone());
-        assert_eq!(cap.portion_bytes(), None);
-        cap.take(usize::MAX);
-        controls.cap_bandwidth(Some(1_000_000));
-        cap.take(500_000);
+    fn every_handle_sees_the_limit_and_none_ends_a_wait() {
+        let cap = Cap::new(1_000_000);
         let other = cap.clone();
+        cap.take(500_000);
         let waiting = std::thread::spawn(move || {
             let begun = Instant::now();
             other.take(1);
             begun.elapsed()
         });
         std::thread::sleep(Duration::from_millis(20));
-        controls.cap_bandwidth(None);
+        cap.set(0);
         assert!(waiting.join().unwrap() < Duration::from_millis(400), "of nearly half a second");
+        assert_eq!(cap.portion_bytes(), None);
+        cap.take(usize::MAX);
     }
 }
