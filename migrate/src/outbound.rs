@@ -198,6 +198,7 @@ impl<'a> Outbound<'a> {
             phases: Vec::new(),
             rounds: Vec::new(),
             sent_pages: 0,
+            packed_pages: 0,
             zero_pages: 0,
             skipped_pages: 0,
             sent_bytes: 0,

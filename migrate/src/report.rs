@@ -115,6 +115,8 @@ pub struct RoundReport {
     pub dirty_pages: u64,
     /// Pages that were sent with their bytes.
     pub sent_pages: u64,
+    /// Those of them that went as less than their bytes.
+    pub packed_pages: u64,
     /// Pages that were sent as zeros, without bytes.
     pub zero_pages: u64,
     /// Pages that were never touched, and so not sent.
@@ -174,6 +176,8 @@ pub struct Report {
     pub rounds: Vec<RoundReport>,
     /// Pages sent with their bytes, in all rounds.
     pub sent_pages: u64,
+    /// Those of them that went as less than their bytes.
+    pub packed_pages: u64,
     /// Pages sent as zeros, in all rounds.
     pub zero_pages: u64,
     /// Pages never touched and not sent.

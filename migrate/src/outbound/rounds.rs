@@ -41,7 +41,8 @@ impl Outbound<'_> {
             round.remaining_pages = self.hot.remaining(&dirty).iter().map(PageSet::count).sum();
             round.held_pages = self.hot.held_pages();
             self.measured.push(Measured {
-                sent_bytes: round.sent_bytes,
+                // What remains is counted in pages, so what was sent is too: packed ones for what they are.
+                sent_bytes: round.sent_bytes.max(round.sent_pages * PAGE_SIZE as u64),
                 duration: Duration::from_micros(round.duration_us),
                 remaining_pages: round.remaining_pages,
                 held_pages: round.held_pages,
@@ -293,13 +294,15 @@ impl Outbound<'_> {
 
     /// Fills in what the lanes sent since the last round, once it is known, and adds it to the totals.
     fn count(&mut self, round: &mut RoundReport) {
-        let Sent { pages, zero_pages, bytes, .. } = self.lanes.sent();
+        let Sent { pages, zero_pages, packed_pages, bytes } = self.lanes.sent();
         let total = &mut self.report;
         round.sent_pages = pages - total.sent_pages;
         round.zero_pages = zero_pages - total.zero_pages;
+        round.packed_pages = packed_pages - total.packed_pages;
         round.sent_bytes = bytes - total.sent_bytes;
         round.rate_bytes_per_s = rate(round.sent_bytes, Duration::from_micros(round.duration_us));
         (total.sent_pages, total.zero_pages, total.sent_bytes) = (pages, zero_pages, bytes);
+        total.packed_pages = packed_pages;
     }
 
     fn round_is_over(&mut self, round: RoundReport) {
