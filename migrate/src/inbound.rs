@@ -35,6 +35,7 @@ mod parse;
 mod streams;
 mod ledger;
 mod settle;
+mod postcopy;
 
 use crate::cancel::CancelFlag;
 use crate::conversation::{self, out_of_order};
@@ -46,7 +47,10 @@ pub use ledger::{Ledger, MemoryLedger};
 use protocol::MigrationId;
 use protocol::control::{self, Downstream, MAX_BLOB_BYTES, Offer, RefuseCode, Upstream};
 use protocol::frame::MAX_PAGE_STREAMS;
-use protocol::handshake::Hello;
+use protocol::handshake::{Hello, POST_COPY};
+use protocol::layout::Layout;
+use protocol::page::PageSet;
+use protocol::sparse;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use streams::Streams;
@@ -120,6 +124,9 @@ pub fn receive(
         cancel,
         observer,
         streams: Streams::none(),
+        post_copy: false,
+        layout: Arc::default(),
+        missing: None,
         report,
         last_tick: Instant::now(),
     };
@@ -136,6 +143,11 @@ struct Inbound<'a> {
     cancel: &'a CancelFlag,
     observer: &'a mut dyn Observer,
     streams: Streams,
+    /// Both ends can do it.
+    post_copy: bool,
+    layout: Arc<Layout>,
+    /// What the sender announced as missing.
+    missing: Option<Vec<PageSet>>,
     report: ArrivalReport,
     last_tick: Instant,
 }
@@ -158,7 +170,7 @@ impl Inbound<'_> {
     fn run(&mut self, mut destination: Box<dyn Destination>) -> Result<Option<control::Outcome>> {
         let (offer, machine) = match self.phase(Phase::Greet, Self::greet)? {
             Wish::Move(offer, machine) => (offer, machine),
-            Wish::Know(migration) => return self.phase(Phase::Settle, |me| me.answer(migration)).map(Some),
+            Wish::Know(migration) => return self.know(destination.as_ref(), migration),
         };
         let migration = offer.migration;
         self.report.migration = Some(migration);
@@ -184,7 +196,12 @@ impl Inbound<'_> {
     fn until_ready(&mut self, destination: &mut dyn Destination, offer: Offer, machine: &[u8]) -> Result<()> {
         self.phase(Phase::Offer, |me| me.offer(destination, offer, machine))?;
         let state = self.phase(Phase::Rounds, Self::rounds)?;
-        self.phase(Phase::State, |_| destination.load(&state))?;
+        let missing = self.missing.take();
+        self.phase(Phase::State, |_| {
+            destination.load(&state)?;
+            missing.as_deref().map_or(Ok(()), |missing| destination.expect(missing))
+        })?;
+        self.missing = missing;
         self.phase(Phase::Ready, |me| me.talk.say(&Upstream::Ready, &[], me.options.idle))
     }
 
@@ -210,8 +227,9 @@ impl Inbound<'_> {
             (Downstream::Hello(hello), _) => hello,
             (other, _) => return Err(out_of_order("Hello", other.name())),
         };
-        if let Err(error) = hello.agree() {
-            return Err(self.refuse(RefuseCode::Version, &error.to_string()));
+        match hello.agree() {
+            Ok(capabilities) => self.post_copy = capabilities.contains(&POST_COPY),
+            Err(error) => return Err(self.refuse(RefuseCode::Version, &error.to_string())),
         }
         tracing::info!(peer = clean(&hello.software), "greeted");
         match self.hear("the sender's offer")? {
@@ -236,6 +254,7 @@ impl Inbound<'_> {
         self.cancel.check()?;
         self.talk.say(&Upstream::Accept, &[], self.options.idle)?;
         let (layout, memory) = (Arc::new(offer.layout), destination.memory());
+        self.layout = layout.clone();
         self.streams =
             Streams::accept(self.talk.link()?, offer.page_streams, &layout, &memory, self.options.idle)?;
         Ok(())
@@ -244,12 +263,21 @@ impl Inbound<'_> {
     /// Acknowledges rounds until the state comes; answers it once every page stream has ended.
     fn rounds(&mut self) -> Result<Vec<u8>> {
         let idle = self.options.idle;
-        for round in 0.. {
+        let mut round = 0;
+        loop {
             match self.hear("the sender's next round")? {
                 (Downstream::RoundSent { round: sent }, _) if sent == round => {
                     self.streams.await_round(round, idle)?;
                     self.talk.say(&Upstream::RoundDone { round }, &[], idle)?;
                     self.report.rounds += 1;
+                    round = round
+                        .checked_add(1)
+                        .ok_or_else(|| out_of_order("the last round", "one more than can be counted"))?;
+                }
+                (Downstream::Missing { pages }, sets) if self.post_copy && self.missing.is_none() => {
+                    let missing = sparse::decode(&self.layout, &sets)?;
+                    tracing::info!(pages, "the sender announces missing pages");
+                    self.missing = Some(missing);
                 }
                 (Downstream::State { last_round }, state) if last_round == round => {
                     self.streams.await_end(last_round, idle)?;
@@ -260,7 +288,6 @@ impl Inbound<'_> {
                 (other, _) => return Err(out_of_order("RoundSent or State of this round", other.name())),
             }
         }
-        Err(out_of_order("the last round", "one more than can be counted"))
     }
 
     /// The sender's next message, before `Ready`. Cancelling, a failing page stream and the sender's own giving up end

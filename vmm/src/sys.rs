@@ -7,8 +7,8 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use kvm_bindings::{KVMIO, Xsave, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1};
 use kvm_bindings::{kvm_userspace_memory_region, kvm_xsave};
 use kvm_ioctls::{VcpuFd, VmFd};
-use vm_memory::{GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress};
 use rustix::mm::UserfaultfdFlags;
+use vm_memory::{GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 use vmm_sys_util::{ioctl_io_nr, ioctl_ior_nr, ioctl_iowr_nr};
 

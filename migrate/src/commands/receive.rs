@@ -166,7 +166,9 @@ impl Ledger for HostLedger {
         match self.memory.outcome(migration) {
             Outcome::Unknown => {
                 let vms = super::target::all(&self.runtime).unwrap_or_default();
-                let arrived = vms.iter().any(|(_, vm)| vm.arrived_by == Some(migration));
+                // One that misses pages needs its source still.
+                let arrived =
+                    vms.iter().any(|(_, vm)| vm.arrived_by == Some(migration) && vm.awaiting_pages.is_none());
                 if arrived { Outcome::Started } else { Outcome::Unknown }
             }
             known => known,

@@ -38,6 +38,11 @@ pub struct Args {
     /// What to do when rounds or time are used up: leave the VM here, or move it whatever the downtime.
     #[arg(long, value_enum, default_value = "cancel")]
     on_timeout: Choice,
+    /// Start the VM at the destination without its last pages, which follow on demand, if it cannot be stopped within
+    /// the downtime after N rounds.
+    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "1", require_equals = true,
+        value_parser = clap::value_parser!(u32).range(1..))]
+    post_copy: Option<u32>,
     /// How long to wait for a peer that says nothing.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = units::duration)]
     link_timeout: Duration,
@@ -88,6 +93,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     };
     options.stall = args.link_timeout;
     options.ask = args.ask_timeout;
+    options.post_copy_after = args.post_copy;
     let mut observer = progress::observer(common);
     let sent = outbound::send(Box::new(source), link, &mut dial, &options, &cancel, observer.as_mut());
     let (report, failure) = match sent {

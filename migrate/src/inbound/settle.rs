@@ -39,6 +39,9 @@ impl Inbound<'_> {
 
     /// Committed: the workload runs here, or it never will.
     pub(super) fn start(&mut self, destination: Box<dyn Destination>, migration: MigrationId) -> Result<()> {
+        if self.missing.is_some() {
+            return self.start_incomplete(destination, migration);
+        }
         let started = destination.start(migration).map_err(|error| error.during(Phase::Commit));
         match &started {
             Ok(name) => {
@@ -47,13 +50,16 @@ impl Inbound<'_> {
                 self.tell(&Upstream::Started { migration });
                 self.settle(self.options.linger);
             }
-            Err(error) => {
-                self.ledger.record(migration, Outcome::Discarded);
-                self.tell(&Upstream::Failed { reason: clean(&error.to_string()) });
-                self.settle(self.options.forget);
-            }
+            Err(error) => self.never_starts(migration, error),
         }
         started.map(drop)
+    }
+
+    /// It could not be started, and never will be.
+    pub(super) fn never_starts(&mut self, migration: MigrationId, error: &Error) {
+        self.ledger.record(migration, Outcome::Discarded);
+        self.tell(&Upstream::Failed { reason: clean(&error.to_string()) });
+        self.settle(self.options.forget);
     }
 
     /// Loaded, and it shall not start: first it cannot any more, then the sender is told so.
@@ -105,7 +111,7 @@ impl Inbound<'_> {
     }
 
     /// The outcome is known here: sees to it that the sender knows it too, for as long as it may be without a link.
-    fn settle(&mut self, without_link: Duration) {
+    pub(super) fn settle(&mut self, without_link: Duration) {
         let until = Instant::now() + self.options.linger;
         loop {
             match self.next_word("the sender to know the outcome", until, without_link) {
@@ -168,7 +174,7 @@ impl Inbound<'_> {
     }
 
     /// Hears what a new connection is about. If it is this migration, it takes the place of the old link.
-    fn visit(&mut self, mut visitor: Receiver) -> Option<Downstream> {
+    pub(super) fn visit(&mut self, mut visitor: Receiver) -> Option<Downstream> {
         match first_word(&mut visitor) {
             Ok(Downstream::Ask { migration }) if Some(migration) == self.report.migration => {
                 self.talk.hang_up("taken up on another connection");

@@ -19,6 +19,7 @@ use crate::select::{Batch, Piece, Selector, Window, batches};
 use protocol::ProtocolError;
 use protocol::control::{Downstream, MAX_BLOB_BYTES, Upstream};
 use protocol::page::{PAGE_SIZE, PageSet};
+use protocol::sparse;
 use std::time::{Duration, Instant};
 
 impl Outbound<'_> {
@@ -53,9 +54,17 @@ impl Outbound<'_> {
             round.predicted_downtime_us = micros(predicted);
             self.ticker.predict(predicted);
             self.round_is_over(round);
+            let enough = self
+                .options
+                .post_copy_after
+                .is_some_and(|after| self.measured.len() as u64 >= u64::from(after));
             match decision {
-                Decision::Round { .. } => {}
                 Decision::Freeze { .. } => return Ok(()),
+                _ if enough => {
+                    self.missing = Some(Vec::new());
+                    return Ok(());
+                }
+                Decision::Round { .. } => {}
                 Decision::Force { .. } => {
                     self.report.warnings.push(format!(
                         "the downtime budget could not be met: frozen with {} ms predicted",
@@ -79,7 +88,10 @@ impl Outbound<'_> {
         let harvest = self.source.harvest()?;
         let plan = Selector::Precopy.plan(&self.source.workload().layout, harvest)?;
         let round = self.last_round();
-        let mut report = self.send_pages(round, plan)?;
+        let mut report = match self.missing {
+            Some(_) => self.announce(round, plan)?,
+            None => self.send_pages(round, plan)?,
+        };
         self.lanes.end_round(round);
         self.lanes.finish();
         (report.frozen, report.duration_us) = (true, micros(frozen_at.elapsed()));
@@ -98,7 +110,35 @@ impl Outbound<'_> {
             );
         }
         let last_round = self.last_round();
+        if let Some(missing) = &self.missing {
+            let pages = missing.iter().map(PageSet::count).sum();
+            let message = Downstream::Missing { pages };
+            self.talk.say(&message, &sparse::encode(missing), self.options.stall)?;
+        }
         self.talk.say(&Downstream::State { last_round }, &state, self.options.stall)
+    }
+
+    /// Instead of the last pages: notes which they are. Nothing is taken, because nothing is delivered. Pages that are
+    /// dirty and were given back to the host are zeros, which cost nothing to send now.
+    fn announce(&mut self, round: u32, plan: Vec<PageSet>) -> Result<RoundReport> {
+        let dirty_pages = plan.iter().map(PageSet::count).sum();
+        self.ticker.round_begins(round, dirty_pages, self.lanes.sent());
+        let (mut missing, mut absent) = (plan.clone(), plan);
+        let spaces = self.source.workload().layout.spaces.clone();
+        for ((space, missing), absent) in spaces.iter().zip(&mut missing).zip(&mut absent) {
+            self.source.present(space.id, 0, space.pages, missing)?;
+            absent.subtract(missing);
+        }
+        for batch in batches(&absent).collect::<Vec<_>>() {
+            let Some(pages) = absent.get(usize::from(batch.space.0)) else { continue };
+            for piece in Window::of(pages, &batch)?.pieces() {
+                self.reserve()?;
+                self.lanes.send(round, piece.runs, Contents::Zeros);
+            }
+        }
+        let remaining_pages = missing.iter().map(PageSet::count).sum();
+        self.missing = Some(missing);
+        Ok(RoundReport { round, dirty_pages, remaining_pages, ..RoundReport::default() })
     }
 
     /// Waits until the destination has everything and has checked it.
