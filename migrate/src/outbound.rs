@@ -37,6 +37,7 @@ mod settle;
 mod postcopy;
 
 use crate::cancel::CancelFlag;
+use crate::controls::Controls;
 use crate::converge::{Limits, Measured, OnTimeout};
 use crate::conversation::{self, out_of_order};
 use crate::error::{Error, Result, clean};
@@ -61,8 +62,8 @@ use ticker::Ticker;
 pub struct Options {
     /// The name of this migration: see [`new_migration_id`].
     pub migration: MigrationId,
-    /// When to freeze, and how long to try.
-    pub limits: Limits,
+    /// When to freeze, how long to try, and how fast: read at every decision, so that it may change meanwhile.
+    pub controls: Controls,
     /// What freezing, saving, loading and starting cost, without pages and round trips: what the last migration of
     /// this kind measured, or a guess.
     pub fixed_cost: Duration,
@@ -75,9 +76,6 @@ pub struct Options {
     /// How long to ask what became of the workload when the link was lost behind `Commit`, and to make the link again
     /// while pages follow.
     pub ask: Duration,
-    /// Behind how many rounds, at least one, to start the workload at the destination without its last pages, if it
-    /// cannot be stopped within the budget by then. `None`: never.
-    pub post_copy_after: Option<u32>,
 }
 
 impl Options {
@@ -85,20 +83,19 @@ impl Options {
     pub fn new(migration: MigrationId) -> Self {
         Self {
             migration,
-            limits: Limits {
-                downtime: Duration::from_millis(50),
-                max_rounds: 30,
-                timeout: Duration::from_secs(600),
-                on_timeout: OnTimeout::Cancel,
-            },
+            controls: Controls::new(Limits::default()),
             fixed_cost: Duration::from_millis(2),
             page_streams: 2,
             stall: Duration::from_secs(10),
             // Touching fresh memory was measured at up to 2 s/GiB on a machine that must get it back from its host.
             prepare: Duration::from_secs(120),
             ask: Duration::from_secs(30),
-            post_copy_after: None,
         }
+    }
+
+    /// The limits as they are now.
+    pub fn limits(&self) -> Limits {
+        self.controls.limits()
     }
 }
 
@@ -197,9 +194,11 @@ struct Outbound<'a> {
     /// What a message there and its answer back take.
     round_trip: Duration,
     begun: Instant,
-    /// While rounds are sent and there is nothing to force: when they must be over.
-    deadline: Option<Instant>,
+    /// While rounds are sent: when they began.
+    rounds_since: Option<Instant>,
     frozen_at: Option<Instant>,
+    /// Whether both ends can do post-copy.
+    peer_can_post_copy: bool,
     /// Once it is decided that the last pages follow behind the start: what is missing, known from the freeze on.
     missing: Option<Vec<PageSet>>,
 }
@@ -248,8 +247,9 @@ impl<'a> Outbound<'a> {
             measured: Vec::new(),
             round_trip: Duration::ZERO,
             begun: Instant::now(),
-            deadline: None,
+            rounds_since: None,
             frozen_at: None,
+            peer_can_post_copy: false,
             missing: None,
         }
     }
@@ -311,7 +311,8 @@ impl<'a> Outbound<'a> {
         match self.hear("the destination's greeting", stall)? {
             Upstream::Hello(hello) => {
                 let capabilities = hello.agree()?;
-                if self.options.post_copy_after.is_some() && !capabilities.contains(&POST_COPY) {
+                self.peer_can_post_copy = capabilities.contains(&POST_COPY);
+                if self.options.limits().post_copy_after.is_some() && !self.peer_can_post_copy {
                     return Err(Error::Usage(
                         "the destination's release cannot do post-copy: move the workload without it".into(),
                     ));
@@ -355,10 +356,10 @@ impl<'a> Outbound<'a> {
     /// The peer's next message, before `Commit`. Cancelling, a failing page stream and the peer's own failure end the
     /// wait.
     fn hear(&mut self, what: &'static str, limit: Duration) -> Result<Upstream> {
-        let Self { talk, lanes, cancel, ticker, deadline, options, .. } = self;
+        let Self { talk, lanes, cancel, ticker, rounds_since, options, .. } = self;
         let mut watch = || {
             cancel.check()?;
-            check_deadline(*deadline, options)?;
+            check_deadline(*rounds_since, options)?;
             lanes.check()?;
             ticker.tick(lanes.sent());
             Ok(lanes.sent().bytes)
@@ -372,12 +373,13 @@ impl<'a> Outbound<'a> {
 }
 
 /// Ends the rounds of a migration that is not to be forced once they take too long, in the middle of one too.
-fn check_deadline(deadline: Option<Instant>, options: &Options) -> Result<()> {
-    if deadline.is_none_or(|deadline| Instant::now() < deadline) {
+fn check_deadline(rounds_since: Option<Instant>, options: &Options) -> Result<()> {
+    let Limits { timeout, on_timeout, .. } = options.limits();
+    if on_timeout != OnTimeout::Cancel || rounds_since.is_none_or(|since| since.elapsed() < timeout) {
         return Ok(());
     }
     Err(Error::NotConverged(format!(
         "memory was not copied within {} s: allow more time, or freeze the workload then",
-        options.limits.timeout.as_secs_f32()
+        timeout.as_secs_f32()
     )))
 }

@@ -1,8 +1,8 @@
 //! docs/wire-protocol.md and docs/control-protocol.md, held to the code: their limits, their examples, their bytes and
 //! their names.
 //!
-//! A fenced block says what it is: `json downstream`, `json upstream`, `json request`, `json reply`, or `hex FILE` for
-//! the beginning of a golden file. A limit is a row of a table whose first cell is `module::CONSTANT`.
+//! A fenced block says what it is: `json downstream`, `json upstream`, `json request`, `json reply`, `json order`,
+//! `json answer`, or `hex FILE` for the beginning of a golden file. A limit is a row of a table whose first cell is `module::CONSTANT`.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests fail by panicking")]
 
 mod common;
@@ -10,6 +10,7 @@ mod common;
 use common::{files, samples};
 use protocol::control::{Downstream, Upstream};
 use protocol::monitor::{Reply, Request};
+use protocol::steer::{self, Answer, Order};
 use protocol::{control, envelope, frame, handshake, layout, monitor, page, sparse, state};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
@@ -58,6 +59,7 @@ fn limits() -> BTreeMap<&'static str, String> {
         ("state::MAGIC", text(&state::MAGIC)),
         ("state::MAJOR", number(state::MAJOR.into())),
         ("state::MAX_SECTIONS", number(state::MAX_SECTIONS as u64)),
+        ("steer::MAX_AWAIT_MS", number(steer::MAX_AWAIT_MS)),
     ])
 }
 
@@ -116,6 +118,8 @@ fn every_example_in_the_documents_decodes_and_none_is_missing() {
                 "json upstream" => example::<Upstream>(&text, samples::upstream_type),
                 "json request" => example::<Request>(&text, samples::request_type),
                 "json reply" => example::<Reply>(&text, samples::reply_type),
+                "json order" => example::<Order>(&text, samples::order_type),
+                "json answer" => example::<Answer>(&text, samples::answer_type),
                 other if other.starts_with("hex ") || other == "text" => continue,
                 other => panic!("{name}: a block of {other:?} is checked by nobody"),
             };
@@ -127,6 +131,8 @@ fn every_example_in_the_documents_decodes_and_none_is_missing() {
         ("json upstream", &samples::UPSTREAM_TYPES),
         ("json request", &samples::REQUEST_TYPES),
         ("json reply", &samples::REPLY_TYPES),
+        ("json order", &samples::ORDER_TYPES),
+        ("json answer", &samples::ANSWER_TYPES),
     ];
     for (kind, types) in all {
         for name in types {
@@ -166,7 +172,18 @@ fn the_bytes_in_the_documents_are_those_of_the_golden_files() {
 fn every_name_stands_in_its_document() {
     let documents = [
         ("wire-protocol.md", &["refuse-code", "outcome", "workload-kind", "space-kind"][..]),
-        ("control-protocol.md", &["role", "tracking-mode", "error-code", "phase"]),
+        (
+            "control-protocol.md",
+            &[
+                "role",
+                "tracking-mode",
+                "error-code",
+                "phase",
+                "steer-error-code",
+                "steer-end",
+                "steer-outcome",
+            ],
+        ),
     ];
     for (document_name, lists) in documents {
         let text = document(document_name);

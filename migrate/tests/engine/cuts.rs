@@ -82,8 +82,8 @@ const STARTED: u32 = 4;
 
 /// A machine that is idle and so moves in two rounds, whatever the clock says.
 fn idle() -> (World, outbound::Options) {
-    let mut options = sending();
-    options.limits.max_rounds = 1;
+    let options = sending();
+    options.controls.change(|limits| limits.max_rounds = 1);
     (World::new(3, 0), options)
 }
 
@@ -147,7 +147,7 @@ fn without_an_answer_the_source_stays_frozen_and_can_be_settled() {
             scope.spawn(|| serve(&world, &network));
             outbound::ask(network.dial().unwrap(), options.migration, SECOND).unwrap()
         });
-        assert_eq!(answer, expected, "{cut:?}");
+        assert_eq!(answer, outbound::Word::Outcome(expected), "{cut:?}");
     }
 }
 

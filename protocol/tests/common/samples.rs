@@ -7,6 +7,7 @@ use protocol::layout::{Layout, Space, SpaceKind};
 use protocol::monitor::{ErrorCode, Phase, Pledge, Reply, Request, Role, Status, TrackingMode};
 use protocol::page::{PageSet, SpaceId};
 use protocol::state::State;
+use protocol::steer::{self, Answer, Order};
 
 pub(crate) const MIGRATION: MigrationId = MigrationId(0x0011_2233_4455_6677_8899_aabb_ccdd_eeff);
 
@@ -61,6 +62,9 @@ pub(crate) const REPLY_TYPES: [&str; 10] = [
     "error",
     "page-faults",
 ];
+
+pub(crate) const ORDER_TYPES: [&str; 4] = ["status", "await", "cancel", "set"];
+pub(crate) const ANSWER_TYPES: [&str; 3] = ["status", "done", "error"];
 
 // A variant that is added to the crate does not compile here until it has a place in the list above, and a type in
 // the list does not pass `every_message_has_a_golden_file` until it has a sample.
@@ -135,6 +139,23 @@ pub(crate) fn reply_type(message: &Reply) -> &'static str {
         Reply::Done => 7,
         Reply::Error { .. } => 8,
         Reply::PageFaults { .. } => 9,
+    }]
+}
+
+pub(crate) fn order_type(message: &Order) -> &'static str {
+    ORDER_TYPES[match message {
+        Order::Status => 0,
+        Order::Await { .. } => 1,
+        Order::Cancel => 2,
+        Order::Set(_) => 3,
+    }]
+}
+
+pub(crate) fn answer_type(message: &Answer) -> &'static str {
+    ANSWER_TYPES[match message {
+        Answer::Status(_) => 0,
+        Answer::Done => 1,
+        Answer::Error { .. } => 2,
     }]
 }
 
@@ -264,6 +285,62 @@ pub(crate) fn replies() -> Vec<Reply> {
     ]
 }
 
+pub(crate) fn orders() -> Vec<Order> {
+    vec![
+        Order::Status,
+        Order::Await { limit_ms: 5000 },
+        Order::Cancel,
+        Order::Set(steer::Limits {
+            downtime_us: Some(20_000),
+            bandwidth_bytes_per_s: Some(250_000_000),
+            ..steer::Limits::default()
+        }),
+    ]
+}
+
+pub(crate) fn answers() -> Vec<Answer> {
+    vec![
+        Answer::Status(Box::new(steer::Status {
+            software: "migrate 0.1.0".into(),
+            pid: 4712,
+            end: steer::End::Send,
+            migration: MIGRATION,
+            workload: "web-1".into(),
+            peer: "192.0.2.7:4242".into(),
+            phase: "rounds".into(),
+            cancellable: true,
+            outcome: None,
+            reason: None,
+            elapsed_us: 2_345_678,
+            memory_bytes: 4 << 30,
+            round: 2,
+            dirty_pages: 8192,
+            done_pages: 2048,
+            moved_bytes: 1 << 30,
+            rate_bytes_per_s: 640_000_000,
+            dirty_bytes_per_s: Some(120_000_000),
+            predicted_downtime_us: Some(48_000),
+            throttle_percent: None,
+            eta_us: Some(61_000),
+            limits: steer::Limits {
+                downtime_us: Some(50_000),
+                max_downtime_us: Some(300_000),
+                max_rounds: Some(30),
+                timeout_us: Some(600_000_000),
+                on_timeout: Some("cancel".into()),
+                on_stall: Some(vec!["minimum".into(), "throttle".into()]),
+                max_throttle_percent: Some(80),
+                bandwidth_bytes_per_s: None,
+            },
+        })),
+        Answer::Done,
+        Answer::Error {
+            code: steer::ErrorCode::TooLate,
+            message: "the migration is behind its commit: it will be finished".into(),
+        },
+    ]
+}
+
 pub(crate) fn state() -> State {
     let mut state = State::default();
     state.push("machine", 2, b"example".to_vec());
@@ -315,6 +392,12 @@ pub(crate) const PHASES: [Phase; 7] = [
     Phase::Stopped,
 ];
 
+pub(crate) const STEER_ERROR_CODES: [steer::ErrorCode; 3] =
+    [steer::ErrorCode::BadRequest, steer::ErrorCode::BadValue, steer::ErrorCode::TooLate];
+pub(crate) const STEER_ENDS: [steer::End; 2] = [steer::End::Send, steer::End::Receive];
+pub(crate) const STEER_OUTCOMES: [steer::Outcome; 3] =
+    [steer::Outcome::Moved, steer::Outcome::Failed, steer::Outcome::InDoubt];
+
 /// How many variants each list must have, by matches that the compiler keeps complete.
 pub(crate) fn complete() -> bool {
     let refuse = REFUSE_CODES.map(|code| match code {
@@ -361,6 +444,22 @@ pub(crate) fn complete() -> bool {
         Phase::Loaded => 5,
         Phase::Stopped => 6,
     });
+    let steer_errors = STEER_ERROR_CODES.map(|code| match code {
+        steer::ErrorCode::BadRequest => 0,
+        steer::ErrorCode::BadValue => 1,
+        steer::ErrorCode::TooLate => 2,
+    });
+    let steer_ends = STEER_ENDS.map(|end| match end {
+        steer::End::Send => 0,
+        steer::End::Receive => 1,
+    });
+    let steer_outcomes = STEER_OUTCOMES.map(|outcome| match outcome {
+        steer::Outcome::Moved => 0,
+        steer::Outcome::Failed => 1,
+        steer::Outcome::InDoubt => 2,
+    });
+    let steer: [&[usize]; 3] = [&steer_errors, &steer_ends, &steer_outcomes];
     let lists: [&[usize]; 8] = [&refuse, &outcomes, &kinds, &spaces, &roles, &modes, &errors, &phases];
+    let lists = [&lists[..], &steer[..]].concat();
     lists.iter().all(|list| list.iter().copied().eq(0..list.len()))
 }

@@ -15,6 +15,7 @@ use protocol::monitor::{Pledge, Reply, Request, Status};
 use protocol::page::{PageRun, SpaceId};
 use protocol::payload::Encoding;
 use protocol::state::{Section, State};
+use protocol::steer::{self, Answer, Order};
 
 fn migration() -> impl Strategy<Value = MigrationId> {
     any::<u128>().prop_map(MigrationId)
@@ -164,6 +165,70 @@ pub(crate) fn reply() -> impl Strategy<Value = Reply> {
         Just(Reply::Done),
         (select(&samples::ERROR_CODES[..]), text())
             .prop_map(|(code, message)| Reply::Error { code, message }),
+    ]
+}
+
+fn limits() -> impl Strategy<Value = steer::Limits> {
+    let numbers = (option::of(any::<u64>()), option::of(any::<u64>()), option::of(any::<u64>()));
+    let words = (option::of(text()), option::of(vec(text(), 0..4)));
+    let small = (option::of(any::<u32>()), option::of(any::<u8>()), option::of(any::<u64>()));
+    (numbers, words, small).prop_map(|(numbers, (on_timeout, on_stall), small)| steer::Limits {
+        downtime_us: numbers.0,
+        max_downtime_us: numbers.1,
+        max_rounds: small.0,
+        timeout_us: numbers.2,
+        on_timeout,
+        on_stall,
+        max_throttle_percent: small.1,
+        bandwidth_bytes_per_s: small.2,
+    })
+}
+
+pub(crate) fn order() -> impl Strategy<Value = Order> {
+    prop_oneof![
+        Just(Order::Status),
+        any::<u64>().prop_map(|limit_ms| Order::Await { limit_ms }),
+        Just(Order::Cancel),
+        limits().prop_map(Order::Set),
+    ]
+}
+
+pub(crate) fn answer() -> impl Strategy<Value = Answer> {
+    let who = (text(), any::<u32>(), select(&samples::STEER_ENDS[..]), migration(), text(), text());
+    let how = (text(), any::<bool>(), option::of(select(&samples::STEER_OUTCOMES[..])), option::of(text()));
+    let counts = any::<[u64; 6]>();
+    let maybe = (option::of(any::<u64>()), option::of(any::<u64>()), option::of(any::<u8>()));
+    let status = (who, how, counts, maybe, limits()).prop_map(|(who, how, counts, maybe, limits)| {
+        Answer::Status(Box::new(steer::Status {
+            software: who.0,
+            pid: who.1,
+            end: who.2,
+            migration: who.3,
+            workload: who.4,
+            peer: who.5,
+            phase: how.0,
+            cancellable: how.1,
+            outcome: how.2,
+            reason: how.3,
+            elapsed_us: counts[0],
+            memory_bytes: counts[1],
+            round: counts[2] as u32,
+            dirty_pages: counts[3],
+            done_pages: counts[4],
+            moved_bytes: counts[5],
+            rate_bytes_per_s: counts[0] ^ counts[1],
+            dirty_bytes_per_s: maybe.0,
+            predicted_downtime_us: maybe.1,
+            throttle_percent: maybe.2,
+            eta_us: maybe.0,
+            limits,
+        }))
+    });
+    prop_oneof![
+        status,
+        Just(Answer::Done),
+        (select(&samples::STEER_ERROR_CODES[..]), text())
+            .prop_map(|(code, message)| Answer::Error { code, message }),
     ]
 }
 
