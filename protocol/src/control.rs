@@ -33,7 +33,9 @@
 //!
 //! Instead of `Offer`, a sender that lost its link behind `Commit` says `Ask` on a new connection and is told the
 //! `Outcome`, or `Incomplete`: then it may say `Recover`, is told in `Missing` what is still to be sent, and goes on
-//! from there. Either end may say why it gives up: `Cancel` downstream, `Failed` upstream.
+//! from there. One that lost its link in the rounds says `Resume`, and one that opens a further connection says
+//! `Join`. The first message behind `Hello` tells what a connection is about. Either end may say why it gives up:
+//! `Cancel` downstream, `Failed` upstream.
 
 use crate::MigrationId;
 use crate::error::{ProtocolError, Result};
@@ -111,6 +113,18 @@ pub enum Downstream {
         /// Which migration.
         migration: MigrationId,
     },
+    /// A further connection of a migration that was accepted on another one. Needs the capability `connections`.
+    Join {
+        /// Which migration.
+        migration: MigrationId,
+        /// Which of its connections this is; the one that made the offer is 0.
+        connection: u16,
+    },
+    /// The link was lost in the rounds: this connection takes its place. Needs the capability `resume`.
+    Resume {
+        /// Which migration.
+        migration: MigrationId,
+    },
 }
 
 impl Downstream {
@@ -127,6 +141,8 @@ impl Downstream {
             Self::Cancel { .. } => "Cancel",
             Self::Ask { .. } => "Ask",
             Self::Recover { .. } => "Recover",
+            Self::Join { .. } => "Join",
+            Self::Resume { .. } => "Resume",
         }
     }
 }
@@ -275,6 +291,8 @@ pub enum RefuseCode {
     BadOffer,
     /// The destination could not build the workload (no KVM, no permission, …).
     Host,
+    /// There is no such migration under way that this peer offered. The answer to `Join` and `Resume`.
+    NoSuchMigration,
 }
 
 /// What became of a migration, by the receiver's word.

@@ -21,6 +21,7 @@ mod books;
 mod pages;
 
 use super::Inbound;
+use super::visitor::tell;
 use crate::conversation::out_of_order;
 use crate::destination::{Destination, Incomplete};
 use crate::error::{Error, Result, clean};
@@ -85,10 +86,10 @@ impl Inbound<'_> {
         let mut following = Following::begin(workload)?;
         let done = self.phase(Phase::PostCopy, |me| me.serve(&mut following, migration));
         if done.is_ok() {
-            self.ledger.record(migration, Outcome::Started);
-            self.tell(&Upstream::Complete { migration });
+            self.desk.ledger().record(migration, Outcome::Started);
+            tell(&mut self.talk, &Upstream::Complete { migration });
         } else if let Err(error) = &done {
-            self.tell(&Upstream::Failed { reason: clean(&error.to_string()) });
+            tell(&mut self.talk, &Upstream::Failed { reason: clean(&error.to_string()) });
         }
         let report = FaultReport { duration_us: micros(begun.elapsed()), ..following.books.report() };
         self.report.post_copy = Some(report);
@@ -108,7 +109,7 @@ impl Inbound<'_> {
     ) -> Result<()> {
         match destination.start_incomplete(migration).map_err(|error| error.during(Phase::Commit)) {
             Ok(workload) => {
-                self.tell(&Upstream::Started { migration });
+                tell(&mut self.talk, &Upstream::Started { migration });
                 self.follow(workload, migration)
             }
             Err(error) => {
@@ -118,22 +119,8 @@ impl Inbound<'_> {
         }
     }
 
-    /// A sender asks on the first connection: takes up the workload if it misses pages still, or answers.
-    pub(super) fn know(
-        &mut self,
-        destination: &dyn Destination,
-        migration: MigrationId,
-    ) -> Result<Option<Outcome>> {
-        let workload = if self.post_copy { destination.take_up(migration)? } else { None };
-        match workload {
-            Some(workload) => self.take_up(workload, migration).map(|()| None),
-            None => self.phase(Phase::Settle, |me| me.answer(migration)).map(Some),
-        }
-    }
-
     /// Takes up what another engine left, for a sender that has just asked about it.
-    fn take_up(&mut self, workload: Arc<dyn Incomplete>, migration: MigrationId) -> Result<()> {
-        self.report.migration = Some(migration);
+    pub(super) fn go_on_with(&mut self, workload: Arc<dyn Incomplete>, migration: MigrationId) -> Result<()> {
         self.talk.say(&Upstream::Incomplete { migration }, &[], self.options.idle)?;
         self.await_recover(migration)?;
         say_missing(&mut self.talk, workload.missing(), self.options.idle)?;
@@ -226,8 +213,13 @@ impl Inbound<'_> {
     /// Looks whether somebody dialled; a sender that asks about this migration goes on over its new connection.
     fn look_for_sender(&mut self, following: &mut Following, migration: MigrationId) {
         let wait = if self.talk.link().is_ok() { Duration::ZERO } else { LOOK };
-        let Ok(link) = (self.accept)(wait) else { return };
-        if self.visit(crate::conversation::Receiver::new(link, protocol::control::MAX_BLOB_BYTES)).is_none() {
+        let Some(visitor) = self.visitors.as_ref().and_then(|visitors| visitors.next(wait)) else { return };
+        if !visitor.post_copy {
+            // It could not understand the answer, and must not hear a wrong one.
+            self.desk.dismiss(visitor);
+            return;
+        }
+        if self.visit(visitor).is_none() {
             return;
         }
         if let Err(error) = self.go_on(following, migration) {

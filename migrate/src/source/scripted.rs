@@ -124,6 +124,13 @@ impl Machine {
         Self { workload, witness, vm: Arc::new(Mutex::new(vm)) }
     }
 
+    /// The same machine under another name.
+    #[must_use]
+    pub fn named(mut self, name: &str) -> Self {
+        self.workload.name = name.into();
+        self
+    }
+
     /// Calls `hook` at every call that the engine makes, with how many of that kind came before; its error is the
     /// call's.
     pub fn on_call(&self, hook: impl FnMut(Call, u32) -> Result<()> + Send + 'static) {

@@ -11,8 +11,20 @@ use protocol::steer::{self, Answer, Order};
 
 pub(crate) const MIGRATION: MigrationId = MigrationId(0x0011_2233_4455_6677_8899_aabb_ccdd_eeff);
 
-pub(crate) const DOWNSTREAM_TYPES: [&str; 10] =
-    ["hello", "offer", "state", "commit", "done", "cancel", "ask", "round-sent", "missing", "recover"];
+pub(crate) const DOWNSTREAM_TYPES: [&str; 12] = [
+    "hello",
+    "offer",
+    "state",
+    "commit",
+    "done",
+    "cancel",
+    "ask",
+    "round-sent",
+    "missing",
+    "recover",
+    "join",
+    "resume",
+];
 pub(crate) const UPSTREAM_TYPES: [&str; 12] = [
     "hello",
     "accept",
@@ -81,6 +93,8 @@ pub(crate) fn downstream_type(message: &Downstream) -> &'static str {
         Downstream::RoundSent { .. } => 7,
         Downstream::Missing { .. } => 8,
         Downstream::Recover { .. } => 9,
+        Downstream::Join { .. } => 10,
+        Downstream::Resume { .. } => 11,
     }]
 }
 
@@ -187,6 +201,8 @@ pub(crate) fn downstream() -> Vec<Downstream> {
         Downstream::RoundSent { round: 0 },
         Downstream::Missing { pages: 5 },
         Downstream::Recover { migration: MIGRATION },
+        Downstream::Join { migration: MIGRATION, connection: 1 },
+        Downstream::Resume { migration: MIGRATION },
     ]
 }
 
@@ -365,7 +381,7 @@ pub(crate) fn page() -> Vec<u8> {
 
 // The names that stand for something, all of them. `complete` does not compile when one is missing from its match.
 
-pub(crate) const REFUSE_CODES: [RefuseCode; 7] = [
+pub(crate) const REFUSE_CODES: [RefuseCode; 8] = [
     RefuseCode::Version,
     RefuseCode::Memory,
     RefuseCode::NameTaken,
@@ -373,6 +389,7 @@ pub(crate) const REFUSE_CODES: [RefuseCode; 7] = [
     RefuseCode::Busy,
     RefuseCode::BadOffer,
     RefuseCode::Host,
+    RefuseCode::NoSuchMigration,
 ];
 pub(crate) const OUTCOMES: [Outcome; 3] = [Outcome::Started, Outcome::Discarded, Outcome::Unknown];
 pub(crate) const WORKLOAD_KINDS: [WorkloadKind; 1] = [WorkloadKind::Vm];
@@ -408,6 +425,7 @@ pub(crate) fn complete() -> bool {
         RefuseCode::Busy => 4,
         RefuseCode::BadOffer => 5,
         RefuseCode::Host => 6,
+        RefuseCode::NoSuchMigration => 7,
     });
     let outcomes = OUTCOMES.map(|outcome| match outcome {
         Outcome::Started => 0,

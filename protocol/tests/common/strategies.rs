@@ -65,6 +65,9 @@ pub(crate) fn downstream() -> impl Strategy<Value = Downstream> {
         any::<u32>().prop_map(|round| Downstream::RoundSent { round }),
         any::<u64>().prop_map(|pages| Downstream::Missing { pages }),
         migration().prop_map(|migration| Downstream::Recover { migration }),
+        (migration(), any::<u16>())
+            .prop_map(|(migration, connection)| Downstream::Join { migration, connection }),
+        migration().prop_map(|migration| Downstream::Resume { migration }),
     ]
 }
 
