@@ -25,6 +25,11 @@ impl CancelFlag {
         self.0.load(Relaxed)
     }
 
+    /// Whether it was asked to stop since the last time; the next wish is a new one.
+    pub fn take(&self) -> bool {
+        self.0.swap(false, Relaxed)
+    }
+
     /// Ends what is being done once the flag is set.
     ///
     /// # Errors

@@ -21,6 +21,7 @@ use crate::select::{Batch, Piece, Selector, Window, batches};
 use protocol::ProtocolError;
 use protocol::control::{Downstream, MAX_BLOB_BYTES, Upstream};
 use protocol::page::{PAGE_SIZE, PageSet, SpaceId};
+use protocol::sparse;
 use std::time::{Duration, Instant};
 
 impl Outbound<'_> {
@@ -74,7 +75,10 @@ impl Outbound<'_> {
                     ));
                     return Ok(());
                 }
-                Decision::PostCopy { predicted } => return self.post_copy(predicted),
+                Decision::PostCopy { .. } => {
+                    self.post_copy();
+                    return Ok(());
+                }
                 Decision::GiveUp { bound, predicted } => return Err(self.not_converged(bound, predicted)),
             }
         }
@@ -134,12 +138,13 @@ impl Outbound<'_> {
 
     /// Whether both ends can do post-copy.
     fn can_post_copy(&self) -> bool {
-        false
+        self.peer_can_post_copy
     }
 
-    /// Goes on with the memory behind the workload instead of before it.
-    fn post_copy(&mut self, predicted: Duration) -> Result<()> {
-        Err(self.not_converged(Bound::Stall, predicted))
+    /// Goes on with the memory behind the workload instead of before it: from now on what is missing is noted, and not
+    /// sent.
+    fn post_copy(&mut self) {
+        self.missing = Some(Vec::new());
     }
 
     /// Stops the workload and sends what it wrote since the last round.
@@ -154,7 +159,10 @@ impl Outbound<'_> {
         let dirty = self.harvest(Selector::Precopy)?;
         let plan = self.hot.remaining(&dirty);
         let round = self.last_round();
-        let mut report = self.send_pages(round, true, plan)?;
+        let mut report = match self.missing {
+            Some(_) => self.announce(round, plan)?,
+            None => self.send_pages(round, true, plan)?,
+        };
         self.lanes.end_round(round);
         self.lanes.finish();
         (report.frozen, report.duration_us) = (true, micros(frozen_at.elapsed()));
@@ -175,7 +183,35 @@ impl Outbound<'_> {
             );
         }
         let last_round = self.last_round();
+        if let Some(missing) = &self.missing {
+            let pages = missing.iter().map(PageSet::count).sum();
+            let message = Downstream::Missing { pages };
+            self.talk.say(&message, &sparse::encode(missing), self.options.stall)?;
+        }
         self.talk.say(&Downstream::State { last_round }, &state, self.options.stall)
+    }
+
+    /// Instead of the last pages: notes which they are. Nothing is taken, because nothing is delivered. Pages that are
+    /// dirty and were given back to the host are zeros, which cost nothing to send now.
+    fn announce(&mut self, round: u32, plan: Vec<PageSet>) -> Result<RoundReport> {
+        let dirty_pages = plan.iter().map(PageSet::count).sum();
+        self.ticker.round_begins(round, dirty_pages, self.lanes.sent());
+        let (mut missing, mut absent) = (plan.clone(), plan);
+        let spaces = self.source.workload().layout.spaces.clone();
+        for ((space, missing), absent) in spaces.iter().zip(&mut missing).zip(&mut absent) {
+            self.source.present(space.id, 0, space.pages, missing)?;
+            absent.subtract(missing);
+        }
+        for batch in batches(&absent).collect::<Vec<_>>() {
+            let Some(pages) = absent.get(usize::from(batch.space.0)) else { continue };
+            for piece in Window::of(pages, &batch)?.pieces() {
+                self.reserve()?;
+                self.lanes.send(round, true, piece.runs, Contents::Zeros);
+            }
+        }
+        let remaining_pages = missing.iter().map(PageSet::count).sum();
+        self.missing = Some(missing);
+        Ok(RoundReport { round, dirty_pages, remaining_pages, ..RoundReport::default() })
     }
 
     /// Waits until the destination has everything and has checked it.

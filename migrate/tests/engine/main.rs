@@ -15,6 +15,7 @@ mod moves;
 mod cuts;
 mod failures;
 mod hostile;
+mod postcopy;
 mod desk;
 mod stalls;
 mod hot;
