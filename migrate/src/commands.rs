@@ -1,9 +1,11 @@
 //! The verbs, one a file, and what they share.
 
+mod limits;
 mod target;
 pub mod vm;
 pub mod send;
 pub mod receive;
+pub mod replay;
 pub mod keys;
 pub mod recover;
 pub mod ledger;

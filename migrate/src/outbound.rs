@@ -30,20 +30,24 @@
 //! meant for a destination that is gone, so all of it is given back, whichever rounds had arrived there.
 
 mod ticker;
+mod encode;
 mod lanes;
 mod rounds;
 mod commit;
 mod settle;
 
 use crate::cancel::CancelFlag;
+use crate::controls::Controls;
 use crate::converge::{Limits, Measured, OnTimeout};
 use crate::conversation::{self, out_of_order};
 use crate::error::{Error, Result, clean};
 use crate::link::Link;
-use crate::report::{Event, Observer, Outcome, Phase, PhaseTime, Report, micros};
+use crate::report::{Event, FixedPart, Observer, Outcome, Phase, PhaseTime, Report, micros};
 use crate::source::Source;
 use commit::Answer;
 pub use commit::ask;
+pub use encode::Packs;
+use encode::Plan;
 use lanes::Lanes;
 use protocol::MigrationId;
 use protocol::control::{Downstream, Offer, Upstream};
@@ -59,13 +63,17 @@ use ticker::Ticker;
 pub struct Options {
     /// The name of this migration: see [`new_migration_id`].
     pub migration: MigrationId,
-    /// When to freeze, and how long to try.
-    pub limits: Limits,
+    /// When to freeze, how long to try, and how fast: read at every decision, so that it may change meanwhile.
+    pub controls: Controls,
     /// What freezing, saving, loading and starting cost, without pages and round trips: what the last migration of
     /// this kind measured, or a guess.
     pub fixed_cost: Duration,
+    /// The moves that `fixed_cost` is known from; 0 for a guess.
+    pub fixed_cost_known_from: u32,
     /// Page streams, 1 to [`MAX_PAGE_STREAMS`].
     pub page_streams: u16,
+    /// Which ways of packing pages may be used.
+    pub packs: Packs,
     /// The longest the peer may leave us waiting with nothing moving on the link.
     pub stall: Duration,
     /// The longest the destination may take to make room for the workload.
@@ -79,19 +87,21 @@ impl Options {
     pub fn new(migration: MigrationId) -> Self {
         Self {
             migration,
-            limits: Limits {
-                downtime: Duration::from_millis(50),
-                max_rounds: 30,
-                timeout: Duration::from_secs(600),
-                on_timeout: OnTimeout::Cancel,
-            },
+            controls: Controls::new(Limits::default()),
             fixed_cost: Duration::from_millis(2),
+            fixed_cost_known_from: 0,
             page_streams: 2,
+            packs: Packs::default(),
             stall: Duration::from_secs(10),
             // Touching fresh memory was measured at up to 2 s/GiB on a machine that must get it back from its host.
             prepare: Duration::from_secs(120),
             ask: Duration::from_secs(30),
         }
+    }
+
+    /// The limits as they are now.
+    pub fn limits(&self) -> Limits {
+        self.controls.limits()
     }
 }
 
@@ -148,11 +158,15 @@ struct Outbound<'a> {
     taken: Vec<PageSet>,
     /// The rounds that were acknowledged.
     measured: Vec<Measured>,
+    /// How much the workload is slowed down, in percent.
+    throttle_percent: u8,
     /// What a message there and its answer back take.
     round_trip: Duration,
+    /// The capabilities of both ends.
+    agreed: Vec<&'static str>,
     begun: Instant,
-    /// While rounds are sent and there is nothing to force: when they must be over.
-    deadline: Option<Instant>,
+    /// While rounds are sent: when they began.
+    rounds_since: Option<Instant>,
     frozen_at: Option<Instant>,
 }
 
@@ -182,6 +196,11 @@ impl<'a> Outbound<'a> {
             sent_bytes: 0,
             state_bytes: 0,
             downtime_us: 0,
+            fixed: FixedPart {
+                assumed_us: micros(options.fixed_cost),
+                known_from: options.fixed_cost_known_from,
+                ..FixedPart::default()
+            },
             total_us: 0,
             link: link.stats(),
             warnings: Vec::new(),
@@ -197,9 +216,11 @@ impl<'a> Outbound<'a> {
             ticker: Ticker::new(observer),
             report,
             measured: Vec::new(),
+            throttle_percent: 0,
             round_trip: Duration::ZERO,
+            agreed: Vec::new(),
             begun: Instant::now(),
-            deadline: None,
+            rounds_since: None,
             frozen_at: None,
         }
     }
@@ -260,6 +281,7 @@ impl<'a> Outbound<'a> {
                 let capabilities = hello.agree()?;
                 self.round_trip = begun.elapsed();
                 tracing::info!(peer = clean(&hello.software), ?capabilities, "greeted");
+                self.agreed = capabilities;
                 Ok(())
             }
             other => Err(out_of_order("Hello", other.name())),
@@ -280,7 +302,13 @@ impl<'a> Outbound<'a> {
             Upstream::Accept => {}
             other => return Err(out_of_order("Accept", other.name())),
         }
-        self.lanes = Lanes::open(self.talk.link()?, self.options.page_streams)?;
+        let Options { page_streams, packs, controls, .. } = self.options;
+        self.lanes = Lanes::open(
+            self.talk.link()?,
+            *page_streams,
+            Plan::new(*packs, &self.agreed),
+            &controls.bandwidth(),
+        )?;
         Ok(())
     }
 
@@ -297,10 +325,10 @@ impl<'a> Outbound<'a> {
     /// The peer's next message, before `Commit`. Cancelling, a failing page stream and the peer's own failure end the
     /// wait.
     fn hear(&mut self, what: &'static str, limit: Duration) -> Result<Upstream> {
-        let Self { talk, lanes, cancel, ticker, deadline, options, .. } = self;
+        let Self { talk, lanes, cancel, ticker, rounds_since, options, .. } = self;
         let mut watch = || {
             cancel.check()?;
-            check_deadline(*deadline, options)?;
+            check_deadline(*rounds_since, options)?;
             lanes.check()?;
             ticker.tick(lanes.sent());
             Ok(lanes.sent().bytes)
@@ -314,12 +342,13 @@ impl<'a> Outbound<'a> {
 }
 
 /// Ends the rounds of a migration that is not to be forced once they take too long, in the middle of one too.
-fn check_deadline(deadline: Option<Instant>, options: &Options) -> Result<()> {
-    if deadline.is_none_or(|deadline| Instant::now() < deadline) {
+fn check_deadline(rounds_since: Option<Instant>, options: &Options) -> Result<()> {
+    let Limits { timeout, on_timeout, .. } = options.limits();
+    if on_timeout != OnTimeout::Cancel || rounds_since.is_none_or(|since| since.elapsed() < timeout) {
         return Ok(());
     }
     Err(Error::NotConverged(format!(
         "memory was not copied within {} s: allow more time, or freeze the workload then",
-        options.limits.timeout.as_secs_f32()
+        timeout.as_secs_f32()
     )))
 }

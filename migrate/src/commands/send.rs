@@ -1,20 +1,26 @@
 //! `migrate send`: move a running VM to another host.
 
+use super::limits::LimitArgs;
 use super::target::Target;
 use super::{cancel_on_signals, emit};
 use crate::cli::Common;
-use crate::converge::OnTimeout;
+use crate::controls::check_limits;
+use crate::converge::Limits;
+use crate::converge::trace::Recorder;
 use crate::error::{Error, Result};
+use crate::history::History;
 use crate::identity::{self, Identity, TrustStore};
 use crate::link::Link;
 use crate::link::quic::{self, Settings};
 use crate::outbound::{self, Options};
-use crate::paths::RuntimeDir;
+use crate::paths::{self, RuntimeDir};
 use crate::progress;
+use crate::report::{Event, Observer, Outcome};
 use crate::source::vm::VmSource;
 use crate::units;
-use clap::ValueEnum;
 use protocol::monitor::Phase;
+use std::fs::File;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -26,31 +32,17 @@ pub struct Args {
     vm: String,
     /// Where migrate receive listens: HOST:PORT.
     address: String,
-    /// The downtime to aim at.
-    #[arg(long, value_name = "TIME", default_value = "50ms", value_parser = units::duration)]
-    downtime: Duration,
-    /// The most rounds before --on-timeout decides.
-    #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
-    max_rounds: u32,
-    /// The longest time before --on-timeout decides.
-    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = units::duration)]
-    timeout: Duration,
-    /// What to do when rounds or time are used up: leave the VM here, or move it whatever the downtime.
-    #[arg(long, value_enum, default_value = "cancel")]
-    on_timeout: Choice,
+    #[command(flatten)]
+    limits: LimitArgs,
+    /// Write everything that each decision looks at to this file: see migrate replay.
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
     /// How long to wait for a peer that says nothing.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = units::duration)]
     link_timeout: Duration,
     /// How long to ask for the answer when the link breaks behind the commit.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = units::duration)]
     ask_timeout: Duration,
-}
-
-/// The words for [`OnTimeout`].
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum Choice {
-    Cancel,
-    Force,
 }
 
 /// Runs the verb.
@@ -79,21 +71,32 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let source = VmSource::connect(&status.name, target.socket(), &args.address)?;
     let link = dial()?;
     let mut options = Options::new(outbound::new_migration_id()?);
-    options.limits.downtime = args.downtime;
-    options.limits.max_rounds = args.max_rounds;
-    options.limits.timeout = args.timeout;
-    options.limits.on_timeout = match args.on_timeout {
-        Choice::Cancel => OnTimeout::Cancel,
-        Choice::Force => OnTimeout::Force,
-    };
+    let limits = args.limits.over(&Limits::default());
+    check_limits(&limits).map_err(Error::Usage)?;
+    options.controls.change(|now| *now = limits);
+    let peer = link.peer();
+    let history = paths::state_dir(common.state_dir.as_deref()).map(|dir| History::in_dir(&dir));
+    if let Some((fixed, moves)) = history.as_ref().and_then(|history| history.fixed(&peer)) {
+        options.fixed_cost = fixed;
+        options.fixed_cost_known_from = u32::try_from(moves).unwrap_or(u32::MAX);
+    }
     options.stall = args.link_timeout;
     options.ask = args.ask_timeout;
-    let mut observer = progress::observer(common);
+    let inner = progress::observer(common);
+    let mut observer = match &args.trace {
+        Some(path) => tracing_to(path, &status.name, inner)?,
+        None => inner,
+    };
     let sent = outbound::send(Box::new(source), link, &mut dial, &options, &cancel, observer.as_mut());
     let (report, failure) = match sent {
         Ok(report) => (report, None),
         Err(failed) => (failed.report, Some(failed.error)),
     };
+    if let (Some(history), Outcome::Moved) = (history, &report.outcome) {
+        history.record(&peer, Duration::from_micros(report.fixed.actual_us)).unwrap_or_else(|error| {
+            tracing::warn!(%error, "what this move cost is not remembered");
+        });
+    }
     if common.json {
         let mut line = serde_json::to_value(&report).unwrap_or_default();
         line["event"] = "report".into();
@@ -111,4 +114,30 @@ pub(super) fn settings(link_timeout: Duration) -> Settings {
     settings.keep_alive = (link_timeout / 5).min(settings.keep_alive);
     settings.stall_timeout = link_timeout;
     settings
+}
+
+/// An observer that writes a trace besides.
+struct Traced {
+    inner: Box<dyn Observer>,
+    trace: Option<Recorder<File>>,
+}
+
+fn tracing_to(path: &Path, workload: &str, inner: Box<dyn Observer>) -> Result<Box<dyn Observer>> {
+    let trace = File::create(path)
+        .and_then(|file| Recorder::begin(file, workload))
+        .map_err(|error| Error::Host(format!("the trace {} cannot be written: {error}", path.display())))?;
+    Ok(Box::new(Traced { inner, trace: Some(trace) }))
+}
+
+impl Observer for Traced {
+    fn event(&mut self, event: &Event) {
+        self.inner.event(event);
+        if let (Event::Decided(entry), Some(trace)) = (event, &mut self.trace)
+            && let Err(error) = trace.add(entry)
+        {
+            // A move is worth more than its trace.
+            tracing::warn!(%error, "the trace ends here");
+            self.trace = None;
+        }
+    }
 }

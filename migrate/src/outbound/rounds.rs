@@ -11,7 +11,9 @@
 
 use super::lanes::{Contents, Sent};
 use super::{Outbound, check_deadline};
-use crate::converge::{Bound, Decision, Limits, Measured, OnTimeout, bandwidth_bytes_per_s, decide};
+use crate::converge::forecast::Forecast;
+use crate::converge::trace::Entry;
+use crate::converge::{Bound, Decision, Limits, Measured, Situation, bandwidth_bytes_per_s, decide};
 use crate::conversation::out_of_order;
 use crate::error::{Error, Result};
 use crate::report::{Event, RoundReport, micros, rate};
@@ -25,10 +27,7 @@ impl Outbound<'_> {
     /// Rounds until the stop rule says freeze.
     pub(super) fn rounds(&mut self) -> Result<()> {
         let begun = Instant::now();
-        let Limits { timeout, on_timeout, .. } = self.options.limits;
-        if on_timeout == OnTimeout::Cancel {
-            self.deadline = begun.checked_add(timeout);
-        }
+        self.rounds_since = Some(begun);
         let mut selector = Selector::Full;
         let mut harvested_at = Instant::now();
         let mut harvest = self.source.harvest()?;
@@ -44,18 +43,28 @@ impl Outbound<'_> {
                 sent_bytes: round.sent_bytes,
                 duration: Duration::from_micros(round.duration_us),
                 remaining_pages: round.remaining_pages,
+                throttle_percent: self.throttle_percent,
+                ..Measured::default()
             });
-            let decision = decide(&self.measured, self.fixed_cost(), &self.options.limits, begun.elapsed());
-            let (Decision::Round { predicted }
-            | Decision::Freeze { predicted }
-            | Decision::Force { predicted }
-            | Decision::GiveUp { predicted, .. }) = decision;
+            let entry = self.decide(begun.elapsed());
+            let decision = entry.decided;
+            let predicted = decision.predicted();
             round.predicted_downtime_us = micros(predicted);
             self.ticker.predict(predicted);
             self.round_is_over(round);
+            self.ticker.event(&Event::Decided(Box::new(entry)));
             match decision {
                 Decision::Round { .. } => {}
+                Decision::Throttle { percent, .. } => self.throttle(percent)?,
                 Decision::Freeze { .. } => return Ok(()),
+                Decision::Minimum { .. } => {
+                    self.report.warnings.push(format!(
+                        "the downtime budget could not be met: what remained no longer fell, so it was frozen at a \
+                         minimum, with {} ms predicted",
+                        predicted.as_millis()
+                    ));
+                    return Ok(());
+                }
                 Decision::Force { .. } => {
                     self.report.warnings.push(format!(
                         "the downtime budget could not be met: frozen with {} ms predicted",
@@ -63,23 +72,63 @@ impl Outbound<'_> {
                     ));
                     return Ok(());
                 }
+                Decision::PostCopy { predicted } => return self.post_copy(predicted),
                 Decision::GiveUp { bound, predicted } => return Err(self.not_converged(bound, predicted)),
             }
         }
     }
 
+    /// What the operator allows, as it is now: read anew for every decision.
+    fn limits(&self) -> Limits {
+        self.options.limits()
+    }
+
+    /// What to do behind the round that was just measured, and on what grounds.
+    fn decide(&self, elapsed: Duration) -> Entry {
+        // In whole microseconds, as a trace keeps them: what is replayed must be what was decided.
+        let whole = |time| Duration::from_micros(micros(time));
+        let (fixed, elapsed) = (whole(self.fixed_cost()), whole(elapsed));
+        let (rounds, limits) = (&self.measured, self.limits());
+        let (can_throttle, can_post_copy) = (self.source.can_throttle(), self.can_post_copy());
+        let now = Situation { rounds, fixed, elapsed, can_throttle, can_post_copy, limits: &limits };
+        let decided = decide(&now);
+        let round = rounds.last().copied().unwrap_or_default();
+        Entry { round, fixed, elapsed, can_throttle, can_post_copy, decided, limits }
+    }
+
+    /// Slows the workload down. It is the source that lets it run again, whatever ends the rounds.
+    fn throttle(&mut self, percent: u8) -> Result<()> {
+        if percent != self.throttle_percent {
+            tracing::info!(percent, "throttled");
+            self.source.throttle(percent)?;
+            self.throttle_percent = percent;
+        }
+        Ok(())
+    }
+
+    /// Whether both ends can do post-copy.
+    fn can_post_copy(&self) -> bool {
+        false
+    }
+
+    /// Goes on with the memory behind the workload instead of before it.
+    fn post_copy(&mut self, predicted: Duration) -> Result<()> {
+        Err(self.not_converged(Bound::Stall, predicted))
+    }
+
     /// Stops the workload and sends what it wrote since the last round.
     pub(super) fn freeze(&mut self) -> Result<()> {
         self.cancel.check()?;
-        self.deadline = None;
+        self.rounds_since = None;
         let frozen_at = Instant::now();
         self.source.freeze()?;
         self.frozen_at = Some(frozen_at);
+        self.report.fixed.pause_us = micros(frozen_at.elapsed());
         // Again, now that nothing writes: devices had writes in flight until this call.
         let harvest = self.source.harvest()?;
         let plan = Selector::Precopy.plan(&self.source.workload().layout, harvest)?;
         let round = self.last_round();
-        let mut report = self.send_pages(round, plan)?;
+        let mut report = self.send_pages(round, true, plan)?;
         self.lanes.end_round(round);
         self.lanes.finish();
         (report.frozen, report.duration_us) = (true, micros(frozen_at.elapsed()));
@@ -89,7 +138,9 @@ impl Outbound<'_> {
 
     /// Saves the state, while the lanes still send the last pages, and sends it behind them.
     pub(super) fn state(&mut self) -> Result<()> {
+        let saving = Instant::now();
         let state = self.source.state()?;
+        self.report.fixed.save_us = micros(saving.elapsed());
         self.report.state_bytes = state.len() as u64;
         if state.len() as u64 > u64::from(MAX_BLOB_BYTES) {
             let (found, limit) = (state.len() as u64, u64::from(MAX_BLOB_BYTES));
@@ -127,10 +178,21 @@ impl Outbound<'_> {
         self.options.fixed_cost + if measured.is_zero() { self.round_trip } else { measured }
     }
 
+    /// What of the downtime is left when round trips, the overhead of a round and the last pages are taken away: the
+    /// same as [`Options::fixed_cost`](super::Options::fixed_cost) stands for, so that the next move can count with it.
+    pub(super) fn learn_fixed_part(&mut self, downtime: Duration) {
+        let trips = self.fixed_cost().saturating_sub(self.options.fixed_cost);
+        let last_bytes = self.report.rounds.last().map_or(0, |round| round.sent_bytes);
+        let explained =
+            trips + Forecast::of(&self.measured, Duration::ZERO).moving(last_bytes, &self.measured);
+        let fixed = &mut self.report.fixed;
+        fixed.actual_us = micros(downtime.saturating_sub(explained));
+    }
+
     /// A round from its harvest to the answer that all of it arrived.
     fn live_round(&mut self, plan: Vec<PageSet>, harvested_at: Instant) -> Result<RoundReport> {
         let round = self.measured.len() as u32;
-        let mut report = self.send_pages(round, plan)?;
+        let mut report = self.send_pages(round, false, plan)?;
         self.lanes.end_round(round);
         self.talk.say(&Downstream::RoundSent { round }, &[], self.options.stall)?;
         match self.hear("the destination to have a round in memory", self.options.stall)? {
@@ -143,13 +205,15 @@ impl Outbound<'_> {
     }
 
     /// Takes, reads and sends the pages of a plan, batch by batch.
-    fn send_pages(&mut self, round: u32, mut plan: Vec<PageSet>) -> Result<RoundReport> {
+    fn send_pages(&mut self, round: u32, frozen: bool, mut plan: Vec<PageSet>) -> Result<RoundReport> {
         let dirty_pages = plan.iter().map(PageSet::count).sum();
-        let mut report = RoundReport { round, dirty_pages, ..RoundReport::default() };
+        let throttle_percent = if self.frozen_at.is_none() { self.throttle_percent } else { 0 };
+        let mut report = RoundReport { round, dirty_pages, throttle_percent, ..RoundReport::default() };
+        self.lanes.begin_round();
         self.ticker.round_begins(round, dirty_pages, self.lanes.sent());
         for batch in batches(&plan).collect::<Vec<_>>() {
             if let Some(pages) = plan.get_mut(usize::from(batch.space.0)) {
-                report.skipped_pages += self.send_batch(round, &batch, pages)?;
+                report.skipped_pages += self.send_batch(round, frozen, &batch, pages)?;
             }
             self.ticker.done(batch.dirty_pages);
             self.ticker.tick(self.lanes.sent());
@@ -159,7 +223,7 @@ impl Outbound<'_> {
     }
 
     /// Sends the pages of one batch; answers how many need not be sent.
-    fn send_batch(&mut self, round: u32, batch: &Batch, pages: &mut PageSet) -> Result<u64> {
+    fn send_batch(&mut self, round: u32, frozen: bool, batch: &Batch, pages: &mut PageSet) -> Result<u64> {
         let Batch { space, first, count, .. } = *batch;
         let wanted = Window::of(pages, batch)?;
         // Noted before it is done: a call that fails may have taken some of them.
@@ -173,23 +237,23 @@ impl Outbound<'_> {
         if round > 0 {
             for piece in absent.pieces() {
                 self.reserve()?;
-                self.lanes.send(round, piece.runs, Contents::Zeros);
+                self.lanes.send(round, frozen, piece.runs, Contents::Zeros);
             }
         }
         for piece in present.pieces() {
             self.reserve()?;
             let bytes = self.read(&piece)?;
-            self.lanes.send(round, piece.runs, Contents::Bytes(bytes.into()));
+            self.lanes.send(round, frozen, piece.runs, Contents::Bytes(bytes.into()));
         }
         Ok(if round == 0 { absent.count() } else { 0 })
     }
 
     /// Waits for room for one more piece, unless there is a reason to stop.
     fn reserve(&mut self) -> Result<()> {
-        let Self { lanes, cancel, ticker, options, deadline, .. } = self;
+        let Self { lanes, cancel, ticker, options, rounds_since, .. } = self;
         lanes.reserve(options.stall, || {
             cancel.check()?;
-            check_deadline(*deadline, options)?;
+            check_deadline(*rounds_since, options)?;
             ticker.tick(lanes.sent());
             Ok(())
         })
@@ -208,7 +272,7 @@ impl Outbound<'_> {
 
     /// Fills in what the lanes sent since the last round, once it is known, and adds it to the totals.
     fn count(&mut self, round: &mut RoundReport) {
-        let Sent { pages, zero_pages, bytes } = self.lanes.sent();
+        let Sent { pages, zero_pages, bytes, .. } = self.lanes.sent();
         let total = &mut self.report;
         round.sent_pages = pages - total.sent_pages;
         round.zero_pages = zero_pages - total.zero_pages;
@@ -225,16 +289,17 @@ impl Outbound<'_> {
     }
 
     fn not_converged(&self, bound: Bound, predicted: Duration) -> Error {
-        let Limits { downtime, max_rounds, timeout, .. } = self.options.limits;
+        let Limits { downtime, max_rounds, timeout, .. } = self.limits();
         let bound = match bound {
             Bound::Rounds => format!("{max_rounds} rounds"),
             Bound::Time => format!("{} s", timeout.as_secs_f32()),
+            Bound::Stall => format!("{} rounds, the last of which gained nothing,", self.measured.len()),
         };
         let remaining = self.measured.last().map_or(0, |round| round.remaining_pages);
         Error::NotConverged(format!(
             "after {bound} {remaining} pages are still dirty, which at {:.1} MB/s is a downtime of {} ms, and {} ms \
-             are allowed: allow more with --downtime, --max-rounds or --timeout, or move it all the same with \
-             --on-timeout force",
+             are allowed: allow more with --downtime, --max-downtime, --max-rounds or --timeout, let more be tried with \
+             --on-stall, or move it all the same with --on-timeout force",
             bandwidth_bytes_per_s(&self.measured) / 1e6,
             predicted.as_millis(),
             downtime.as_millis(),

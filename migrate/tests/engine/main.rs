@@ -15,3 +15,5 @@ mod moves;
 mod cuts;
 mod failures;
 mod hostile;
+mod desk;
+mod stalls;
