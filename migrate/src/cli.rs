@@ -54,6 +54,8 @@ enum Verb {
     Send(commands::send::Args),
     /// Take a VM that another host sends.
     Receive(commands::receive::Args),
+    /// Forecast what moving a VM would take, without moving it.
+    Estimate(commands::estimate::Args),
     /// Decide a recorded migration again, by our rules or by others'.
     Replay(commands::replay::Args),
     /// This host's identity, and the hosts it trusts.
@@ -75,6 +77,7 @@ pub fn run() -> ExitCode {
         Verb::Vm(verb) => commands::vm::run(&cli.common, verb),
         Verb::Send(args) => commands::send::run(&cli.common, &args),
         Verb::Receive(args) => commands::receive::run(&cli.common, &args),
+        Verb::Estimate(args) => commands::estimate::run(&cli.common, &args),
         Verb::Replay(args) => commands::replay::run(&cli.common, &args),
         Verb::Keys(args) => commands::keys::run(&cli.common, &args),
         Verb::Recover(args) => commands::recover::run(&cli.common, &args),

@@ -6,6 +6,7 @@ pub mod vm;
 pub mod send;
 pub mod receive;
 pub mod replay;
+pub mod estimate;
 pub mod keys;
 pub mod recover;
 pub mod ledger;

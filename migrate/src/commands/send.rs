@@ -86,7 +86,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         options.controls.cap_bandwidth(Some(args.bandwidth));
     }
     options.packs = args.pack;
-    let peer = link.peer();
+    let peer = link.peer_key().to_string();
     let history = paths::state_dir(common.state_dir.as_deref()).map(|dir| History::in_dir(&dir));
     if let Some((fixed, moves)) = history.as_ref().and_then(|history| history.fixed(&peer)) {
         options.fixed_cost = fixed;
