@@ -80,3 +80,87 @@ fn refusal(talk: &mut conversation::Sender) -> Option<Error> {
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::inbound::{Desk, Limits, MemoryLedger, Notice};
+    use crate::link::duplex::{Network, Profile};
+    use protocol::control::RefuseCode;
+    use std::sync::Arc;
+    use std::sync::mpsc::{Receiver, channel};
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    /// A receiver, and why it turned visitors away.
+    fn desk(network: &Network) -> (Desk, Receiver<String>) {
+        let network = network.clone();
+        let (turned_away, reasons) = channel();
+        let notices = Box::new(move |notice| {
+            if let Notice::TurnedAway { error, .. } = notice {
+                turned_away.send(error.to_string()).ok();
+            }
+        });
+        let accept = Box::new(move |limit| network.accept(limit));
+        let ledger = Arc::new(MemoryLedger::default());
+        let desk = Desk::open(accept, ledger, Limits::one(1 << 30), 5 * SECOND, notices).unwrap();
+        (desk, reasons)
+    }
+
+    fn greeted(network: &Network) -> conversation::Sender {
+        let mut talk = conversation::Sender::new(network.dial().unwrap(), 0);
+        let nothing = &mut || Ok(0);
+        talk.introduce(&Downstream::Hello(Hello::ours()), SECOND).unwrap();
+        talk.preamble(SECOND, nothing).unwrap();
+        talk.hear("the greeting", 5 * SECOND, nothing).unwrap();
+        talk
+    }
+
+    #[test]
+    fn a_path_is_measured_again_and_again() {
+        let network = Network::new(Profile { bytes_per_s: 40_000_000, ..Profile::default() }, None);
+        let (_desk, _) = desk(&network);
+        for _ in 0..2 {
+            let path = measure(network.dial().unwrap(), 10 * SECOND).unwrap();
+            let bandwidth = path.bandwidth_bytes_per_s;
+            assert!((15_000_000..80_000_000).contains(&bandwidth), "{bandwidth}");
+        }
+    }
+
+    #[test]
+    fn more_than_is_allowed_or_announced_is_not_counted() {
+        let network = Network::new(Profile::default(), None);
+        let (_desk, reasons) = desk(&network);
+        let mut talk = greeted(&network);
+        talk.say(&Downstream::Probe { bytes: MAX_PROBE_BYTES + 1 }, &[], SECOND).unwrap();
+        let answer = talk.hear("a refusal", 5 * SECOND, &mut || Ok(0)).unwrap().0;
+        assert!(matches!(answer, Upstream::Refuse { code: RefuseCode::BadOffer, .. }), "{answer:?}");
+        assert!(reasons.recv_timeout(5 * SECOND).unwrap().contains("more than"));
+
+        let mut talk = greeted(&network);
+        talk.say(&Downstream::Probe { bytes: 10 }, &[], SECOND).unwrap();
+        let mut stream = talk.link().unwrap().open_page_stream().unwrap();
+        stream.write(&mut [Bytes::from_static(&[0; 11])]).ok();
+        assert!(reasons.recv_timeout(5 * SECOND).unwrap().contains("announced"));
+        // And the next one is served.
+        assert!(measure(network.dial().unwrap(), 10 * SECOND).is_ok());
+    }
+
+    #[test]
+    fn one_at_a_time_and_whoever_is_gone_holds_nobody_up() {
+        let network = Network::new(Profile::default(), None);
+        let (_desk, reasons) = desk(&network);
+        let mut first = greeted(&network);
+        first.say(&Downstream::Probe { bytes: 10 }, &[], SECOND).unwrap();
+        let _stream = first.link().unwrap().open_page_stream().unwrap();
+        std::thread::sleep(SECOND / 5);
+        let mut second = greeted(&network);
+        second.say(&Downstream::Probe { bytes: 10 }, &[], SECOND).unwrap();
+        let answer = second.hear("a refusal", 5 * SECOND, &mut || Ok(0)).unwrap().0;
+        assert!(matches!(answer, Upstream::Refuse { code: RefuseCode::Busy, .. }), "{answer:?}");
+        assert!(reasons.recv_timeout(5 * SECOND).unwrap().contains("another path"));
+        first.hang_up("gone");
+        reasons.recv_timeout(5 * SECOND).unwrap();
+        assert!(measure(network.dial().unwrap(), 10 * SECOND).is_ok());
+    }
+}

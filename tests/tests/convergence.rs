@@ -34,8 +34,8 @@ fn throttles(report: &Value) -> Vec<u64> {
     rounds.iter().map(|round| round["throttle_percent"].as_u64().expect("a number")).collect()
 }
 
-fn forecast(a: &Host, more: &[&str]) -> Value {
-    let estimated = a.run(&[&["estimate", "v", "--sample", "500ms"][..], &LINK, more].concat()).success();
+fn forecast(a: &Host) -> Value {
+    let estimated = a.run(&[&["estimate", "v"][..], &LINK].concat()).success();
     let estimate = estimated.event("estimate").unwrap_or_else(|| panic!("{estimated:#?}")).clone();
     let forecasts = estimate["forecasts"].as_array().expect("forecasts");
     assert_eq!(forecasts.len(), 1, "{estimate:#}");
@@ -95,7 +95,7 @@ fn a_forecast_is_near_what_comes() {
         return;
     }
     let (a, b) = pair("fill=48M ws=16M rate=10 scrub=0");
-    let forecast = forecast(&a, &[]);
+    let forecast = forecast(&a);
     assert_eq!(forecast["converges"], true, "{forecast:#}");
     a.assert_sound("v");
     let (receiver, address) = b.receive(&[]);
@@ -127,9 +127,13 @@ fn a_forecast_says_what_does_not_converge_and_the_path_is_measured() {
         return;
     }
     let (a, b) = pair("fill=32M ws=16M rate=400 scrub=0");
-    let stuck = forecast(&a, &["--on-stall", "cancel"]);
+    let slow = ["--bandwidth", "10MB/s", "--on-stall", "cancel"];
+    let estimated = a.run(&[&["estimate", "v"][..], &slow].concat()).success();
+    let stuck = &estimated.event("estimate").unwrap_or_else(|| panic!("{estimated:#?}"))["forecasts"][0];
     assert_eq!((&stuck["converges"], &stuck["decision"]), (&false.into(), &"give-up".into()), "{stuck:#}");
     let (_receiver, address) = b.receive(&[]);
+    let stays = a.run(&[&["send", "v", address.as_str()][..], &slow].concat());
+    assert_eq!(stays.code, 9, "{stays:#?}");
     let estimated = a.run(&["estimate", "v", &address, "--sample", "200ms"]).success();
     let estimate = estimated.event("estimate").unwrap_or_else(|| panic!("{estimated:#?}")).clone();
     let measured = estimate["forecasts"][0]["bandwidth_bytes_per_s"].as_u64().expect("a number");

@@ -16,6 +16,7 @@ use crate::outbound::{self, Options, Packs};
 use crate::paths::{self, RuntimeDir};
 use crate::progress;
 use crate::report::{Event, Observer, Outcome};
+use crate::select::hot::HotRule;
 use crate::source::vm::VmSource;
 use crate::units;
 use protocol::monitor::Phase;
@@ -26,7 +27,11 @@ use std::time::Duration;
 
 /// What to send where, and within which limits.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example: migrate send web b.example:7700 --downtime 20ms")]
+#[command(after_help = "\
+Examples:
+  migrate send web b.example:7700 --downtime 20ms
+  migrate send web b.example:7700 --on-stall minimum,cancel --max-downtime 500ms
+  migrate send web b.example:7700 --trace web.trace")]
 pub struct Args {
     /// The VM's name, or the path of its control socket.
     vm: String,
@@ -44,6 +49,9 @@ pub struct Args {
     /// Write everything that each decision looks at to this file: see migrate replay.
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
+    /// For measurements: whether pages that are dirty in every round wait for the last one.
+    #[arg(long, hide = true, action = clap::ArgAction::Set, default_value_t = true)]
+    hot_pages_last: bool,
     /// How long to wait for a peer that says nothing.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = units::duration)]
     link_timeout: Duration,
@@ -91,6 +99,9 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     if let Some((fixed, moves)) = history.as_ref().and_then(|history| history.fixed(&peer)) {
         options.fixed_cost = fixed;
         options.fixed_cost_known_from = u32::try_from(moves).unwrap_or(u32::MAX);
+    }
+    if !args.hot_pages_last {
+        options.hot = HotRule::NEVER;
     }
     options.stall = args.link_timeout;
     options.ask = args.ask_timeout;
