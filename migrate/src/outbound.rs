@@ -80,12 +80,7 @@ impl Options {
     pub fn new(migration: MigrationId) -> Self {
         Self {
             migration,
-            controls: Controls::new(Limits {
-                downtime: Duration::from_millis(50),
-                max_rounds: 30,
-                timeout: Duration::from_secs(600),
-                on_timeout: OnTimeout::Cancel,
-            }),
+            controls: Controls::new(Limits::default()),
             fixed_cost: Duration::from_millis(2),
             page_streams: 2,
             stall: Duration::from_secs(10),
@@ -321,7 +316,7 @@ impl<'a> Outbound<'a> {
 
 /// Ends the rounds of a migration that is not to be forced once they take too long, in the middle of one too.
 fn check_deadline(rounds_since: Option<Instant>, options: &Options) -> Result<()> {
-    let Limits { timeout, on_timeout, .. } = options.limits();
+    let (timeout, on_timeout) = options.controls.read(|limits| (limits.timeout, limits.on_timeout));
     if on_timeout != OnTimeout::Cancel || rounds_since.is_none_or(|since| since.elapsed() < timeout) {
         return Ok(());
     }
