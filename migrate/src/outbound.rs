@@ -291,7 +291,7 @@ impl<'a> Outbound<'a> {
     }
 
     fn pledge(&mut self) -> Result<()> {
-        self.cancel.check()?;
+        self.cancel.pass()?;
         self.source.pledge(self.options.migration, &self.report.peer)
     }
 

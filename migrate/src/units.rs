@@ -27,6 +27,30 @@ pub fn duration(text: &str) -> Result<Duration, String> {
         .map_err(|_| format!("{text:?} is not a duration: write for instance 50ms, 10s or 5m"))
 }
 
+/// Bytes a second from text such as `2Gbit/s`, `800Mbit/s` or `250MB/s`; `/s` may be left out. Bits are powers of 1000, as
+/// links are measured.
+///
+/// # Errors
+/// What is wrong with the text.
+pub fn bandwidth(text: &str) -> Result<u64, String> {
+    let wrong = || format!("{text:?} is not a bandwidth: write for instance 2Gbit/s or 250MB/s");
+    let amount = text.trim();
+    let amount = amount.strip_suffix("/s").unwrap_or(amount);
+    let Some(bits) = amount.strip_suffix("bit") else { return size(amount).map_err(|_| wrong()) };
+    let (number, factor) = match bits.as_bytes() {
+        [.., b'k' | b'K'] => (&bits[..bits.len() - 1], 1e3),
+        [.., b'M'] => (&bits[..bits.len() - 1], 1e6),
+        [.., b'G'] => (&bits[..bits.len() - 1], 1e9),
+        [.., b'T'] => (&bits[..bits.len() - 1], 1e12),
+        _ => (bits, 1.0),
+    };
+    let number: f64 = number.trim().parse().map_err(|_| wrong())?;
+    if !number.is_finite() || number < 0.0 {
+        return Err(wrong());
+    }
+    Ok((number * factor / 8.0) as u64)
+}
+
 /// Bytes for people: `12.5 MiB`.
 pub fn show_bytes(bytes: u64) -> String {
     bytesize::ByteSize(bytes).display().iec().to_string()
@@ -65,6 +89,23 @@ mod tests {
         }
         for text in ["", "G", "-1G", "ten", "1.5.2G", "1XB"] {
             assert!(size(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn bandwidths_are_read_in_bits_and_in_bytes() {
+        for (text, bytes) in [
+            ("2Gbit/s", 250_000_000),
+            ("800Mbit", 100_000_000),
+            ("1.5 Gbit/s", 187_500_000),
+            ("250MB/s", 250_000_000),
+            ("1MiB/s", 1 << 20),
+            ("8bit/s", 1),
+        ] {
+            assert_eq!(bandwidth(text), Ok(bytes), "{text}");
+        }
+        for text in ["", "fast", "-2Gbit/s", "infbit/s", "NaNbit", "bit/s", "2Gbit/h"] {
+            assert!(bandwidth(text).is_err(), "{text}");
         }
     }
 

@@ -13,8 +13,10 @@ use crate::outbound::{self, Options};
 use crate::paths::RuntimeDir;
 use crate::progress;
 use crate::source::vm::VmSource;
+use crate::steer::{Board, Place, Server, Subject, Watched};
 use crate::units;
 use protocol::monitor::Phase;
+use protocol::steer::End;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -123,8 +125,25 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     options.controls.change(|now| *now = limits);
     options.stall = args.link_timeout;
     options.ask = args.ask_timeout;
+    let board = Board::new(
+        Subject {
+            end: End::Send,
+            migration: options.migration,
+            workload: status.name.clone(),
+            peer: link.peer(),
+            memory_bytes: status.memory_bytes,
+        },
+        cancel.clone(),
+        Some(options.controls.clone()),
+    );
+    let server = Place::open(&runtime).and_then(|place| Server::start(&place, &status.name, board.clone()));
+    if let Err(error) = &server {
+        tracing::warn!("this migration cannot be steered from outside: {error}");
+    }
     let mut observer = progress::observer(common);
-    let sent = outbound::send(Box::new(source), link, &mut dial, &options, &cancel, observer.as_mut());
+    let mut watched = Watched { board, inner: observer.as_mut() };
+    let sent = outbound::send(Box::new(source), link, &mut dial, &options, &cancel, &mut watched);
+    drop(server);
     let (report, failure) = match sent {
         Ok(report) => (report, None),
         Err(failed) => (failed.report, Some(failed.error)),

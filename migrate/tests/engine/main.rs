@@ -14,4 +14,5 @@ mod harness;
 mod moves;
 mod cuts;
 mod failures;
+mod steering;
 mod hostile;
