@@ -57,6 +57,8 @@ enum Verb {
     Cancel(commands::cancel::Args),
     /// Change the limits of a running migration.
     Set(commands::set::Args),
+    /// Draw a report as a page.
+    Report(commands::report::Args),
     /// This host's identity, and the hosts it trusts.
     Keys(commands::keys::Args),
     /// Show and settle VMs that a lost connection left frozen between two hosts.
@@ -79,6 +81,7 @@ pub fn run() -> ExitCode {
         Verb::Status(args) => commands::status::run(&cli.common, &args),
         Verb::Cancel(args) => commands::cancel::run(&cli.common, &args),
         Verb::Set(args) => commands::set::run(&cli.common, &args),
+        Verb::Report(args) => commands::report::run(&cli.common, &args),
         Verb::Keys(args) => commands::keys::run(&cli.common, &args),
         Verb::Recover(args) => commands::recover::run(&cli.common, &args),
         Verb::Ledger(args) => commands::ledger::run(&cli.common, &args),

@@ -7,6 +7,7 @@ pub mod receive;
 pub mod status;
 pub mod cancel;
 pub mod set;
+pub mod report;
 pub mod keys;
 pub mod recover;
 pub mod ledger;

@@ -41,7 +41,7 @@ use crate::converge::{Limits, Measured, OnTimeout};
 use crate::conversation::{self, out_of_order};
 use crate::error::{Error, Result, clean};
 use crate::link::Link;
-use crate::report::{Event, Observer, Outcome, Phase, PhaseTime, Report, micros};
+use crate::report::{Event, Observer, Outcome, Phase, PhaseTime, REPORT_VERSION, Report, micros};
 use crate::source::Source;
 use commit::Answer;
 pub use commit::ask;
@@ -168,6 +168,7 @@ impl<'a> Outbound<'a> {
     ) -> Self {
         let workload = source.workload();
         let report = Report {
+            version: REPORT_VERSION,
             migration: options.migration,
             workload: workload.name.clone(),
             peer: link.peer(),

@@ -3,13 +3,25 @@
 //! One [`Report`] is made by every run of the engine, also by one that fails: its phases and rounds are those that
 //! were begun. Times are microseconds on this end's monotonic clock. [`Event`]s tell the same as it happens.
 
+mod file;
+pub mod html;
+
+pub use file::Document;
+
 use protocol::MigrationId;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::time::Duration;
 
+/// The version of a report's JSON. Members may be added under the same version; a reader takes what is missing as nothing.
+pub const REPORT_VERSION: u32 = 1;
+
+fn report_version() -> u32 {
+    REPORT_VERSION
+}
+
 /// A phase of the engine, on either end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Phase {
     /// Both ends say who they are.
@@ -74,7 +86,7 @@ impl fmt::Display for Phase {
 }
 
 /// How a migration ended, seen from the source.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "kebab-case")]
 pub enum Outcome {
     /// It has not ended yet.
@@ -95,7 +107,7 @@ pub enum Outcome {
 }
 
 /// How long one phase took.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PhaseTime {
     /// Which phase.
     pub phase: Phase,
@@ -104,7 +116,8 @@ pub struct PhaseTime {
 }
 
 /// One round of pages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct RoundReport {
     /// Its number, from 0.
     pub round: u32,
@@ -132,8 +145,11 @@ pub struct RoundReport {
 }
 
 /// What one migration did, seen from the source.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
+    /// [`REPORT_VERSION`].
+    #[serde(default = "report_version")]
+    pub version: u32,
     /// Its name.
     pub migration: MigrationId,
     /// The workload's name.
@@ -174,8 +190,11 @@ pub struct Report {
 }
 
 /// What one migration did, seen from the destination.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ArrivalReport {
+    /// [`REPORT_VERSION`].
+    #[serde(default = "report_version")]
+    pub version: u32,
     /// Its name, once it was offered.
     pub migration: Option<MigrationId>,
     /// The workload's name here, once it was offered.
@@ -200,6 +219,7 @@ impl ArrivalReport {
     /// Nothing has happened yet.
     pub(crate) fn of(peer: &str) -> Self {
         Self {
+            version: REPORT_VERSION,
             migration: None,
             workload: String::new(),
             peer: peer.into(),

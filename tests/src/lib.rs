@@ -10,6 +10,7 @@
     reason = "a harness of tests: what goes wrong in it fails the test, with its words"
 )]
 
+pub mod browser;
 pub mod guest;
 pub mod host;
 pub mod process;

@@ -12,11 +12,13 @@ use crate::link::quic::{self, Settings};
 use crate::outbound::{self, Options};
 use crate::paths::RuntimeDir;
 use crate::progress;
+use crate::report::Document;
 use crate::source::vm::VmSource;
 use crate::steer::{Board, Place, Server, Subject, Watched};
 use crate::units;
 use protocol::monitor::Phase;
 use protocol::steer::End;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -30,6 +32,9 @@ pub struct Args {
     address: String,
     #[command(flatten)]
     limits: LimitArgs,
+    /// Write the report to this file, also when the move fails: a page, or JSON where it ends in .json.
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
     /// How long to wait for a peer that says nothing.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = units::duration)]
     link_timeout: Duration,
@@ -148,6 +153,12 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         Ok(report) => (report, None),
         Err(failed) => (failed.report, Some(failed.error)),
     };
+    if let Some(path) = &args.report
+        && let Err(error) = Document::Sent(Box::new(report.clone())).write(path)
+    {
+        // The VM has moved or it has not: that is what the exit code is about.
+        tracing::warn!("{error}");
+    }
     if common.json {
         let mut line = serde_json::to_value(&report).unwrap_or_default();
         line["event"] = "report".into();
