@@ -1,5 +1,6 @@
 //! The verbs, one a file, and what they share.
 
+mod limits;
 mod target;
 pub mod vm;
 pub mod send;
@@ -8,6 +9,7 @@ pub mod status;
 pub mod cancel;
 pub mod set;
 pub mod report;
+pub mod replay;
 pub mod keys;
 pub mod recover;
 pub mod ledger;

@@ -3,13 +3,13 @@
 //! The engine asks for them at every decision and never keeps a copy across one, so a change holds from the next
 //! decision on. Whoever changes them (the migration's own socket) holds the lock for a few instructions only.
 
+use crate::cap::Cap;
 use crate::converge::Limits;
 use crate::units::show_rate;
 use protocol::steer;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -30,14 +30,13 @@ pub struct Controls(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     limits: Mutex<Limits>,
-    /// 0: no cap.
-    bandwidth_bytes_per_s: AtomicU64,
+    bandwidth: Cap,
 }
 
 impl Controls {
     /// These limits, and no cap on the bandwidth.
     pub fn new(limits: Limits) -> Self {
-        Self(Arc::new(Inner { limits: Mutex::new(limits), bandwidth_bytes_per_s: AtomicU64::new(0) }))
+        Self(Arc::new(Inner { limits: Mutex::new(limits), bandwidth: Cap::default() }))
     }
 
     /// The limits as they are now.
@@ -57,12 +56,17 @@ impl Controls {
 
     /// The most bytes a second that the page streams may carry; `None` is as many as the link takes.
     pub fn bandwidth_bytes_per_s(&self) -> Option<u64> {
-        Some(self.0.bandwidth_bytes_per_s.load(Relaxed)).filter(|cap| *cap > 0)
+        Some(self.0.bandwidth.get()).filter(|cap| *cap > 0)
+    }
+
+    /// The same as a handle, for whoever sends.
+    pub fn bandwidth(&self) -> Cap {
+        self.0.bandwidth.clone()
     }
 
     /// Caps the bandwidth, or (`None`) lifts the cap.
     pub fn cap_bandwidth(&self, bytes_per_s: Option<u64>) {
-        self.0.bandwidth_bytes_per_s.store(bytes_per_s.unwrap_or(0), Relaxed);
+        self.0.bandwidth.set(bytes_per_s.unwrap_or(0));
     }
 
     /// What is in force, as the steering socket says it.

@@ -60,6 +60,11 @@ impl<S: Serialize, H: DeserializeOwned> Conversation<S, H> {
         }
     }
 
+    /// From now on what is heard may have blobs of up to `max_blob_bytes`.
+    pub(crate) fn allow_blobs(&mut self, max_blob_bytes: u32) {
+        self.max_blob_bytes = max_blob_bytes;
+    }
+
     /// The link below.
     ///
     /// # Errors

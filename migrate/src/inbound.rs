@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!                    Offer            State           Commit
-//! greet ─▶ (offer) ─▶ prepared, pages ─▶ loaded, Ready ─▶ started ─▶ settled (Done)
+//! (desk) ─▶ (offer) ─▶ prepared, pages ─▶ loaded, Ready ─▶ started ─▶ settled (Done)
 //!              │             │               │               ▲ Ask: «Started»
 //!            refuse       discard        Ask, Cancel,        │
 //!                            │           nothing for long    │
@@ -31,7 +31,11 @@
 //! Whatever a peer sends is checked before memory is reserved for it, and a violation ends the migration with an error
 //! that names what came: the sender is told, the destination discarded.
 
+mod visitor;
+mod admission;
+mod desk;
 mod parse;
+mod decode;
 mod streams;
 mod ledger;
 mod settle;
@@ -40,16 +44,18 @@ use crate::cancel::CancelFlag;
 use crate::conversation::{self, out_of_order};
 use crate::destination::{Destination, Refusal};
 use crate::error::{Error, Result, clean};
-use crate::link::Link;
+use crate::identity::Fingerprint;
 use crate::report::{ArrivalReport, Event, Observer, Phase, PhaseTime, micros, rate};
+pub use admission::Limits;
+use desk::Visitors;
+pub use desk::{Accept, Desk, Notice, Notices, Offered};
 pub use ledger::{Ledger, MemoryLedger};
-use protocol::MigrationId;
 use protocol::control::{self, Downstream, MAX_BLOB_BYTES, Offer, RefuseCode, Upstream};
 use protocol::frame::MAX_PAGE_STREAMS;
-use protocol::handshake::Hello;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use streams::Streams;
+use visitor::tell;
 
 /// The shortest time between two reports of progress.
 const TICK: Duration = Duration::from_millis(100);
@@ -83,39 +89,29 @@ impl Options {
     }
 }
 
-/// What a connection was about.
-#[derive(Debug)]
-pub enum Arrival {
-    /// A workload arrived and runs here.
-    Started(Box<ArrivalReport>),
-    /// A sender asked what became of a migration and was told.
-    Asked {
-        /// Which one.
-        migration: MigrationId,
-        /// What it was told.
-        outcome: control::Outcome,
-    },
-}
-
-/// Serves one connection: takes the workload it offers, or answers its question. `accept` waits for another
-/// connection for at most the time it is given, and is called only when the first one is lost behind `Ready`.
+/// Serves one offer: takes its workload, or says why not. May run on several threads at once, for as many offers as the
+/// desk has given out.
 ///
 /// # Errors
 /// Why no workload arrived; nothing of it is left here then.
 pub fn receive(
-    link: Box<dyn Link>,
-    accept: &mut dyn FnMut(Duration) -> Result<Box<dyn Link>>,
+    offered: Offered,
+    desk: &Desk,
     destination: Box<dyn Destination>,
-    ledger: &mut dyn Ledger,
     options: &Options,
     cancel: &CancelFlag,
     observer: &mut dyn Observer,
-) -> Result<Arrival> {
-    let report = ArrivalReport::of(&link.peer());
+) -> Result<ArrivalReport> {
+    let Offered { visitor, offer, machine, place } = offered;
+    let mut report = ArrivalReport::of(&visitor.peer);
+    report.migration = Some(offer.migration);
+    report.workload.clone_from(&offer.name);
+    report.phases.push(PhaseTime { phase: Phase::Greet, duration_us: micros(visitor.greeted_in) });
     let mut inbound = Inbound {
-        talk: conversation::Receiver::new(link, MAX_BLOB_BYTES),
-        accept,
-        ledger,
+        talk: visitor.talk,
+        key: visitor.key,
+        desk,
+        visitors: None,
         options,
         cancel,
         observer,
@@ -123,15 +119,22 @@ pub fn receive(
         report,
         last_tick: Instant::now(),
     };
+    inbound.talk.allow_blobs(MAX_BLOB_BYTES);
     let begun = Instant::now();
-    let result = inbound.run(destination);
-    inbound.end(result, begun)
+    let result = inbound.run(offer, &machine, destination);
+    let result = inbound.end(result, begun);
+    // Only now: its memory has gone, or is a running workload's.
+    drop(place);
+    result
 }
 
 struct Inbound<'a> {
     talk: conversation::Receiver,
-    accept: &'a mut dyn FnMut(Duration) -> Result<Box<dyn Link>>,
-    ledger: &'a mut dyn Ledger,
+    /// Who made the offer.
+    key: Fingerprint,
+    desk: &'a Desk,
+    /// Further connections of this migration, once it has begun.
+    visitors: Option<Visitors>,
     options: &'a Options,
     cancel: &'a CancelFlag,
     observer: &'a mut dyn Observer,
@@ -148,26 +151,14 @@ enum Order {
     Answer,
 }
 
-/// What a sender wants.
-enum Wish {
-    Move(Offer, Vec<u8>),
-    Know(MigrationId),
-}
-
 impl Inbound<'_> {
-    fn run(&mut self, mut destination: Box<dyn Destination>) -> Result<Option<control::Outcome>> {
-        let (offer, machine) = match self.phase(Phase::Greet, Self::greet)? {
-            Wish::Move(offer, machine) => (offer, machine),
-            Wish::Know(migration) => return self.phase(Phase::Settle, |me| me.answer(migration)).map(Some),
-        };
+    fn run(&mut self, offer: Offer, machine: &[u8], mut destination: Box<dyn Destination>) -> Result<()> {
         let migration = offer.migration;
-        self.report.migration = Some(migration);
-        self.report.workload.clone_from(&offer.name);
-        if let Err(error) = self.until_ready(destination.as_mut(), offer, &machine) {
+        if let Err(error) = self.until_ready(destination.as_mut(), offer, machine) {
             return Err(self.fail(destination, error));
         }
         match self.phase(Phase::Commit, Self::commit) {
-            Ok(Order::Start) => self.start(destination, migration).map(|()| None),
+            Ok(Order::Start) => self.start(destination, migration),
             Ok(Order::Answer) => {
                 let error = Error::Link("it was lost before Commit arrived".into()).during(Phase::Commit);
                 let answer = Upstream::Outcome { migration, outcome: control::Outcome::Discarded };
@@ -202,32 +193,17 @@ impl Inbound<'_> {
         result
     }
 
-    fn greet(&mut self) -> Result<Wish> {
-        let (idle, cancel) = (self.options.idle, self.cancel);
-        self.talk.introduce(&Upstream::Hello(Hello::ours()), idle)?;
-        self.talk.preamble(idle, &mut || cancel.check().map(|()| 0))?;
-        let hello = match self.hear("the sender's greeting")? {
-            (Downstream::Hello(hello), _) => hello,
-            (other, _) => return Err(out_of_order("Hello", other.name())),
-        };
-        if let Err(error) = hello.agree() {
-            return Err(self.refuse(RefuseCode::Version, &error.to_string()));
-        }
-        tracing::info!(peer = clean(&hello.software), "greeted");
-        match self.hear("the sender's offer")? {
-            (Downstream::Offer(offer), machine) => Ok(Wish::Move(offer, machine)),
-            (Downstream::Ask { migration }, _) => Ok(Wish::Know(migration)),
-            (other, _) => Err(out_of_order("Offer or Ask", other.name())),
-        }
-    }
-
     /// Checks the offer, makes room, accepts, and takes the page streams.
     fn offer(&mut self, destination: &mut dyn Destination, offer: Offer, machine: &[u8]) -> Result<()> {
         if let Err(Refusal { code, reason }) = check(&offer, self.options) {
             return Err(self.refuse(code, &reason));
         }
+        match self.desk.begin(&offer, self.key) {
+            Ok(visitors) => self.visitors = Some(visitors),
+            Err(Refusal { code, reason }) => return Err(self.refuse(code, &reason)),
+        }
         // The ledger's word on a migration is a promise: a second one of that name would break it.
-        if self.ledger.outcome(offer.migration) != control::Outcome::Unknown {
+        if self.desk.ledger().outcome(offer.migration) != control::Outcome::Unknown {
             return Err(self.refuse(RefuseCode::BadOffer, "a migration of this id was already here"));
         }
         if let Err(Refusal { code, reason }) = destination.prepare(&offer, machine) {
@@ -266,9 +242,15 @@ impl Inbound<'_> {
     /// The sender's next message, before `Ready`. Cancelling, a failing page stream and the sender's own giving up end
     /// the wait.
     fn hear(&mut self, what: &'static str) -> Result<(Downstream, Vec<u8>)> {
-        let Self { talk, streams, cancel, observer, report, last_tick, .. } = self;
+        let Self { talk, visitors, streams, cancel, observer, report, last_tick, .. } = self;
         let mut watch = || {
             cancel.check()?;
+            // Nothing is decided yet, and the sender has not asked for that: whoever comes now is told what is known.
+            while let Some(visitor) = visitors.as_ref().and_then(|visitors| visitors.next(Duration::ZERO)) {
+                if let Some(visitors) = visitors {
+                    visitors.dismiss(visitor);
+                }
+            }
             streams.check()?;
             let received_bytes = streams.bytes();
             if last_tick.elapsed() >= TICK && received_bytes > report.received_bytes {
@@ -287,7 +269,7 @@ impl Inbound<'_> {
     /// Tells the sender that its workload is not taken.
     fn refuse(&mut self, code: RefuseCode, reason: &str) -> Error {
         let reason = reason.to_owned();
-        self.tell(&Upstream::Refuse { code, reason: reason.clone() });
+        tell(&mut self.talk, &Upstream::Refuse { code, reason: reason.clone() });
         Error::Refused { code, reason }
     }
 }

@@ -8,6 +8,7 @@ pub mod duplex;
 pub mod quic;
 
 use crate::error::Result;
+use crate::identity::Fingerprint;
 use bytes::Bytes;
 use std::time::Duration;
 
@@ -15,6 +16,9 @@ use std::time::Duration;
 pub trait Link: Send {
     /// Who is at the other end, for people: an address, a fingerprint.
     fn peer(&self) -> String;
+
+    /// The key that the other end has proved to have: what tells one peer from another, whatever its address.
+    fn peer_key(&self) -> Fingerprint;
 
     /// Writes all of `bytes` to the control stream and sends them at once.
     ///

@@ -30,6 +30,7 @@
 //! meant for a destination that is gone, so all of it is given back, whichever rounds had arrived there.
 
 mod ticker;
+mod encode;
 mod lanes;
 mod rounds;
 mod commit;
@@ -41,10 +42,12 @@ use crate::converge::{Limits, Measured, OnTimeout};
 use crate::conversation::{self, out_of_order};
 use crate::error::{Error, Result, clean};
 use crate::link::Link;
-use crate::report::{Event, Observer, Outcome, Phase, PhaseTime, REPORT_VERSION, Report, micros};
+use crate::report::{Event, FixedPart, Observer, Outcome, Phase, PhaseTime, REPORT_VERSION, Report, micros};
 use crate::source::Source;
 use commit::Answer;
 pub use commit::ask;
+pub use encode::Packs;
+use encode::Plan;
 use lanes::Lanes;
 use protocol::MigrationId;
 use protocol::control::{Downstream, Offer, Upstream};
@@ -65,8 +68,12 @@ pub struct Options {
     /// What freezing, saving, loading and starting cost, without pages and round trips: what the last migration of
     /// this kind measured, or a guess.
     pub fixed_cost: Duration,
+    /// The moves that `fixed_cost` is known from; 0 for a guess.
+    pub fixed_cost_known_from: u32,
     /// Page streams, 1 to [`MAX_PAGE_STREAMS`].
     pub page_streams: u16,
+    /// Which ways of packing pages may be used.
+    pub packs: Packs,
     /// The longest the peer may leave us waiting with nothing moving on the link.
     pub stall: Duration,
     /// The longest the destination may take to make room for the workload.
@@ -82,7 +89,9 @@ impl Options {
             migration,
             controls: Controls::new(Limits::default()),
             fixed_cost: Duration::from_millis(2),
+            fixed_cost_known_from: 0,
             page_streams: 2,
+            packs: Packs::default(),
             stall: Duration::from_secs(10),
             // Touching fresh memory was measured at up to 2 s/GiB on a machine that must get it back from its host.
             prepare: Duration::from_secs(120),
@@ -149,8 +158,12 @@ struct Outbound<'a> {
     taken: Vec<PageSet>,
     /// The rounds that were acknowledged.
     measured: Vec<Measured>,
+    /// How much the workload is slowed down, in percent.
+    throttle_percent: u8,
     /// What a message there and its answer back take.
     round_trip: Duration,
+    /// The capabilities of both ends.
+    agreed: Vec<&'static str>,
     begun: Instant,
     /// While rounds are sent: when they began.
     rounds_since: Option<Instant>,
@@ -184,6 +197,11 @@ impl<'a> Outbound<'a> {
             sent_bytes: 0,
             state_bytes: 0,
             downtime_us: 0,
+            fixed: FixedPart {
+                assumed_us: micros(options.fixed_cost),
+                known_from: options.fixed_cost_known_from,
+                ..FixedPart::default()
+            },
             total_us: 0,
             link: link.stats(),
             warnings: Vec::new(),
@@ -199,7 +217,9 @@ impl<'a> Outbound<'a> {
             ticker: Ticker::new(observer),
             report,
             measured: Vec::new(),
+            throttle_percent: 0,
             round_trip: Duration::ZERO,
+            agreed: Vec::new(),
             begun: Instant::now(),
             rounds_since: None,
             frozen_at: None,
@@ -262,6 +282,7 @@ impl<'a> Outbound<'a> {
                 let capabilities = hello.agree()?;
                 self.round_trip = begun.elapsed();
                 tracing::info!(peer = clean(&hello.software), ?capabilities, "greeted");
+                self.agreed = capabilities;
                 Ok(())
             }
             other => Err(out_of_order("Hello", other.name())),
@@ -282,7 +303,13 @@ impl<'a> Outbound<'a> {
             Upstream::Accept => {}
             other => return Err(out_of_order("Accept", other.name())),
         }
-        self.lanes = Lanes::open(self.talk.link()?, self.options.page_streams)?;
+        let Options { page_streams, packs, controls, .. } = self.options;
+        self.lanes = Lanes::open(
+            self.talk.link()?,
+            *page_streams,
+            Plan::new(*packs, &self.agreed),
+            &controls.bandwidth(),
+        )?;
         Ok(())
     }
 

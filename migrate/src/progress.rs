@@ -51,10 +51,12 @@ fn note(line: &str) {
 }
 
 fn round_line(round: &RoundReport) -> String {
-    let forecast = if round.frozen {
-        "frozen".into()
-    } else {
-        format!("stop now: {}", show_us(round.predicted_downtime_us))
+    let forecast = match round {
+        RoundReport { frozen: true, .. } => "frozen".into(),
+        RoundReport { throttle_percent: percent @ 1.., predicted_downtime_us, .. } => {
+            format!("stop now: {}, slowed by {percent} %", show_us(*predicted_downtime_us))
+        }
+        RoundReport { predicted_downtime_us, .. } => format!("stop now: {}", show_us(*predicted_downtime_us)),
     };
     format!(
         "round {:>2}  {:>9} sent in {:>8} at {:>10}  {:>9} left  {forecast}",
@@ -115,6 +117,7 @@ impl Observer for Bar {
                 ));
                 self.bar.tick();
             }
+            Event::Decided(_) => {}
             Event::Done(_) | Event::Arrived(_) => self.bar.finish_and_clear(),
         }
     }
@@ -194,6 +197,14 @@ pub fn show_report(report: &Report) {
         show_us(report.downtime_us),
         predicted.map_or_else(|| "nothing".into(), show_us)
     ));
+    if report.downtime_us > 0 && report.outcome == Outcome::Moved {
+        let from = match report.fixed.known_from {
+            0 => "guessed".into(),
+            moves => format!("known from {moves} moves"),
+        };
+        let (assumed, actual) = (show_us(report.fixed.assumed_us), show_us(report.fixed.actual_us));
+        say(&format!("          of it {actual} that no page explains; {assumed} were counted with, {from}"));
+    }
     for warning in &report.warnings {
         say(&format!("warning   {warning}"));
     }

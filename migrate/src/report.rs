@@ -8,6 +8,7 @@ pub mod html;
 
 pub use file::Document;
 
+use crate::converge::trace::Entry;
 use protocol::MigrationId;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -142,6 +143,24 @@ pub struct RoundReport {
     pub remaining_pages: u64,
     /// The downtime that freezing then was predicted to cost.
     pub predicted_downtime_us: u64,
+    /// The share of its time that the workload was made to stand still in it, in percent.
+    pub throttle_percent: u8,
+}
+
+/// The part of a downtime that no page explains: what was counted with, and what it was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct FixedPart {
+    /// What was counted with, besides round trips.
+    pub assumed_us: u64,
+    /// The moves to this peer that it was known from; 0 for a guess.
+    pub known_from: u32,
+    /// What it was, besides round trips; 0 when the workload did not move.
+    pub actual_us: u64,
+    /// Of it: stopping the workload.
+    pub pause_us: u64,
+    /// Of it: saving its state.
+    pub save_us: u64,
 }
 
 /// What one migration did, seen from the source.
@@ -181,6 +200,9 @@ pub struct Report {
     /// From the call that froze the workload to the word that it runs at the destination, or until it was
     /// resumed here; 0 when it was never frozen.
     pub downtime_us: u64,
+    /// The part of the downtime that no page explains.
+    #[serde(default)]
+    pub fixed: FixedPart,
     /// From the greeting to the end.
     pub total_us: u64,
     /// What the transport measured.
@@ -253,6 +275,8 @@ pub enum Event {
     Progress(Progress),
     /// A round is over.
     RoundEnd(RoundReport),
+    /// What to do behind it was decided, and on what grounds.
+    Decided(Box<Entry>),
     /// The migration is over, at the source.
     Done(Box<Report>),
     /// Pages come in; at most ten a second.

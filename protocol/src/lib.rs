@@ -18,6 +18,7 @@
 
 pub mod page;
 pub mod layout;
+pub mod sparse;
 pub mod payload;
 pub mod frame;
 pub mod envelope;

@@ -9,7 +9,8 @@
 //! The end of a session is a message of its own: if its socket closes (the engine died),
 //! - a source that is not pledged resumes, gets back every dirty bit that was taken, and stops tracking;
 //! - a pledged source stays frozen until a session says [`Request::Resume`] or [`Request::HandOver`];
-//! - a destination that was not started discards itself.
+//! - a destination that was not started discards itself;
+//! - a destination that was started and misses pages goes on: whoever touches one of them waits.
 //!
 //! File descriptors travel with the reply that says so, as `SCM_RIGHTS` with its first byte.
 
@@ -22,6 +23,9 @@ pub const VERSION: u16 = 1;
 
 /// The most bytes of blob in a request: state and machine descriptions, and page sets of 64 MiB (2 TiB of memory).
 pub const MAX_BLOB_BYTES: u32 = 64 << 20;
+
+/// The most that vCPUs can be throttled, in percent: a guest that never runs would never answer anybody either.
+pub const MAX_THROTTLE_PERCENT: u8 = 99;
 
 /// The most file descriptors with one message: one for each space. Linux allows 253 (`SCM_MAX_FD`).
 pub const MAX_FDS: usize = 253;
@@ -63,6 +67,12 @@ pub enum Request {
     Redirty,
     /// Stop tracking. Answered by `Done`.
     TrackStop,
+    /// Let the vCPUs stand still for this share of every few milliseconds; 0 lets them run. Ends by itself with
+    /// `TrackStop`, `Freeze` and the session. Answered by `Done`.
+    Throttle {
+        /// The share in percent, at most [`MAX_THROTTLE_PERCENT`].
+        percent: u8,
+    },
     /// Stop all vCPUs and devices. Answered by `Done` once nothing writes to memory any more.
     Freeze,
     /// The state of a frozen workload. Answered by `Saved` and the state blob.
@@ -97,6 +107,13 @@ pub enum Request {
     },
     /// Destination: load this state (the blob) and check it. Answered by `Done`.
     Load,
+    /// Destination: these pages are missing. The blob is as in `Dirty`. What is there of them is forgotten, and from now
+    /// on whoever touches one of them waits until it is put in place. Answered by `Done`.
+    Expect,
+    /// Destination that misses pages, started or not: how can they be put in place? Answered by `PageFaults`.
+    PageFaults,
+    /// Destination that was started: no page is missing any more. Answered by `Done`, once that is found to be so.
+    Complete,
     /// Destination: run. Answered by `Done` once the vCPUs were released; from then on the VM is on its own feet.
     Start {
         /// The migration that brought it, remembered for [`Status::arrived_by`].
@@ -149,6 +166,14 @@ pub enum Reply {
     Tracking {
         /// How writes are tracked, for reports.
         mode: TrackingMode,
+    },
+    /// To `PageFaults`. A userfaultfd(2) comes along, over the mappings of all spaces in the VMM; the blob is the page
+    /// sets of what is missing, as in `Dirty`.
+    PageFaults {
+        /// Missing pages of all spaces together.
+        pages: u64,
+        /// Where each space is mapped in the VMM, in the order of the layout.
+        addresses: Vec<u64>,
     },
     /// To `Harvest`.
     Dirty {
@@ -219,6 +244,12 @@ pub struct Status {
     pub arrived_by: Option<MigrationId>,
     /// The migration it is pledged to, if it is.
     pub pledged_to: Option<Pledge>,
+    /// Pages that are not here yet, of a VM that was started without all of its memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub awaiting_pages: Option<u64>,
+    /// How much of their time its vCPUs are made to stand still, in percent. Missing where the VMM cannot throttle.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub throttle_percent: Option<u8>,
 }
 
 /// A source that waits for the answer to its `Commit`.

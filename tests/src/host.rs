@@ -42,7 +42,9 @@ impl Host {
         let mut command = Command::new(&self.program);
         command.args(args).arg("--json");
         command.arg("--runtime-dir").arg(self.runtime_dir()).arg("--keys").arg(self.keys_dir());
-        for name in ["MIGRATE_RUNTIME_DIR", "MIGRATE_KEYS", "MIGRATE_TEST_HOLD", "RUST_LOG"] {
+        command.arg("--state-dir").arg(self.path("state"));
+        for name in ["MIGRATE_STATE", "MIGRATE_RUNTIME_DIR", "MIGRATE_KEYS", "MIGRATE_TEST_HOLD", "RUST_LOG"]
+        {
             command.env_remove(name);
         }
         command

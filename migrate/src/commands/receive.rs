@@ -6,7 +6,7 @@ use crate::destination::vm::{Place, VmDestination};
 use crate::error::{Error, Result};
 use crate::exit;
 use crate::identity::{self, Identity};
-use crate::inbound::{self, Arrival, Ledger, MemoryLedger, Options};
+use crate::inbound::{self, Desk, Ledger, Limits, MemoryLedger, Notice, Notices, Options};
 use crate::link::Link;
 use crate::link::quic::Listener;
 use crate::paths::RuntimeDir;
@@ -17,6 +17,7 @@ use protocol::control::Outcome;
 use serde_json::json;
 use std::net::SocketAddr;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How often a receiver that waits looks whether it was interrupted.
@@ -87,7 +88,15 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     }
     let place =
         Place { program, runtime: runtime.clone(), name: args.name.clone(), serial: args.serial.clone() };
-    let mut ledger = HostLedger { runtime, memory: MemoryLedger::default() };
+    let ledger = Arc::new(HostLedger { runtime, memory: MemoryLedger::default() });
+    let accept = move |limit| -> Result<Box<dyn Link>> { Ok(Box::new(listener.accept(limit)?)) };
+    let desk = Desk::open(
+        Box::new(accept),
+        ledger,
+        Limits::one(options.max_memory_bytes),
+        args.link_timeout,
+        notices(common.json, address.clone()),
+    )?;
     let begun = Instant::now();
     loop {
         if cancel.is_set() {
@@ -96,25 +105,11 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         if let Some(limit) = args.timeout.filter(|limit| begun.elapsed() > *limit) {
             return Err(Error::TimedOut { what: "a VM to arrive", after: limit });
         }
-        let link = match listener.accept(LOOK) {
-            Ok(link) => link,
-            Err(Error::TimedOut { .. }) => continue,
-            Err(error) => return Err(error),
-        };
-        let mut accept = |limit| -> Result<Box<dyn Link>> { Ok(Box::new(listener.accept(limit)?)) };
+        let Some(offered) = desk.next_offer(LOOK)? else { continue };
         let mut observer = progress::observer(common);
         let destination = Box::new(VmDestination::new(place.clone()));
-        let arrival = inbound::receive(
-            Box::new(link),
-            &mut accept,
-            destination,
-            &mut ledger,
-            &options,
-            &cancel,
-            observer.as_mut(),
-        );
-        match arrival {
-            Ok(Arrival::Started(report)) => {
+        match inbound::receive(offered, &desk, destination, &options, &cancel, observer.as_mut()) {
+            Ok(report) => {
                 if common.json {
                     emit(&json!({"event": "arrived", "name": report.workload, "report": report}));
                 } else {
@@ -122,24 +117,30 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
                 }
                 return Ok(ExitCode::SUCCESS);
             }
-            Ok(Arrival::Asked { migration, outcome }) => {
-                tracing::info!(%migration, ?outcome, "a sender asked and was told");
-                if common.json {
-                    emit(&json!({"event": "asked", "migration": migration, "outcome": outcome}));
-                }
-            }
             Err(error) if args.once || matches!(error.root(), Error::Interrupted(_)) => return Err(error),
-            Err(error) => {
-                tracing::warn!("an attempt failed: {error}; still listening at {address}");
-                if common.json {
-                    let class = exit::class(&error);
-                    let message = error.to_string();
-                    emit(
-                        &json!({"event": "attempt-failed", "address": address, "class": class, "message": message}),
-                    );
-                }
+            Err(error) => attempt_failed(common.json, &address, &error),
+        }
+    }
+}
+
+/// Tells what happened at the desk while a VM is waited for, or arrives.
+fn notices(json: bool, address: String) -> Notices {
+    Box::new(move |notice| match notice {
+        Notice::Asked { migration, outcome } => {
+            tracing::info!(%migration, ?outcome, "a sender asked and was told");
+            if json {
+                emit(&json!({"event": "asked", "migration": migration, "outcome": outcome}));
             }
         }
+        Notice::TurnedAway { error, .. } => attempt_failed(json, &address, &error),
+    })
+}
+
+fn attempt_failed(json: bool, address: &str, error: &Error) {
+    tracing::warn!("an attempt failed: {error}; still listening at {address}");
+    if json {
+        let (class, message) = (exit::class(error), error.to_string());
+        emit(&json!({"event": "attempt-failed", "address": address, "class": class, "message": message}));
     }
 }
 
@@ -173,7 +174,7 @@ impl Ledger for HostLedger {
         }
     }
 
-    fn record(&mut self, migration: MigrationId, outcome: Outcome) {
+    fn record(&self, migration: MigrationId, outcome: Outcome) {
         self.memory.record(migration, outcome);
     }
 }

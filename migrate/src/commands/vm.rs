@@ -288,6 +288,9 @@ fn show(common: &Common, target: &Target, vm: &Status) {
     if let Some(pid) = vm.holder_pid {
         say(&format!("  held by  {} (pid {pid})", vm.holder.clone().unwrap_or_default()));
     }
+    if let Some(percent @ 1..) = vm.throttle_percent {
+        say(&format!("  slowed   stands still {percent} % of its time, so that it can be moved"));
+    }
     if let Some(migration) = vm.arrived_by {
         say(&format!("  arrived  by migration {migration}"));
     }

@@ -30,6 +30,11 @@ impl Fingerprint {
         Self::of_key(&parsed.subject_public_key_info())
     }
 
+    /// A fingerprint that was computed before, or one of nobody, for a link without keys.
+    pub const fn from_digest(digest: [u8; 32]) -> Self {
+        Self(digest)
+    }
+
     fn of_key(spki_der: &[u8]) -> Result<Self> {
         // rustls' provider brings the hash along; its TLS 1.3 suite named here hashes with SHA-256.
         let SupportedCipherSuite::Tls13(suite) = TLS13_AES_128_GCM_SHA256;

@@ -1,24 +1,18 @@
 //! From `Ready` on: the decision, and telling it to a sender that may have lost its link.
 
-use super::{Arrival, Inbound, Options, Order};
-use crate::conversation::{Receiver, out_of_order};
+use super::visitor::{Visitor, Wish, tell};
+use super::{Inbound, Options, Order};
+use crate::conversation::out_of_order;
 use crate::destination::Destination;
 use crate::error::{Error, Result, clean};
-use crate::report::{Event, Phase, micros};
+use crate::report::{ArrivalReport, Event, Phase, micros};
 use protocol::MigrationId;
-use protocol::control::{Downstream, MAX_BLOB_BYTES, Outcome, RefuseCode, Upstream};
-use protocol::handshake::Hello;
+use protocol::control::{Downstream, Outcome, RefuseCode, Upstream};
 use std::time::{Duration, Instant};
 
 /// How long the link may be silent behind `Ready` before new connections are looked at too. A healthy handshake
 /// takes a few milliseconds.
 const LOOK: Duration = Duration::from_millis(100);
-
-/// How long a visitor may take for each of its messages.
-const VISIT: Duration = Duration::from_secs(2);
-
-/// How long telling the peer something that nothing depends on may take.
-const FAREWELL: Duration = Duration::from_secs(1);
 
 /// The most messages that may stand before a sender's last word.
 const MESSAGES_BEFORE: usize = 8;
@@ -43,13 +37,13 @@ impl Inbound<'_> {
         match &started {
             Ok(name) => {
                 self.report.workload.clone_from(name);
-                self.ledger.record(migration, Outcome::Started);
-                self.tell(&Upstream::Started { migration });
+                self.desk.ledger().record(migration, Outcome::Started);
+                tell(&mut self.talk, &Upstream::Started { migration });
                 self.settle(self.options.linger);
             }
             Err(error) => {
-                self.ledger.record(migration, Outcome::Discarded);
-                self.tell(&Upstream::Failed { reason: clean(&error.to_string()) });
+                self.desk.ledger().record(migration, Outcome::Discarded);
+                tell(&mut self.talk, &Upstream::Failed { reason: clean(&error.to_string()) });
                 self.settle(self.options.forget);
             }
         }
@@ -65,10 +59,10 @@ impl Inbound<'_> {
         word: &Upstream,
     ) -> Error {
         destination.discard();
-        self.ledger.record(migration, Outcome::Discarded);
+        self.desk.ledger().record(migration, Outcome::Discarded);
         // A sender that cancels has resumed already, and will not ask.
         if !matches!(error.root(), Error::PeerFailed { .. }) {
-            self.tell(word);
+            tell(&mut self.talk, word);
             self.settle(self.options.forget);
         }
         error
@@ -78,7 +72,7 @@ impl Inbound<'_> {
     pub(super) fn fail(&mut self, destination: Box<dyn Destination>, error: Error) -> Error {
         let error = self.last_word(error);
         if !matches!(error.root(), Error::Link(_) | Error::PeerFailed { .. } | Error::Refused { .. }) {
-            self.tell(&Upstream::Failed { reason: clean(&error.to_string()) });
+            tell(&mut self.talk, &Upstream::Failed { reason: clean(&error.to_string()) });
         }
         self.talk.hang_up("the migration failed");
         // Nothing may write to the memory that is about to go.
@@ -87,21 +81,11 @@ impl Inbound<'_> {
         match self.report.migration {
             // A workload that was refused may be somebody else's, or here already: nothing is known of it.
             Some(migration) if !matches!(error.root(), Error::Refused { .. }) => {
-                self.ledger.record(migration, Outcome::Discarded);
+                self.desk.ledger().record(migration, Outcome::Discarded);
             }
             _ => {}
         }
         error
-    }
-
-    /// Answers a sender's question on the first connection.
-    pub(super) fn answer(&mut self, migration: MigrationId) -> Result<Outcome> {
-        let outcome = self.ledger.outcome(migration);
-        self.report.migration = Some(migration);
-        self.talk.say(&Upstream::Outcome { migration, outcome }, &[], self.options.idle)?;
-        // Its `Done` only says that it heard; without it it asks again.
-        let _ = self.talk.hear("the sender to have heard the answer", VISIT, &mut || Ok(0));
-        Ok(outcome)
     }
 
     /// The outcome is known here: sees to it that the sender knows it too, for as long as it may be without a link.
@@ -111,8 +95,8 @@ impl Inbound<'_> {
             match self.next_word("the sender to know the outcome", until, without_link) {
                 Ok(Downstream::Done { .. }) => return,
                 Ok(Downstream::Ask { migration }) => {
-                    let outcome = self.ledger.outcome(migration);
-                    self.tell(&Upstream::Outcome { migration, outcome });
+                    let outcome = self.desk.ledger().outcome(migration);
+                    tell(&mut self.talk, &Upstream::Outcome { migration, outcome });
                 }
                 Ok(other) => tracing::warn!(message = other.name(), "not expected any more"),
                 Err(Error::Protocol(error)) => {
@@ -153,41 +137,33 @@ impl Inbound<'_> {
                 return Err(Error::TimedOut { what, after: begun.elapsed() });
             }
             let wait = if self.talk.link().is_ok() { Duration::ZERO } else { left.min(LOOK) };
-            match (self.accept)(wait) {
-                Ok(link) => {
-                    if let Some(asked) = self.visit(Receiver::new(link, MAX_BLOB_BYTES)) {
+            match self.visitors.as_ref().and_then(|visitors| visitors.next(wait)) {
+                Some(visitor) => {
+                    if let Some(asked) = self.visit(visitor) {
                         return Ok(asked);
                     }
                 }
-                Err(Error::TimedOut { .. }) => {}
                 // Nobody else can come. As long as the link lives, the sender itself still can.
-                Err(error) if self.talk.link().is_err() => return Err(error),
-                Err(error) => tracing::debug!(%error, "no further connections"),
+                None if self.talk.link().is_err() => self.desk.check()?,
+                None => {}
             }
         }
     }
 
-    /// Hears what a new connection is about. If it is this migration, it takes the place of the old link.
-    fn visit(&mut self, mut visitor: Receiver) -> Option<Downstream> {
-        match first_word(&mut visitor) {
-            Ok(Downstream::Ask { migration }) if Some(migration) == self.report.migration => {
+    /// A new connection of the peer that made the offer. If it asks about it, it takes the place of the old one.
+    fn visit(&mut self, visitor: Visitor) -> Option<Downstream> {
+        match visitor.wish {
+            Wish::Ask(migration) => {
                 self.talk.hang_up("taken up on another connection");
-                self.talk = visitor;
-                return Some(Downstream::Ask { migration });
+                self.talk = visitor.talk;
+                Some(Downstream::Ask { migration })
             }
-            Ok(Downstream::Ask { migration }) => {
-                let outcome = self.ledger.outcome(migration);
-                tell(&mut visitor, &Upstream::Outcome { migration, outcome });
+            _ => {
+                let reason = "that migration is past its rounds there";
+                visitor.refuse(RefuseCode::NoSuchMigration, reason);
+                None
             }
-            Ok(Downstream::Offer(_)) => {
-                let reason = "another migration is under way there: try again in a minute".into();
-                tell(&mut visitor, &Upstream::Refuse { code: RefuseCode::Busy, reason });
-            }
-            Ok(other) => tracing::debug!(message = other.name(), "a visitor without a question"),
-            Err(error) => tracing::debug!(%error, "a visitor that could not be understood"),
         }
-        visitor.hang_up("nothing more to say");
-        None
     }
 
     /// Why the sender went away, if it said so before the link failed: its word explains more than the link's.
@@ -211,41 +187,17 @@ impl Inbound<'_> {
         error
     }
 
-    /// Says something that nothing depends on.
-    pub(super) fn tell(&mut self, message: &Upstream) {
-        tell(&mut self.talk, message);
-    }
-
     /// Closes everything and completes the report.
-    pub(super) fn end(mut self, result: Result<Option<Outcome>>, begun: Instant) -> Result<Arrival> {
+    pub(super) fn end(mut self, result: Result<()>, begun: Instant) -> Result<ArrivalReport> {
         self.talk.hang_up(if result.is_ok() { "done" } else { "the migration failed" });
         self.streams.join();
+        // Who asks from now on is answered from the ledger.
+        self.visitors = None;
         let mut report = self.report;
         report.received_bytes = self.streams.bytes();
         report.total_us = micros(begun.elapsed());
         report.error = result.as_ref().err().map(ToString::to_string);
         self.observer.event(&Event::Arrived(Box::new(report.clone())));
-        match (result?, report.migration) {
-            (Some(outcome), Some(migration)) => Ok(Arrival::Asked { migration, outcome }),
-            _ => Ok(Arrival::Started(Box::new(report))),
-        }
-    }
-}
-
-/// Greets a visitor and hears what it wants.
-fn first_word(visitor: &mut Receiver) -> Result<Downstream> {
-    let nothing = &mut || Ok(0);
-    visitor.introduce(&Upstream::Hello(Hello::ours()), VISIT)?;
-    visitor.preamble(VISIT, nothing)?;
-    match visitor.hear("a visitor's greeting", VISIT, nothing)?.0 {
-        Downstream::Hello(hello) => hello.agree()?,
-        other => return Err(out_of_order("Hello", other.name())),
-    };
-    Ok(visitor.hear("a visitor's question", VISIT, nothing)?.0)
-}
-
-fn tell(talk: &mut Receiver, message: &Upstream) {
-    if let Err(error) = talk.say(message, &[], FAREWELL) {
-        tracing::debug!(%error, message = message.name(), "the sender could not be told");
+        result.map(|()| report)
     }
 }

@@ -11,6 +11,7 @@ mod queue;
 
 use super::{Link, LinkStats, PageReceiver, PageSender};
 use crate::error::{Error, Result};
+use crate::identity::Fingerprint;
 use bytes::Bytes;
 pub use network::Network;
 use queue::Queue;
@@ -74,9 +75,18 @@ pub fn pair(profile: &Profile, cut: Option<Cut>) -> (Duplex, Duplex, Cable) {
         state: Mutex::new(State::new(profile.seed, cut)),
         changed: Condvar::new(),
     });
-    let end = |direction| Duplex { wire: wire.clone(), direction, part: Vec::new(), closed: false };
+    let end = |direction| Duplex {
+        wire: wire.clone(),
+        direction,
+        peer_key: NOBODY,
+        part: Vec::new(),
+        closed: false,
+    };
     (end(Direction::Down), end(Direction::Up), Cable(wire.clone()))
 }
+
+/// The key of whoever does not say who it is: a link in memory authenticates nobody.
+pub const NOBODY: Fingerprint = Fingerprint::from_digest([0; 32]);
 
 /// The hand on the cable.
 #[derive(Clone)]
@@ -98,6 +108,7 @@ pub struct Duplex {
     wire: Arc<Wire>,
     /// Which way this end writes.
     direction: Direction,
+    peer_key: Fingerprint,
     /// What a read that timed out got.
     part: Vec<u8>,
     closed: bool,
@@ -310,6 +321,10 @@ impl Wire {
 impl Link for Duplex {
     fn peer(&self) -> String {
         "the other end of a duplex link".into()
+    }
+
+    fn peer_key(&self) -> Fingerprint {
+        self.peer_key
     }
 
     fn write(&mut self, bytes: &[u8], timeout: Duration) -> Result<()> {

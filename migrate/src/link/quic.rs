@@ -27,6 +27,7 @@ pub use listen::Listener;
 pub use settings::Settings;
 
 use crate::error::{Error, Result};
+use crate::identity::Fingerprint;
 use crate::link::{Link, LinkStats, PageReceiver, PageSender};
 use bytes::{Buf as _, BytesMut};
 use quinn::{Connection, Endpoint, RecvStream, SendStream, VarInt};
@@ -63,6 +64,7 @@ enum Side {
 struct Opened {
     connection: Connection,
     ends: Ends,
+    key: Fingerprint,
     settings: Settings,
     side: Side,
 }
@@ -76,6 +78,7 @@ impl Opened {
             pending: BytesMut::new(),
             side: self.side,
             ends: Arc::new(self.ends),
+            key: self.key,
             settings: self.settings,
             deliveries: Deliveries::default(),
             closed: false,
@@ -93,6 +96,7 @@ pub struct QuicLink {
     pending: BytesMut,
     side: Side,
     ends: Arc<Ends>,
+    key: Fingerprint,
     settings: Settings,
     deliveries: Deliveries,
     closed: bool,
@@ -148,6 +152,10 @@ impl QuicLink {
 impl Link for QuicLink {
     fn peer(&self) -> String {
         self.ends.peer.clone()
+    }
+
+    fn peer_key(&self) -> Fingerprint {
+        self.key
     }
 
     fn write(&mut self, bytes: &[u8], after: Duration) -> Result<()> {

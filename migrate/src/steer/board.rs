@@ -3,6 +3,7 @@
 use super::eta::{Underway, eta_s};
 use crate::cancel::CancelFlag;
 use crate::controls::Controls;
+use crate::converge::Decision;
 use crate::error::clean;
 use crate::report::{self, ArrivalReport, Event, Observer, Phase, Progress, Report, RoundReport, micros};
 use protocol::MigrationId;
@@ -53,6 +54,7 @@ struct Known {
     rate_bytes_per_s: u64,
     dirty_pages_per_s: Option<f64>,
     predicted_downtime_us: Option<u64>,
+    throttle_percent: u8,
     elapsed: Option<Duration>,
 }
 
@@ -73,6 +75,7 @@ impl Board {
             rate_bytes_per_s: 0,
             dirty_pages_per_s: None,
             predicted_downtime_us: None,
+            throttle_percent: 0,
             elapsed: None,
         };
         Self(Arc::new(Shared { known: Mutex::new(known), ended: Condvar::new(), cancel, controls }))
@@ -113,7 +116,7 @@ impl Board {
             rate_bytes_per_s: known.rate_bytes_per_s,
             dirty_bytes_per_s: known.dirty_pages_per_s.map(|pages| (pages * PAGE_SIZE as f64) as u64),
             predicted_downtime_us: known.predicted_downtime_us,
-            throttle_percent: None,
+            throttle_percent: Some(known.throttle_percent).filter(|percent| *percent > 0),
             eta_us: known.eta_us(),
             limits: self.0.controls.as_ref().map_or_else(Limits::default, Controls::in_force),
         }
@@ -148,6 +151,11 @@ impl Board {
                 (known.moved_bytes, known.rate_bytes_per_s) = (*sent_bytes, *rate_bytes_per_s);
             }
             Event::RoundEnd(round) => known.round_is_over(round),
+            Event::Decided(entry) => {
+                if let Decision::Throttle { percent, .. } = entry.decided {
+                    known.throttle_percent = percent;
+                }
+            }
             Event::Receiving { round, received_bytes, rate_bytes_per_s } => {
                 (known.round, known.moved_bytes) = (*round, *received_bytes);
                 known.rate_bytes_per_s = *rate_bytes_per_s;

@@ -1,6 +1,6 @@
 //! Links that end, anywhere.
 
-use crate::harness::{SECOND, World, sending};
+use crate::harness::{SECOND, World, desk, desk_at, sending};
 use migrate::cancel::CancelFlag;
 use migrate::error::Error;
 use migrate::inbound::{self, Ledger as _};
@@ -10,6 +10,7 @@ use migrate::report::Quiet;
 use migrate::source::scripted::{Call, Who};
 use proptest::prelude::*;
 use protocol::control::Outcome;
+use std::sync::Arc;
 use std::time::Duration;
 
 fn any_cut() -> impl Strategy<Value = Cut> {
@@ -143,10 +144,9 @@ fn without_an_answer_the_source_stays_frozen_and_can_be_settled() {
         network.set_reachable(true);
         let expected = if starts { Outcome::Started } else { Outcome::Discarded };
         assert_eq!(world.ledger.outcome(options.migration), expected);
-        let answer = std::thread::scope(|scope| {
-            scope.spawn(|| serve(&world, &network));
-            outbound::ask(network.dial().unwrap(), options.migration, SECOND).unwrap()
-        });
+        let desk = desk(&network, &world.ledger);
+        let answer = outbound::ask(network.dial().unwrap(), options.migration, SECOND).unwrap();
+        drop(desk);
         assert_eq!(answer, expected, "{cut:?}");
     }
 }
@@ -156,16 +156,21 @@ fn a_destination_that_knows_nothing_proves_nothing() {
     let (world, options) = idle();
     let network = Network::new(Profile::default(), [Some(Cut::Before(Direction::Down, COMMIT))]);
     // The receiver dies with the link, and another one that knows nothing takes its place.
+    let accepting = network.clone();
+    let mut links = 1;
+    let only_one = Box::new(move |limit| match std::mem::take(&mut links) {
+        1 => accepting.accept(limit * 100),
+        _ => Err(Error::Link("gone".into())),
+    });
     std::thread::scope(|scope| {
-        scope.spawn(|| {
-            let link = network.accept(SECOND).unwrap();
-            let gone = &mut |_| Err(Error::Link("gone".into()));
+        let receiver = scope.spawn(|| {
+            let first = desk_at(only_one, &Arc::default(), Box::new(|_| {}));
+            let offered = first.next_offer(5 * SECOND).unwrap().unwrap();
             let place = migrate::destination::scripted::Scripted::new(world.witness.clone(), None);
-            let ledger = &mut inbound::MemoryLedger::default();
             let options = crate::harness::receiving();
-            inbound::receive(link, gone, place, ledger, &options, &CancelFlag::default(), &mut Quiet)
+            inbound::receive(offered, &first, place, &options, &CancelFlag::default(), &mut Quiet)
                 .unwrap_err();
-            serve(&world, &network);
+            desk(&network, &Arc::default())
         });
         let failed = outbound::send(
             world.machine.attach(),
@@ -177,25 +182,8 @@ fn a_destination_that_knows_nothing_proves_nothing() {
         )
         .unwrap_err();
         assert!(matches!(failed.error, Error::InDoubt(_)), "{failed}");
+        drop(receiver.join().unwrap());
     });
     assert!(world.machine.is_pledged());
     assert!(!world.witness.is_running(Who::Source) && !world.witness.is_running(Who::Destination));
-}
-
-/// A receiver that takes one connection.
-fn serve(world: &World, network: &Network) {
-    let link = network.accept(5 * SECOND).unwrap();
-    let place = migrate::destination::scripted::Scripted::new(world.witness.clone(), None);
-    let mut ledger = world.ledger.clone();
-    let options = crate::harness::receiving();
-    inbound::receive(
-        link,
-        &mut |limit| network.accept(limit),
-        place,
-        &mut ledger,
-        &options,
-        &CancelFlag::default(),
-        &mut Quiet,
-    )
-    .unwrap();
 }

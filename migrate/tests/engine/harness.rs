@@ -4,17 +4,16 @@ use migrate::cancel::CancelFlag;
 use migrate::converge::OnTimeout;
 use migrate::destination::scripted as place;
 use migrate::error::{Error, Result};
-use migrate::inbound::{self, Arrival, Ledger, MemoryLedger};
+use migrate::inbound::{self, Accept, Desk, Limits, MemoryLedger, Notices};
 use migrate::link::duplex::{Network, Profile};
 use migrate::outbound::{self, Failed};
-use migrate::report::{Observer, Quiet, Report};
+use migrate::report::{ArrivalReport, Observer, Quiet, Report};
 use migrate::source::scripted::{Machine, Who, Witness};
 use protocol::MigrationId;
-use protocol::control::Outcome;
 use protocol::layout::{Layout, Space, SpaceKind};
 use protocol::page::SpaceId;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 pub(crate) const SECOND: Duration = Duration::from_secs(1);
@@ -44,25 +43,23 @@ pub(crate) fn receiving() -> inbound::Options {
     options
 }
 
-/// A ledger that a receiver and a test share.
-#[derive(Clone, Default)]
-pub(crate) struct Shared(Arc<Mutex<MemoryLedger>>);
+/// The front desk of a host at this network.
+pub(crate) fn desk(network: &Network, ledger: &Arc<MemoryLedger>) -> Desk {
+    let network = network.clone();
+    desk_at(Box::new(move |limit| network.accept(limit)), ledger, Box::new(|_| {}))
+}
 
-impl Ledger for Shared {
-    fn outcome(&self, migration: MigrationId) -> Outcome {
-        self.0.lock().unwrap().outcome(migration)
-    }
-
-    fn record(&mut self, migration: MigrationId, outcome: Outcome) {
-        self.0.lock().unwrap().record(migration, outcome);
-    }
+/// The front desk behind `accept`.
+pub(crate) fn desk_at(accept: Accept, ledger: &Arc<MemoryLedger>, notices: Notices) -> Desk {
+    let limits = Limits { waiting: Duration::ZERO, ..Limits::one(1 << 30) };
+    Desk::open(accept, ledger.clone(), limits, 20 * SECOND, notices).unwrap()
 }
 
 /// How an attempt ended at both ends.
 pub(crate) struct Ended {
     pub(crate) sent: std::result::Result<Report, Box<Failed>>,
-    /// What every connection came to.
-    pub(crate) received: Vec<Result<Arrival>>,
+    /// What every offer came to.
+    pub(crate) received: Vec<Result<ArrivalReport>>,
 }
 
 impl Ended {
@@ -76,9 +73,10 @@ impl Ended {
 }
 
 pub(crate) struct World {
+    pub(crate) name: String,
     pub(crate) witness: Witness,
     pub(crate) machine: Machine,
-    pub(crate) ledger: Shared,
+    pub(crate) ledger: Arc<MemoryLedger>,
 }
 
 /// Sets a flag when it goes.
@@ -92,9 +90,13 @@ impl Drop for OnDrop<'_> {
 
 impl World {
     pub(crate) fn new(seed: u64, pages_per_call: u64) -> Self {
+        Self::named("scripted", seed, pages_per_call)
+    }
+
+    pub(crate) fn named(name: &str, seed: u64, pages_per_call: u64) -> Self {
         let witness = Witness::default();
-        let machine = Machine::new(layout(), seed, pages_per_call, witness.clone());
-        Self { witness, machine, ledger: Shared::default() }
+        let machine = Machine::new(layout(), seed, pages_per_call, witness.clone()).named(name);
+        Self { name: name.into(), witness, machine, ledger: Arc::default() }
     }
 
     /// One attempt over a network without faults, to a place without faults.
@@ -103,7 +105,7 @@ impl World {
         self.attempt(&network, None, &sending(), &CancelFlag::default(), &mut Quiet)
     }
 
-    /// One attempt. A receiver serves connection behind connection for as long as the sender is at it.
+    /// One attempt. A receiver serves offer behind offer for as long as the sender is at it.
     pub(crate) fn attempt(
         &self,
         network: &Network,
@@ -115,14 +117,14 @@ impl World {
         let over = AtomicBool::new(false);
         std::thread::scope(|scope| {
             let receiver = scope.spawn(|| {
+                let desk = desk(network, &self.ledger);
                 let mut received = vec![];
                 while !over.load(Ordering::Acquire) {
-                    let Ok(link) = network.accept(Duration::from_millis(5)) else { continue };
+                    let Some(offered) = desk.next_offer(Duration::from_millis(5)).unwrap() else { continue };
                     received.push(inbound::receive(
-                        link,
-                        &mut |limit| network.accept(limit),
+                        offered,
+                        &desk,
                         place::Scripted::new(self.witness.clone(), fail_at),
-                        &mut self.ledger.clone(),
                         &receiving(),
                         &CancelFlag::default(),
                         &mut Quiet,

@@ -1,14 +1,14 @@
 //! Peers that break the protocol, on purpose or by accident: an error, no panic, no harm.
 
-use crate::harness::{SECOND, World, layout, receiving, sending};
+use crate::harness::{SECOND, World, desk, layout, receiving, sending};
 use migrate::cancel::CancelFlag;
 use migrate::destination::scripted as place;
 use migrate::error::{Error, Result};
-use migrate::inbound::{self, Arrival, Ledger as _, MemoryLedger};
+use migrate::inbound::{self, Desk, Ledger as _, Limits, MemoryLedger, Notice};
 use migrate::link::Link;
-use migrate::link::duplex::{Network, Profile, pair};
+use migrate::link::duplex::{Duplex, Network, Profile, pair};
 use migrate::outbound::{self, Failed};
-use migrate::report::Quiet;
+use migrate::report::{ArrivalReport, Quiet};
 use migrate::source::scripted::{Call, Who, Witness};
 use proptest::prelude::*;
 use protocol::MigrationId;
@@ -21,6 +21,7 @@ use protocol::page::{PAGE_SIZE, PageRun, SpaceId};
 use protocol::payload::Encoding;
 use protocol::state::State;
 use serde::{Serialize, de::DeserializeOwned};
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 /// How long an honest end waits where the other is silent: no honest step may take as long, on a busy host either.
@@ -29,7 +30,7 @@ const SILENCE: Duration = Duration::from_millis(600);
 const OURS: MigrationId = MigrationId(77);
 
 /// A peer that can say anything.
-struct Peer(Box<dyn Link>);
+pub(crate) struct Peer(pub(crate) Box<dyn Link>);
 
 impl Peer {
     fn bytes(&mut self, bytes: &[u8]) -> &mut Self {
@@ -38,7 +39,7 @@ impl Peer {
         self
     }
 
-    fn say(&mut self, message: &impl Serialize, blob: &[u8]) -> &mut Self {
+    pub(crate) fn say(&mut self, message: &impl Serialize, blob: &[u8]) -> &mut Self {
         self.bytes(&envelope::encode(message, blob).unwrap())
     }
 
@@ -55,17 +56,17 @@ impl Peer {
     /// Has said all.
     fn stop(&mut self) {}
 
-    fn greet(&mut self, hello: &impl Serialize) -> &mut Self {
+    pub(crate) fn greet(&mut self, hello: &impl Serialize) -> &mut Self {
         self.bytes(&Preamble::OURS.encode()).say(hello, &[])
     }
 
-    fn skip_preamble(&mut self) -> &mut Self {
+    pub(crate) fn skip_preamble(&mut self) -> &mut Self {
         let _ = self.0.read_exact(&mut [0; 16], "a preamble", SECOND);
         self
     }
 
     /// The next message, if one comes.
-    fn hear<T: DeserializeOwned>(&mut self) -> Option<T> {
+    pub(crate) fn hear<T: DeserializeOwned>(&mut self) -> Option<T> {
         let mut header = [0; envelope::HEADER_BYTES];
         self.0.read_exact(&mut header, "a header", 2 * SECOND).ok()?;
         let header = envelope::Header::decode(&header, 1 << 20).unwrap();
@@ -75,7 +76,7 @@ impl Peer {
     }
 
     /// A sender up to `Accept`.
-    fn offer(&mut self, offer: Offer) -> &mut Self {
+    pub(crate) fn offer(&mut self, offer: Offer) -> &mut Self {
         self.greet(&Downstream::Hello(Hello::ours()))
             .say(&Downstream::Offer(offer), b"machine")
             .skip_preamble();
@@ -97,7 +98,7 @@ impl Peer {
     }
 
     /// A sender up to `Ready`, of a workload of zeros.
-    fn ready(&mut self) -> &mut Self {
+    pub(crate) fn ready(&mut self) -> &mut Self {
         self.accepted();
         drop(self.stream(&[&preamble(0), &end(0)]));
         drop(self.stream(&[&preamble(1), &end(0)]));
@@ -107,7 +108,7 @@ impl Peer {
     }
 }
 
-fn offer() -> Offer {
+pub(crate) fn offer() -> Offer {
     let (kind, name) = (WorkloadKind::Vm, "guest".to_owned());
     Offer { migration: OURS, kind, name, layout: layout(), page_streams: 2 }
 }
@@ -134,8 +135,35 @@ fn state() -> Vec<u8> {
     state.encode().unwrap()
 }
 
+/// A desk to which one peer comes, and what it says of it.
+fn one_peer(
+    link: Duplex,
+    patience: Duration,
+    ledger: &Arc<MemoryLedger>,
+) -> (Desk, mpsc::Receiver<(String, Error)>) {
+    let mut link = Some(link);
+    let accept = move |limit| match link.take() {
+        Some(link) => Ok(Box::new(link) as Box<dyn Link>),
+        None => {
+            std::thread::park_timeout(limit);
+            Err(Error::TimedOut { what: "a connection", after: limit })
+        }
+    };
+    let (send, turned_away) = mpsc::channel();
+    let notices = Box::new(move |notice| {
+        if let Notice::TurnedAway { peer, error } = notice {
+            let _ = send.send((peer, error));
+        }
+    });
+    let limits = Limits::one(1 << 30);
+    (Desk::open(Box::new(accept), ledger.clone(), limits, patience, notices).unwrap(), turned_away)
+}
+
 /// Runs a receiver against a sender that does as it likes.
-fn receive_from(patience: Duration, sender: impl FnOnce(&mut Peer) + Send) -> (Result<Arrival>, Witness) {
+fn receive_from(
+    patience: Duration,
+    sender: impl FnOnce(&mut Peer) + Send,
+) -> (Result<ArrivalReport>, Witness) {
     let (here, there, _) = pair(&Profile::default(), None);
     let witness = Witness::default();
     let result = std::thread::scope(|scope| {
@@ -144,18 +172,17 @@ fn receive_from(patience: Duration, sender: impl FnOnce(&mut Peer) + Send) -> (R
             sender(&mut peer);
             peer.stay();
         });
-        inbound::receive(
-            Box::new(there),
-            &mut |limit| {
-                std::thread::park_timeout(limit);
-                Err(Error::TimedOut { what: "a connection", after: limit })
-            },
-            place::Scripted::new(witness.clone(), None),
-            &mut MemoryLedger::default(),
-            &inbound::Options { idle: patience, linger: SILENCE, ..receiving() },
-            &CancelFlag::default(),
-            &mut Quiet,
-        )
+        let (desk, turned_away) = one_peer(there, patience, &Arc::default());
+        loop {
+            if let Some(offered) = desk.next_offer(Duration::from_millis(10)).unwrap() {
+                let place = place::Scripted::new(witness.clone(), None);
+                let options = inbound::Options { idle: patience, linger: SILENCE, ..receiving() };
+                return inbound::receive(offered, &desk, place, &options, &CancelFlag::default(), &mut Quiet);
+            }
+            if let Ok((_, error)) = turned_away.try_recv() {
+                return Err(error);
+            }
+        }
     });
     (result, witness)
 }
@@ -176,7 +203,7 @@ fn a_sender_that_says_all_the_right_things_is_received() {
         assert_eq!(peer.hear(), Some(Upstream::Started { migration: OURS }));
         peer.say(&Downstream::Done { migration: OURS }, &[]);
     });
-    assert!(matches!(result, Ok(Arrival::Started(_))), "{result:?}");
+    assert!(result.is_ok(), "{result:?}");
     assert!(witness.is_running(Who::Destination));
 }
 
@@ -220,7 +247,7 @@ fn offers_that_cannot_be_are_refused_before_anything_is_made() {
 #[test]
 fn a_migration_that_was_here_before_is_refused_and_its_outcome_stands() {
     let (here, there, _) = pair(&Profile::default(), None);
-    let mut ledger = MemoryLedger::default();
+    let ledger = Arc::new(MemoryLedger::default());
     ledger.record(OURS, Outcome::Started);
     let error = std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -228,16 +255,10 @@ fn a_migration_that_was_here_before_is_refused_and_its_outcome_stands() {
             peer.offer(offer());
             assert!(matches!(peer.hear(), Some(Upstream::Refuse { code: RefuseCode::BadOffer, .. })));
         });
-        inbound::receive(
-            Box::new(there),
-            &mut |limit| Err(Error::TimedOut { what: "a connection", after: limit }),
-            place::Scripted::new(Witness::default(), None),
-            &mut ledger,
-            &receiving(),
-            &CancelFlag::default(),
-            &mut Quiet,
-        )
-        .unwrap_err()
+        let (desk, _) = one_peer(there, SECOND, &ledger);
+        let offered = desk.next_offer(20 * SECOND).unwrap().unwrap();
+        let place = place::Scripted::new(Witness::default(), None);
+        inbound::receive(offered, &desk, place, &receiving(), &CancelFlag::default(), &mut Quiet).unwrap_err()
     });
     assert!(matches!(error.root(), Error::Refused { .. }), "{error}");
     assert_eq!(ledger.outcome(OURS), Outcome::Started);
@@ -260,7 +281,7 @@ fn senders_that_break_the_protocol_are_told_apart_and_start_nothing() {
             Box::new(|peer| peer.greet(&serde_json::json!({"type": "no-such-message"})).stop()),
         ),
         (
-            "Commit arrived where Offer or Ask was due",
+            "Commit arrived where Offer, Ask, Join or Resume was due",
             Box::new(|peer| {
                 peer.greet(&Downstream::Hello(Hello::ours()))
                     .say(&Downstream::Commit { migration: OURS }, &[]);
@@ -372,7 +393,7 @@ fn a_silent_sender_is_given_up_and_what_was_waited_for_is_named() {
     let cases: [(&str, Sender); 7] = [
         ("the sender's greeting", Box::new(|peer| peer.bytes(&Preamble::OURS.encode()).stop())),
         ("the peer's greeting", Box::new(|peer| peer.bytes(b"MIG").stop())),
-        ("the sender's offer", Box::new(|peer| peer.greet(&Downstream::Hello(Hello::ours())).stop())),
+        ("the sender's wish", Box::new(|peer| peer.greet(&Downstream::Hello(Hello::ours())).stop())),
         ("a page stream", Box::new(|peer| peer.accepted().stop())),
         (
             "the sender's next round",
@@ -423,12 +444,12 @@ fn while_a_sender_is_waited_for_others_are_answered_or_told_to_come_again() {
             let ours = outbound::ask(network.dial().unwrap(), OURS, SECOND).unwrap();
             assert_eq!(ours, Outcome::Discarded);
         });
-        let link = network.accept(SECOND).unwrap();
+        let desk = desk(&network, &Arc::default());
+        let offered = desk.next_offer(20 * SECOND).unwrap().unwrap();
         let error = inbound::receive(
-            link,
-            &mut |limit| network.accept(limit),
+            offered,
+            &desk,
             place::Scripted::new(witness.clone(), None),
-            &mut MemoryLedger::default(),
             &inbound::Options { linger: 20 * SECOND, ..receiving() },
             &CancelFlag::default(),
             &mut Quiet,
@@ -550,7 +571,7 @@ fn receivers_that_break_the_protocol_leave_the_workload_where_it_is() {
 fn a_peers_own_word_explains_more_than_a_broken_link() {
     let world = World::new(3, 1);
     let (here, there, _) = pair(&Profile::default(), None);
-    let (gone, is_gone) = std::sync::mpsc::channel();
+    let (gone, is_gone) = mpsc::channel();
     // The sender goes on only once the receiver is gone, so that whatever it does next finds the link closed.
     world.machine.on_call(move |call, _| {
         if call == Call::Track {

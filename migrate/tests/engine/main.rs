@@ -16,3 +16,5 @@ mod cuts;
 mod failures;
 mod steering;
 mod hostile;
+mod desk;
+mod stalls;

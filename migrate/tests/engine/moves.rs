@@ -2,7 +2,6 @@
 
 use crate::harness::{World, sending};
 use migrate::cancel::CancelFlag;
-use migrate::inbound::Arrival;
 use migrate::link::duplex::{Network, Profile};
 use migrate::report::{Event, Observer, Outcome, Phase};
 use proptest::prelude::*;
@@ -79,7 +78,7 @@ fn a_report_adds_up() {
     assert_eq!(told, (0..rounds.len() as u32).collect::<Vec<_>>());
     assert_eq!(diary.0.last(), Some(&Event::Done(Box::new(report.clone()))));
 
-    let [Ok(Arrival::Started(arrival))] = &ended.received[..] else { panic!("{:?}", ended.received) };
+    let [Ok(arrival)] = &ended.received[..] else { panic!("{:?}", ended.received) };
     assert_eq!(arrival.rounds as usize, rounds.len());
     assert_eq!(arrival.received_bytes, report.sent_bytes + 16 * u64::from(report.page_streams));
 }

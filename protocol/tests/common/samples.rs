@@ -11,11 +11,35 @@ use protocol::steer::{self, Answer, Order};
 
 pub(crate) const MIGRATION: MigrationId = MigrationId(0x0011_2233_4455_6677_8899_aabb_ccdd_eeff);
 
-pub(crate) const DOWNSTREAM_TYPES: [&str; 8] =
-    ["hello", "offer", "state", "commit", "done", "cancel", "ask", "round-sent"];
-pub(crate) const UPSTREAM_TYPES: [&str; 8] =
-    ["hello", "accept", "refuse", "round-done", "ready", "started", "failed", "outcome"];
-pub(crate) const REQUEST_TYPES: [&str; 18] = [
+pub(crate) const DOWNSTREAM_TYPES: [&str; 12] = [
+    "hello",
+    "offer",
+    "state",
+    "commit",
+    "done",
+    "cancel",
+    "ask",
+    "round-sent",
+    "missing",
+    "recover",
+    "join",
+    "resume",
+];
+pub(crate) const UPSTREAM_TYPES: [&str; 12] = [
+    "hello",
+    "accept",
+    "refuse",
+    "round-done",
+    "ready",
+    "started",
+    "failed",
+    "outcome",
+    "want",
+    "missing",
+    "complete",
+    "incomplete",
+];
+pub(crate) const REQUEST_TYPES: [&str; 22] = [
     "hello",
     "status",
     "describe",
@@ -34,9 +58,23 @@ pub(crate) const REQUEST_TYPES: [&str; 18] = [
     "load",
     "start",
     "discard",
+    "expect",
+    "page-faults",
+    "complete",
+    "throttle",
 ];
-pub(crate) const REPLY_TYPES: [&str; 9] =
-    ["welcome", "refused", "status", "description", "tracking", "dirty", "saved", "done", "error"];
+pub(crate) const REPLY_TYPES: [&str; 10] = [
+    "welcome",
+    "refused",
+    "status",
+    "description",
+    "tracking",
+    "dirty",
+    "saved",
+    "done",
+    "error",
+    "page-faults",
+];
 
 pub(crate) const ORDER_TYPES: [&str; 4] = ["status", "await", "cancel", "set"];
 pub(crate) const ANSWER_TYPES: [&str; 3] = ["status", "done", "error"];
@@ -54,6 +92,10 @@ pub(crate) fn downstream_type(message: &Downstream) -> &'static str {
         Downstream::Cancel { .. } => 5,
         Downstream::Ask { .. } => 6,
         Downstream::RoundSent { .. } => 7,
+        Downstream::Missing { .. } => 8,
+        Downstream::Recover { .. } => 9,
+        Downstream::Join { .. } => 10,
+        Downstream::Resume { .. } => 11,
     }]
 }
 
@@ -67,6 +109,10 @@ pub(crate) fn upstream_type(message: &Upstream) -> &'static str {
         Upstream::Started { .. } => 5,
         Upstream::Failed { .. } => 6,
         Upstream::Outcome { .. } => 7,
+        Upstream::Want { .. } => 8,
+        Upstream::Missing { .. } => 9,
+        Upstream::Complete { .. } => 10,
+        Upstream::Incomplete { .. } => 11,
     }]
 }
 
@@ -90,6 +136,10 @@ pub(crate) fn request_type(message: &Request) -> &'static str {
         Request::Load => 15,
         Request::Start { .. } => 16,
         Request::Discard => 17,
+        Request::Expect => 18,
+        Request::PageFaults => 19,
+        Request::Complete => 20,
+        Request::Throttle { .. } => 21,
     }]
 }
 
@@ -104,6 +154,7 @@ pub(crate) fn reply_type(message: &Reply) -> &'static str {
         Reply::Saved => 6,
         Reply::Done => 7,
         Reply::Error { .. } => 8,
+        Reply::PageFaults { .. } => 9,
     }]
 }
 
@@ -150,6 +201,10 @@ pub(crate) fn downstream() -> Vec<Downstream> {
         Downstream::Cancel { reason: "stopped by the operator".into() },
         Downstream::Ask { migration: MIGRATION },
         Downstream::RoundSent { round: 0 },
+        Downstream::Missing { pages: 5 },
+        Downstream::Recover { migration: MIGRATION },
+        Downstream::Join { migration: MIGRATION, connection: 1 },
+        Downstream::Resume { migration: MIGRATION },
     ]
 }
 
@@ -166,6 +221,10 @@ pub(crate) fn upstream() -> Vec<Upstream> {
         Upstream::Started { migration: MIGRATION },
         Upstream::Failed { reason: "the state's section vcpu/1 is missing".into() },
         Upstream::Outcome { migration: MIGRATION, outcome: Outcome::Discarded },
+        Upstream::Want { space: 1, page: 4096 },
+        Upstream::Missing { pages: 5 },
+        Upstream::Complete { migration: MIGRATION },
+        Upstream::Incomplete { migration: MIGRATION },
     ]
 }
 
@@ -183,6 +242,7 @@ pub(crate) fn requests() -> Vec<Request> {
         Request::Take { space: 1, first: 4096, count: 512 },
         Request::Redirty,
         Request::TrackStop,
+        Request::Throttle { percent: 40 },
         Request::Freeze,
         Request::Save,
         Request::Pledge { migration: MIGRATION, peer: "192.0.2.7:4242".into() },
@@ -193,6 +253,9 @@ pub(crate) fn requests() -> Vec<Request> {
         Request::Load,
         Request::Start { migration: MIGRATION },
         Request::Discard,
+        Request::Expect,
+        Request::PageFaults,
+        Request::Complete,
     ]
 }
 
@@ -209,6 +272,8 @@ pub(crate) fn status() -> Status {
         holder: Some("migrate send".into()),
         arrived_by: None,
         pledged_to: Some(Pledge { migration: MIGRATION, peer: "192.0.2.7:4242".into() }),
+        awaiting_pages: None,
+        throttle_percent: None,
     }
 }
 
@@ -236,6 +301,7 @@ pub(crate) fn replies() -> Vec<Reply> {
             code: ErrorCode::WrongState,
             message: "save needs a frozen VM, this one is running: freeze it first".into(),
         },
+        Reply::PageFaults { pages: 5, addresses: vec![0x7f00_0000_0000, 0x7f00_c000_0000] },
     ]
 }
 
@@ -320,7 +386,7 @@ pub(crate) fn page() -> Vec<u8> {
 
 // The names that stand for something, all of them. `complete` does not compile when one is missing from its match.
 
-pub(crate) const REFUSE_CODES: [RefuseCode; 7] = [
+pub(crate) const REFUSE_CODES: [RefuseCode; 8] = [
     RefuseCode::Version,
     RefuseCode::Memory,
     RefuseCode::NameTaken,
@@ -328,6 +394,7 @@ pub(crate) const REFUSE_CODES: [RefuseCode; 7] = [
     RefuseCode::Busy,
     RefuseCode::BadOffer,
     RefuseCode::Host,
+    RefuseCode::NoSuchMigration,
 ];
 pub(crate) const OUTCOMES: [Outcome; 3] = [Outcome::Started, Outcome::Discarded, Outcome::Unknown];
 pub(crate) const WORKLOAD_KINDS: [WorkloadKind; 1] = [WorkloadKind::Vm];
@@ -363,6 +430,7 @@ pub(crate) fn complete() -> bool {
         RefuseCode::Busy => 4,
         RefuseCode::BadOffer => 5,
         RefuseCode::Host => 6,
+        RefuseCode::NoSuchMigration => 7,
     });
     let outcomes = OUTCOMES.map(|outcome| match outcome {
         Outcome::Started => 0,

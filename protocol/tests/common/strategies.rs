@@ -63,6 +63,11 @@ pub(crate) fn downstream() -> impl Strategy<Value = Downstream> {
         text().prop_map(|reason| Downstream::Cancel { reason }),
         migration().prop_map(|migration| Downstream::Ask { migration }),
         any::<u32>().prop_map(|round| Downstream::RoundSent { round }),
+        any::<u64>().prop_map(|pages| Downstream::Missing { pages }),
+        migration().prop_map(|migration| Downstream::Recover { migration }),
+        (migration(), any::<u16>())
+            .prop_map(|(migration, connection)| Downstream::Join { migration, connection }),
+        migration().prop_map(|migration| Downstream::Resume { migration }),
     ]
 }
 
@@ -75,6 +80,10 @@ pub(crate) fn upstream() -> impl Strategy<Value = Upstream> {
         any::<u32>().prop_map(|round| Upstream::RoundDone { round }),
         Just(Upstream::Ready),
         migration().prop_map(|migration| Upstream::Started { migration }),
+        (any::<u16>(), any::<u64>()).prop_map(|(space, page)| Upstream::Want { space, page }),
+        any::<u64>().prop_map(|pages| Upstream::Missing { pages }),
+        migration().prop_map(|migration| Upstream::Complete { migration }),
+        migration().prop_map(|migration| Upstream::Incomplete { migration }),
         text().prop_map(|reason| Upstream::Failed { reason }),
         (migration(), select(&samples::OUTCOMES[..]))
             .prop_map(|(migration, outcome)| Upstream::Outcome { migration, outcome }),
@@ -97,12 +106,16 @@ pub(crate) fn request() -> impl Strategy<Value = Request> {
             Request::Terminate,
             Request::Load,
             Request::Discard,
+            Request::Expect,
+            Request::PageFaults,
+            Request::Complete,
         ]),
         (any::<u16>(), any::<u64>(), any::<u64>()).prop_map(|(space, first, count)| Request::Take {
             space,
             first,
             count
         }),
+        any::<u8>().prop_map(|percent| Request::Throttle { percent }),
         (migration(), text()).prop_map(|(migration, peer)| Request::Pledge { migration, peer }),
         option::of(migration()).prop_map(|migration| Request::Resume { migration }),
         migration().prop_map(|migration| Request::HandOver { migration }),
@@ -115,9 +128,10 @@ fn status() -> impl Strategy<Value = Status> {
     let numbers = (any::<u32>(), any::<u64>(), any::<u32>(), any::<u64>());
     let pledge = (migration(), text()).prop_map(|(migration, peer)| Pledge { migration, peer });
     let options = (option::of(any::<u32>()), option::of(text()), option::of(migration()), option::of(pledge));
+    let options = (options, option::of(any::<u64>()), option::of(any::<u8>()));
     (text(), select(&samples::PHASES[..]), numbers, text(), options).prop_map(
         |(name, phase, (pid, memory_bytes, vcpus, uptime_ms), serial, options)| {
-            let (holder_pid, holder, arrived_by, pledged_to) = options;
+            let ((holder_pid, holder, arrived_by, pledged_to), awaiting_pages, throttle_percent) = options;
             Status {
                 name,
                 phase,
@@ -130,6 +144,8 @@ fn status() -> impl Strategy<Value = Status> {
                 holder,
                 arrived_by,
                 pledged_to,
+                awaiting_pages,
+                throttle_percent,
             }
         },
     )
@@ -149,6 +165,8 @@ pub(crate) fn reply() -> impl Strategy<Value = Reply> {
         select(&samples::TRACKING_MODES[..]).prop_map(|mode| Reply::Tracking { mode }),
         any::<u64>().prop_map(|pages| Reply::Dirty { pages }),
         Just(Reply::Saved),
+        (any::<u64>(), vec(any::<u64>(), 0..4))
+            .prop_map(|(pages, addresses)| Reply::PageFaults { pages, addresses }),
         Just(Reply::Done),
         (select(&samples::ERROR_CODES[..]), text())
             .prop_map(|(code, message)| Reply::Error { code, message }),

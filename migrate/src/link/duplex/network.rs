@@ -1,7 +1,8 @@
 //! Where a link can be dialled again after it was cut.
 
-use super::{Cable, Cut, Duplex, Profile, pair};
+use super::{Cable, Cut, Duplex, NOBODY, Profile, pair};
 use crate::error::{Error, Result};
+use crate::identity::Fingerprint;
 use crate::link::Link;
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -52,12 +53,21 @@ impl Network {
     /// # Errors
     /// `Link` while the listening host cannot be reached.
     pub fn dial(&self) -> Result<Box<dyn Link>> {
+        self.dial_as(NOBODY)
+    }
+
+    /// Connects as the host with this key.
+    ///
+    /// # Errors
+    /// As [`Network::dial`].
+    pub fn dial_as(&self, key: Fingerprint) -> Result<Box<dyn Link>> {
         let mut state = self.lock();
         if state.down {
             return Err(Error::Link("the host cannot be reached".into()));
         }
         let cut = state.cuts.pop_front().flatten();
-        let (here, there, cable) = pair(&self.profile, cut);
+        let (here, mut there, cable) = pair(&self.profile, cut);
+        there.peer_key = key;
         state.waiting.push_back(there);
         state.cables.push(cable);
         self.shared.dialled.notify_all();

@@ -125,7 +125,7 @@ impl Attempt<'_> {
         };
         ends.peer = Peer { address: &peer, name: self.trust.name_of(key), key }.to_string();
         tokio::spawn(watch(connection.clone(), refused, ends.gone.clone()));
-        Ok(Opened { connection, ends, settings: self.settings.clone(), side: Side::Dialler })
+        Ok(Opened { connection, ends, key, settings: self.settings.clone(), side: Side::Dialler })
     }
 
     fn failed(&self, gate: &tls::Gate, ends: &Ends, error: &ConnectionError) -> Error {

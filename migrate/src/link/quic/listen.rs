@@ -185,5 +185,5 @@ async fn admit(incoming: Incoming, door: &Door) -> Result<Opened> {
         return Err(Error::Identity("it showed no key".into()));
     };
     ends.peer = Peer { address: &address, name: trust.name_of(key), key }.to_string();
-    Ok(Opened { connection, ends, settings: door.settings.clone(), side: super::Side::Listener })
+    Ok(Opened { connection, ends, key, settings: door.settings.clone(), side: super::Side::Listener })
 }

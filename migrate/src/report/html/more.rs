@@ -36,6 +36,25 @@ pub(super) fn sent(page: &mut String, report: &Report) {
             ],
         );
     });
+    let fixed = &report.fixed;
+    if fixed.actual_us > 0 {
+        let lead = "The part of the downtime that no page explains, besides round trips.";
+        section(page, "Fixed part of the downtime", lead, |page| {
+            let grounds = match fixed.known_from {
+                0 => "a guess".into(),
+                moves => format!("from {moves} earlier moves to this peer"),
+            };
+            pairs(
+                page,
+                &[
+                    ("Counted with", format!("{}, {grounds}", show_us(fixed.assumed_us))),
+                    ("Came to", show_us(fixed.actual_us)),
+                    ("Of it, stopping the VM", show_us(fixed.pause_us)),
+                    ("Of it, saving its state", show_us(fixed.save_us)),
+                ],
+            );
+        });
+    }
     let link = &report.link;
     section(page, "Link", "As the transport measured it, for both control and pages.", |page| {
         pairs(

@@ -37,7 +37,19 @@ pub(super) fn chart(page: &mut String, rounds: &[RoundReport]) {
         table(
             page,
             "Rounds as a table",
-            &["Round", "Dirty", "Sent", "Zeros", "Not sent", "Bytes", "Time", "Rate", "Left", "Stop then"],
+            &[
+                "Round",
+                "Dirty",
+                "Sent",
+                "Zeros",
+                "Not sent",
+                "Bytes",
+                "Time",
+                "Rate",
+                "Left",
+                "Stop then",
+                "Throttle",
+            ],
             &rows,
         );
     });
@@ -59,7 +71,7 @@ fn bars(page: &mut String, rounds: &[RoundReport]) {
                      <text class=\"soft\" x=\"100%\" y=\"{text_y}\" text-anchor=\"end\">{}</text>\
                      <rect class=\"track\" x=\"0\" y=\"{bar_y}\" width=\"100%\" height=\"12\" rx=\"2\"/>",
                     show_bytes(round.sent_bytes),
-                    if round.duration_us == 0 { String::new() } else { show_rate(round.rate_bytes_per_s) },
+                    speed(round),
                 ),
             );
             let mut x = 0.0;
@@ -86,6 +98,15 @@ fn bars(page: &mut String, rounds: &[RoundReport]) {
     });
 }
 
+/// The rate, and by how much the workload was slowed down for it.
+fn speed(round: &RoundReport) -> String {
+    let rate = if round.duration_us == 0 { String::new() } else { show_rate(round.rate_bytes_per_s) };
+    match round.throttle_percent {
+        0 => rate,
+        percent => format!("throttled {percent} % \u{b7} {rate}"),
+    }
+}
+
 /// What a round's bar is as long as.
 fn pages(round: &RoundReport) -> u64 {
     let parts = round.sent_pages.saturating_add(round.zero_pages).saturating_add(round.skipped_pages);
@@ -104,5 +125,6 @@ fn row(round: &RoundReport) -> Vec<String> {
         show_rate(round.rate_bytes_per_s),
         show_bytes(round.remaining_pages.saturating_mul(PAGE_SIZE as u64)),
         if round.frozen { "–".into() } else { show_us(round.predicted_downtime_us) },
+        format!("{} %", round.throttle_percent),
     ]
 }

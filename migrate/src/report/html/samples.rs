@@ -1,7 +1,9 @@
 //! Reports for tests.
 
 use crate::link::LinkStats;
-use crate::report::{ArrivalReport, Outcome, Phase, PhaseTime, REPORT_VERSION, Report, RoundReport};
+use crate::report::{
+    ArrivalReport, FixedPart, Outcome, Phase, PhaseTime, REPORT_VERSION, Report, RoundReport,
+};
 use protocol::MigrationId;
 
 /// A busy VM that moved in six rounds.
@@ -64,6 +66,7 @@ pub(crate) fn busy() -> Report {
         rounds,
         state_bytes: 21_504,
         downtime_us: 5_560,
+        fixed: FixedPart { assumed_us: 2_500, known_from: 3, actual_us: 2_700, pause_us: 900, save_us: 500 },
         total_us: 2_026_160,
         link: LinkStats {
             rtt_us: 310,
