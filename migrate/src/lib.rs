@@ -30,6 +30,7 @@ pub mod link;
 pub mod inbound;
 pub mod destination;
 pub mod report;
+pub mod steer;
 pub mod paths;
 pub mod units;
 pub mod exit;

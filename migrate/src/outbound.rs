@@ -43,7 +43,9 @@ use crate::converge::{Limits, Measured, OnTimeout};
 use crate::conversation::{self, out_of_order};
 use crate::error::{Error, Result, clean};
 use crate::link::Link;
-use crate::report::{Event, FixedPart, Observer, Outcome, Phase, PhaseTime, PostCopyReport, Report, micros};
+use crate::report::{
+    Event, FixedPart, Observer, Outcome, Phase, PhaseTime, PostCopyReport, REPORT_VERSION, Report, micros,
+};
 use crate::select::hot::{HotPages, HotRule};
 use crate::source::{Donor, Source};
 use commit::Answer;
@@ -234,6 +236,7 @@ impl<'a> Outbound<'a> {
         let workload = source.workload();
         let pages: Vec<u64> = workload.layout.spaces.iter().map(|space| space.pages).collect();
         let report = Report {
+            version: REPORT_VERSION,
             migration: options.migration,
             workload: workload.name.clone(),
             peer: link.peer(),
@@ -385,7 +388,7 @@ impl<'a> Outbound<'a> {
     }
 
     fn pledge(&mut self) -> Result<()> {
-        self.cancel.check()?;
+        self.cancel.pass()?;
         self.source.pledge(self.options.migration, &self.report.peer)
     }
 
@@ -410,7 +413,7 @@ impl<'a> Outbound<'a> {
 
 /// Ends the rounds of a migration that is not to be forced once they take too long, in the middle of one too.
 fn check_deadline(rounds_since: Option<Instant>, options: &Options) -> Result<()> {
-    let Limits { timeout, on_timeout, .. } = options.limits();
+    let (timeout, on_timeout) = options.controls.read(|limits| (limits.timeout, limits.on_timeout));
     if on_timeout != OnTimeout::Cancel || rounds_since.is_none_or(|since| since.elapsed() < timeout) {
         return Ok(());
     }

@@ -3,14 +3,26 @@
 //! One [`Report`] is made by every run of the engine, also by one that fails: its phases and rounds are those that
 //! were begun. Times are microseconds on this end's monotonic clock. [`Event`]s tell the same as it happens.
 
+mod file;
+pub mod html;
+
+pub use file::Document;
+
 use crate::converge::trace::Entry;
 use protocol::MigrationId;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::time::Duration;
 
+/// The version of a report's JSON. Members may be added under the same version; a reader takes what is missing as nothing.
+pub const REPORT_VERSION: u32 = 1;
+
+fn report_version() -> u32 {
+    REPORT_VERSION
+}
+
 /// A phase of the engine, on either end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Phase {
     /// Both ends say who they are.
@@ -79,7 +91,7 @@ impl fmt::Display for Phase {
 }
 
 /// How a migration ended, seen from the source.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "kebab-case")]
 pub enum Outcome {
     /// It has not ended yet.
@@ -100,7 +112,7 @@ pub enum Outcome {
 }
 
 /// How long one phase took.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PhaseTime {
     /// Which phase.
     pub phase: Phase,
@@ -109,7 +121,8 @@ pub struct PhaseTime {
 }
 
 /// One round of pages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct RoundReport {
     /// Its number, from 0.
     pub round: u32,
@@ -120,6 +133,7 @@ pub struct RoundReport {
     /// Pages that were sent with their bytes.
     pub sent_pages: u64,
     /// Those of them that went as less than their bytes.
+    #[serde(default)]
     pub packed_pages: u64,
     /// Pages that were sent as zeros, without bytes.
     pub zero_pages: u64,
@@ -143,7 +157,8 @@ pub struct RoundReport {
 }
 
 /// The part of a downtime that no page explains: what was counted with, and what it was.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct FixedPart {
     /// What was counted with, besides round trips.
     pub assumed_us: u64,
@@ -158,8 +173,11 @@ pub struct FixedPart {
 }
 
 /// What one migration did, seen from the source.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
+    /// [`REPORT_VERSION`].
+    #[serde(default = "report_version")]
+    pub version: u32,
     /// Its name.
     pub migration: MigrationId,
     /// The workload's name.
@@ -181,6 +199,7 @@ pub struct Report {
     /// Pages sent with their bytes, in all rounds.
     pub sent_pages: u64,
     /// Those of them that went as less than their bytes.
+    #[serde(default)]
     pub packed_pages: u64,
     /// Pages sent as zeros, in all rounds.
     pub zero_pages: u64,
@@ -194,11 +213,12 @@ pub struct Report {
     /// resumed here; 0 when it was never frozen.
     pub downtime_us: u64,
     /// The part of the downtime that no page explains.
+    #[serde(default)]
     pub fixed: FixedPart,
     /// From the greeting to the end.
     pub total_us: u64,
     /// What followed behind the start, if it was started without all of its memory.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub post_copy: Option<PostCopyReport>,
     /// What the transport measured.
     pub link: crate::link::LinkStats,
@@ -207,7 +227,7 @@ pub struct Report {
 }
 
 /// The pages that followed a workload which was started without all of its memory, seen from the source.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct PostCopyReport {
     /// Pages that were missing at the start.
     pub missing_pages: u64,
@@ -226,7 +246,7 @@ pub struct PostCopyReport {
 }
 
 /// The pages that followed, seen from the destination.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct FaultReport {
     /// Pages that were missing at the start, or when it was taken up.
     pub missing_pages: u64,
@@ -247,8 +267,11 @@ pub struct FaultReport {
 }
 
 /// What one migration did, seen from the destination.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ArrivalReport {
+    /// [`REPORT_VERSION`].
+    #[serde(default = "report_version")]
+    pub version: u32,
     /// Its name, once it was offered.
     pub migration: Option<MigrationId>,
     /// The workload's name here, once it was offered.
@@ -266,7 +289,7 @@ pub struct ArrivalReport {
     /// Bytes of the state.
     pub state_bytes: u64,
     /// What followed behind the start, if it was started without all of its memory.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub post_copy: Option<FaultReport>,
     /// From the first byte to the end.
     pub total_us: u64,
@@ -276,6 +299,7 @@ impl ArrivalReport {
     /// Nothing has happened yet.
     pub(crate) fn of(peer: &str) -> Self {
         Self {
+            version: REPORT_VERSION,
             migration: None,
             workload: String::new(),
             peer: peer.into(),

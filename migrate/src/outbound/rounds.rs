@@ -244,7 +244,8 @@ impl Outbound<'_> {
     /// same as [`Options::fixed_cost`](super::Options::fixed_cost) stands for, so that the next move can count with it.
     pub(super) fn learn_fixed_part(&mut self, downtime: Duration) {
         let trips = self.fixed_cost().saturating_sub(self.options.fixed_cost);
-        let last_bytes = self.report.rounds.last().map_or(0, |round| round.sent_bytes);
+        let last = self.report.rounds.last();
+        let last_bytes = last.map_or(0, |round| round.sent_bytes.max(round.sent_pages * PAGE_SIZE as u64));
         let explained =
             trips + Forecast::of(&self.measured, Duration::ZERO).moving(last_bytes, &self.measured);
         let fixed = &mut self.report.fixed;

@@ -14,6 +14,7 @@ mod harness;
 mod moves;
 mod cuts;
 mod failures;
+mod steering;
 mod hostile;
 mod postcopy;
 mod desk;

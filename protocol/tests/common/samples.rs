@@ -356,6 +356,7 @@ pub(crate) fn answers() -> Vec<Answer> {
                 on_timeout: Some("cancel".into()),
                 on_stall: Some(vec!["minimum".into(), "throttle".into()]),
                 max_throttle_percent: Some(80),
+                post_copy_after: None,
                 bandwidth_bytes_per_s: None,
             },
         })),
