@@ -55,7 +55,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
     /// For measurements: whether pages that are dirty in every round wait for the last one.
-    #[arg(long, hide = true, action = clap::ArgAction::Set, default_value_t = true)]
+    #[arg(long, hide = true, action = clap::ArgAction::Set, default_value_t = false)]
     hot_pages_last: bool,
     /// How long to wait for a peer that says nothing.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = units::duration)]
@@ -105,8 +105,8 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         options.fixed_cost = fixed;
         options.fixed_cost_known_from = u32::try_from(moves).unwrap_or(u32::MAX);
     }
-    if !args.hot_pages_last {
-        options.hot = HotRule::NEVER;
+    if args.hot_pages_last {
+        options.hot = HotRule::default();
     }
     options.stall = args.link_timeout;
     options.ask = args.ask_timeout;
