@@ -53,7 +53,7 @@ fn a_busy_guest_moves_by_post_copy_and_is_sound() {
 }
 
 /// By post-copy behind the first round, whatever the guest does.
-fn send<'a>(address: &'a str) -> Vec<&'a str> {
+fn send(address: &str) -> Vec<&str> {
     vec![
         "send",
         "v",
