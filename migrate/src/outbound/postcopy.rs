@@ -10,6 +10,7 @@
 //! the destination then says is missing goes back on the shelf. When that time is over, or the operator does not want to wait,
 //! the donor is left as it is (frozen, pledged, whole) and `migrate recover` goes on from there.
 
+mod widen;
 mod shelf;
 mod streams;
 
@@ -28,6 +29,7 @@ use protocol::page::{PageRun, PageSet, SpaceId};
 use protocol::sparse;
 use std::time::{Duration, Instant};
 use streams::Streams;
+pub(super) use widen::widen;
 
 /// How long to wait before dialling again, at first and at most.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));

@@ -289,7 +289,7 @@ const OURS: MigrationId = MigrationId(99);
 
 /// Gives pages to a destination that does as it likes, on every connection; answers the error, if there is one, and
 /// whether the memory was let go.
-fn donate_to(destination: impl Fn(&mut Peer) + Send) -> (Result<PostCopyReport>, bool) {
+fn donate_to(destination: impl Fn(&mut Peer) + Sync) -> (Result<PostCopyReport>, bool) {
     let network = Network::new(Profile::default(), None);
     let finished = Arc::new(AtomicBool::new(false));
     let donor = Box::new(Pages { layout: layout(), finished: finished.clone() });
