@@ -35,6 +35,7 @@ mod visitor;
 mod admission;
 mod desk;
 mod parse;
+mod decode;
 mod streams;
 mod ledger;
 mod settle;

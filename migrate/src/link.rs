@@ -83,7 +83,8 @@ pub trait PageReceiver: Send {
 }
 
 /// What a transport measured.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
 pub struct LinkStats {
     /// Smoothed round-trip time in microseconds.
     pub rtt_us: u64,

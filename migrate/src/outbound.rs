@@ -30,6 +30,7 @@
 //! meant for a destination that is gone, so all of it is given back, whichever rounds had arrived there.
 
 mod ticker;
+mod encode;
 mod lanes;
 mod rounds;
 mod commit;
@@ -42,10 +43,15 @@ use crate::converge::{Limits, Measured, OnTimeout};
 use crate::conversation::{self, out_of_order};
 use crate::error::{Error, Result, clean};
 use crate::link::Link;
-use crate::report::{Event, Observer, Outcome, Phase, PhaseTime, PostCopyReport, Report, micros};
+use crate::report::{
+    Event, FixedPart, Observer, Outcome, Phase, PhaseTime, PostCopyReport, REPORT_VERSION, Report, micros,
+};
+use crate::select::hot::{HotPages, HotRule};
 use crate::source::{Donor, Source};
 use commit::Answer;
 pub use commit::{Word, ask};
+pub use encode::Packs;
+use encode::Plan;
 use lanes::Lanes;
 use postcopy::Donation;
 use protocol::MigrationId;
@@ -67,8 +73,14 @@ pub struct Options {
     /// What freezing, saving, loading and starting cost, without pages and round trips: what the last migration of
     /// this kind measured, or a guess.
     pub fixed_cost: Duration,
+    /// The moves that `fixed_cost` is known from; 0 for a guess.
+    pub fixed_cost_known_from: u32,
+    /// Which pages wait for the last round.
+    pub hot: HotRule,
     /// Page streams, 1 to [`MAX_PAGE_STREAMS`].
     pub page_streams: u16,
+    /// Which ways of packing pages may be used.
+    pub packs: Packs,
     /// The longest the peer may leave us waiting with nothing moving on the link.
     pub stall: Duration,
     /// The longest the destination may take to make room for the workload.
@@ -85,7 +97,10 @@ impl Options {
             migration,
             controls: Controls::new(Limits::default()),
             fixed_cost: Duration::from_millis(2),
+            fixed_cost_known_from: 0,
+            hot: HotRule::default(),
             page_streams: 2,
+            packs: Packs::default(),
             stall: Duration::from_secs(10),
             // Touching fresh memory was measured at up to 2 s/GiB on a machine that must get it back from its host.
             prepare: Duration::from_secs(120),
@@ -191,8 +206,14 @@ struct Outbound<'a> {
     taken: Vec<PageSet>,
     /// The rounds that were acknowledged.
     measured: Vec<Measured>,
+    /// Which pages wait for the last round, and which were taken without being sent.
+    hot: HotPages,
+    /// How much the workload is slowed down, in percent.
+    throttle_percent: u8,
     /// What a message there and its answer back take.
     round_trip: Duration,
+    /// The capabilities of both ends.
+    agreed: Vec<&'static str>,
     begun: Instant,
     /// While rounds are sent: when they began.
     rounds_since: Option<Instant>,
@@ -213,7 +234,9 @@ impl<'a> Outbound<'a> {
         observer: &'a mut dyn Observer,
     ) -> Self {
         let workload = source.workload();
+        let pages: Vec<u64> = workload.layout.spaces.iter().map(|space| space.pages).collect();
         let report = Report {
+            version: REPORT_VERSION,
             migration: options.migration,
             workload: workload.name.clone(),
             peer: link.peer(),
@@ -224,11 +247,17 @@ impl<'a> Outbound<'a> {
             phases: Vec::new(),
             rounds: Vec::new(),
             sent_pages: 0,
+            packed_pages: 0,
             zero_pages: 0,
             skipped_pages: 0,
             sent_bytes: 0,
             state_bytes: 0,
             downtime_us: 0,
+            fixed: FixedPart {
+                assumed_us: micros(options.fixed_cost),
+                known_from: options.fixed_cost_known_from,
+                ..FixedPart::default()
+            },
             total_us: 0,
             post_copy: None,
             link: link.stats(),
@@ -245,7 +274,10 @@ impl<'a> Outbound<'a> {
             ticker: Ticker::new(observer),
             report,
             measured: Vec::new(),
+            hot: HotPages::new(&pages, options.hot),
+            throttle_percent: 0,
             round_trip: Duration::ZERO,
+            agreed: Vec::new(),
             begun: Instant::now(),
             rounds_since: None,
             frozen_at: None,
@@ -319,6 +351,7 @@ impl<'a> Outbound<'a> {
                 }
                 self.round_trip = begun.elapsed();
                 tracing::info!(peer = clean(&hello.software), ?capabilities, "greeted");
+                self.agreed = capabilities;
                 Ok(())
             }
             other => Err(out_of_order("Hello", other.name())),
@@ -339,7 +372,13 @@ impl<'a> Outbound<'a> {
             Upstream::Accept => {}
             other => return Err(out_of_order("Accept", other.name())),
         }
-        self.lanes = Lanes::open(self.talk.link()?, self.options.page_streams)?;
+        let Options { page_streams, packs, controls, .. } = self.options;
+        self.lanes = Lanes::open(
+            self.talk.link()?,
+            *page_streams,
+            Plan::new(*packs, &self.agreed),
+            &controls.bandwidth(),
+        )?;
         Ok(())
     }
 
@@ -349,7 +388,7 @@ impl<'a> Outbound<'a> {
     }
 
     fn pledge(&mut self) -> Result<()> {
-        self.cancel.check()?;
+        self.cancel.pass()?;
         self.source.pledge(self.options.migration, &self.report.peer)
     }
 
@@ -374,7 +413,7 @@ impl<'a> Outbound<'a> {
 
 /// Ends the rounds of a migration that is not to be forced once they take too long, in the middle of one too.
 fn check_deadline(rounds_since: Option<Instant>, options: &Options) -> Result<()> {
-    let Limits { timeout, on_timeout, .. } = options.limits();
+    let (timeout, on_timeout) = options.controls.read(|limits| (limits.timeout, limits.on_timeout));
     if on_timeout != OnTimeout::Cancel || rounds_since.is_none_or(|since| since.elapsed() < timeout) {
         return Ok(());
     }

@@ -3,13 +3,26 @@
 //! One [`Report`] is made by every run of the engine, also by one that fails: its phases and rounds are those that
 //! were begun. Times are microseconds on this end's monotonic clock. [`Event`]s tell the same as it happens.
 
+mod file;
+pub mod html;
+
+pub use file::Document;
+
+use crate::converge::trace::Entry;
 use protocol::MigrationId;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::time::Duration;
 
+/// The version of a report's JSON. Members may be added under the same version; a reader takes what is missing as nothing.
+pub const REPORT_VERSION: u32 = 1;
+
+fn report_version() -> u32 {
+    REPORT_VERSION
+}
+
 /// A phase of the engine, on either end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Phase {
     /// Both ends say who they are.
@@ -78,7 +91,7 @@ impl fmt::Display for Phase {
 }
 
 /// How a migration ended, seen from the source.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "kebab-case")]
 pub enum Outcome {
     /// It has not ended yet.
@@ -99,7 +112,7 @@ pub enum Outcome {
 }
 
 /// How long one phase took.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PhaseTime {
     /// Which phase.
     pub phase: Phase,
@@ -108,7 +121,8 @@ pub struct PhaseTime {
 }
 
 /// One round of pages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct RoundReport {
     /// Its number, from 0.
     pub round: u32,
@@ -118,6 +132,9 @@ pub struct RoundReport {
     pub dirty_pages: u64,
     /// Pages that were sent with their bytes.
     pub sent_pages: u64,
+    /// Those of them that went as less than their bytes.
+    #[serde(default)]
+    pub packed_pages: u64,
     /// Pages that were sent as zeros, without bytes.
     pub zero_pages: u64,
     /// Pages that were never touched, and so not sent.
@@ -133,11 +150,34 @@ pub struct RoundReport {
     pub remaining_pages: u64,
     /// The downtime that freezing then was predicted to cost.
     pub predicted_downtime_us: u64,
+    /// Those of the remaining that the next round holds back, because they are dirty in every one.
+    pub held_pages: u64,
+    /// The share of its time that the workload was made to stand still in it, in percent.
+    pub throttle_percent: u8,
+}
+
+/// The part of a downtime that no page explains: what was counted with, and what it was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct FixedPart {
+    /// What was counted with, besides round trips.
+    pub assumed_us: u64,
+    /// The moves to this peer that it was known from; 0 for a guess.
+    pub known_from: u32,
+    /// What it was, besides round trips; 0 when the workload did not move.
+    pub actual_us: u64,
+    /// Of it: stopping the workload.
+    pub pause_us: u64,
+    /// Of it: saving its state.
+    pub save_us: u64,
 }
 
 /// What one migration did, seen from the source.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
+    /// [`REPORT_VERSION`].
+    #[serde(default = "report_version")]
+    pub version: u32,
     /// Its name.
     pub migration: MigrationId,
     /// The workload's name.
@@ -158,6 +198,9 @@ pub struct Report {
     pub rounds: Vec<RoundReport>,
     /// Pages sent with their bytes, in all rounds.
     pub sent_pages: u64,
+    /// Those of them that went as less than their bytes.
+    #[serde(default)]
+    pub packed_pages: u64,
     /// Pages sent as zeros, in all rounds.
     pub zero_pages: u64,
     /// Pages never touched and not sent.
@@ -169,10 +212,13 @@ pub struct Report {
     /// From the call that froze the workload to the word that it runs at the destination, or until it was
     /// resumed here; 0 when it was never frozen.
     pub downtime_us: u64,
+    /// The part of the downtime that no page explains.
+    #[serde(default)]
+    pub fixed: FixedPart,
     /// From the greeting to the end.
     pub total_us: u64,
     /// What followed behind the start, if it was started without all of its memory.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub post_copy: Option<PostCopyReport>,
     /// What the transport measured.
     pub link: crate::link::LinkStats,
@@ -181,7 +227,7 @@ pub struct Report {
 }
 
 /// The pages that followed a workload which was started without all of its memory, seen from the source.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct PostCopyReport {
     /// Pages that were missing at the start.
     pub missing_pages: u64,
@@ -200,7 +246,7 @@ pub struct PostCopyReport {
 }
 
 /// The pages that followed, seen from the destination.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct FaultReport {
     /// Pages that were missing at the start, or when it was taken up.
     pub missing_pages: u64,
@@ -221,8 +267,11 @@ pub struct FaultReport {
 }
 
 /// What one migration did, seen from the destination.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ArrivalReport {
+    /// [`REPORT_VERSION`].
+    #[serde(default = "report_version")]
+    pub version: u32,
     /// Its name, once it was offered.
     pub migration: Option<MigrationId>,
     /// The workload's name here, once it was offered.
@@ -240,7 +289,7 @@ pub struct ArrivalReport {
     /// Bytes of the state.
     pub state_bytes: u64,
     /// What followed behind the start, if it was started without all of its memory.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub post_copy: Option<FaultReport>,
     /// From the first byte to the end.
     pub total_us: u64,
@@ -250,6 +299,7 @@ impl ArrivalReport {
     /// Nothing has happened yet.
     pub(crate) fn of(peer: &str) -> Self {
         Self {
+            version: REPORT_VERSION,
             migration: None,
             workload: String::new(),
             peer: peer.into(),
@@ -284,6 +334,8 @@ pub enum Event {
     Progress(Progress),
     /// A round is over.
     RoundEnd(RoundReport),
+    /// What to do behind it was decided, and on what grounds.
+    Decided(Box<Entry>),
     /// The migration is over, at the source.
     Done(Box<Report>),
     /// Pages come in; at most ten a second.

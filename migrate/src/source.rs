@@ -73,6 +73,16 @@ pub trait Source {
     /// `Workload`.
     fn redirty(&mut self, pages: &[PageSet]) -> Result<()>;
 
+    /// Whether `throttle` is possible.
+    fn can_throttle(&self) -> bool;
+
+    /// Lets the workload stand still for this share of its time, in percent; 0 lets it run. Ends by itself with
+    /// `freeze` and `resume`, and when the source is dropped.
+    ///
+    /// # Errors
+    /// `Workload`.
+    fn throttle(&mut self, percent: u8) -> Result<()>;
+
     /// Stops the workload. Behind this call nothing writes to its memory any more.
     ///
     /// # Errors

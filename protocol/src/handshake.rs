@@ -34,8 +34,19 @@ pub const MAX_CAPABILITIES: usize = 256;
 /// The workload may be started at the destination before all of its memory is there.
 pub const POST_COPY: &str = "post-copy";
 
+/// The capability to send and take pages as [`Zstd`](crate::payload::Encoding::Zstd) and
+/// [`Lz4`](crate::payload::Encoding::Lz4).
+pub const PACKED_PAGES: &str = "packed-pages";
+
+/// The capability to send and take pages as [`Delta`](crate::payload::Encoding::Delta).
+pub const DELTA_PAGES: &str = "delta-pages";
+
+/// The capability to send and take pages as [`Known`](crate::payload::Encoding::Known), and to say in `round-done` which of
+/// them were not there.
+pub const KNOWN_PAGES: &str = "known-pages";
+
 /// The capabilities of this release. All of version 1.0 is the base.
-pub const CAPABILITIES: &[&str] = &[POST_COPY];
+pub const CAPABILITIES: &[&str] = &[POST_COPY, PACKED_PAGES];
 
 /// First bytes of a control stream, decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

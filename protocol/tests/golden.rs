@@ -68,6 +68,15 @@ fn the_binary_golden_files_decode_to_their_values() {
         sum.update(payload);
         sum.verify().unwrap();
     }
+    for (name, encoding, payload) in files::coded() {
+        let bytes = files::read(name);
+        let (header, found) = bytes.split_first_chunk::<HEADER_BYTES>().unwrap();
+        let (frame, mut sum) = Frame::decode(header).unwrap();
+        assert_eq!(frame, files::coded_frame(encoding, &payload), "{name}");
+        assert_eq!(found, payload, "{name}");
+        sum.update(found);
+        sum.verify().unwrap();
+    }
     let frames = reader::page_stream(&files::read("page-stream/two-rounds.bin"), &samples::layout(), 4);
     assert_eq!(frames.unwrap(), files::two_rounds());
 

@@ -1,5 +1,6 @@
 //! The page streams of the receiver, each with a thread that writes to the destination's memory.
 
+use super::decode::Decoder;
 use super::parse::{Item, Parser};
 use crate::conversation::MOVED_BYTES;
 use crate::destination::PageMemory;
@@ -177,6 +178,7 @@ fn run(
     shared: &Shared,
 ) -> Result<()> {
     let mut number = 0;
+    let mut decoder = Decoder::new();
     while let Some(bytes) = stream.read()? {
         shared.bytes.fetch_add(bytes.len() as u64, Relaxed);
         let mut chunk = bytes.as_ref();
@@ -188,6 +190,7 @@ fn run(
                 }
                 Item::Bytes { space, offset, bytes } => memory.write(space, offset, bytes)?,
                 Item::Zeros(run) => memory.zero(run)?,
+                Item::Coded(run, encoding) => decoder.write(memory, run, encoding, parser.payload())?,
                 Item::RoundEnd(round) => shared.change(|state| state.streams[number].rounds = round + 1),
             }
         }

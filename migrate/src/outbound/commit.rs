@@ -76,7 +76,9 @@ impl Outbound<'_> {
 
     /// The only place where the proof is made: the destination's word was read right before.
     fn started(&mut self) -> Answer {
-        self.report.downtime_us = self.frozen_at.map_or(0, |frozen_at| micros(frozen_at.elapsed()));
+        let downtime = self.frozen_at.map_or(Duration::ZERO, |frozen_at| frozen_at.elapsed());
+        self.report.downtime_us = micros(downtime);
+        self.learn_fixed_part(downtime);
         Answer::Started(Committed::new(self.options.migration))
     }
 

@@ -12,6 +12,8 @@
 use super::lanes::{Contents, Sent};
 use super::postcopy::widen;
 use super::{Outbound, check_deadline};
+use crate::converge::forecast::Forecast;
+use crate::converge::trace::Entry;
 use crate::converge::{Bound, Decision, Limits, Measured, Situation, bandwidth_bytes_per_s, decide};
 use crate::conversation::out_of_order;
 use crate::error::{Error, Result};
@@ -19,7 +21,7 @@ use crate::report::{Event, RoundReport, micros, rate};
 use crate::select::{Batch, Piece, Selector, Window, batches};
 use protocol::ProtocolError;
 use protocol::control::{Downstream, MAX_BLOB_BYTES, Upstream};
-use protocol::page::{PAGE_SIZE, PageSet};
+use protocol::page::{PAGE_SIZE, PageSet, SpaceId};
 use protocol::sparse;
 use std::time::{Duration, Instant};
 
@@ -28,30 +30,36 @@ impl Outbound<'_> {
     pub(super) fn rounds(&mut self) -> Result<()> {
         let begun = Instant::now();
         self.rounds_since = Some(begun);
-        let mut selector = Selector::Full;
         let mut harvested_at = Instant::now();
-        let mut harvest = self.source.harvest()?;
+        let mut dirty = self.harvest(Selector::Full)?;
         loop {
-            let plan = selector.plan(&self.source.workload().layout, harvest)?;
-            let mut round = self.live_round(plan, harvested_at)?;
+            let live = self.hot.begin(dirty);
+            self.probe(&live.probes)?;
+            let mut round = self.live_round(live.sends, harvested_at)?;
             harvested_at = Instant::now();
-            harvest = self.source.harvest()?;
-            selector = Selector::Precopy;
+            dirty = self.harvest(Selector::Precopy)?;
+            self.hot.end(&dirty);
 
-            round.remaining_pages = harvest.iter().map(PageSet::count).sum();
+            round.remaining_pages = self.hot.remaining(&dirty).iter().map(PageSet::count).sum();
+            round.held_pages = self.hot.held_pages();
             self.measured.push(Measured {
-                sent_bytes: round.sent_bytes,
+                // What remains is counted in pages, so what was sent is too: packed ones for what they are.
+                sent_bytes: round.sent_bytes.max(round.sent_pages * PAGE_SIZE as u64),
                 duration: Duration::from_micros(round.duration_us),
                 remaining_pages: round.remaining_pages,
-                ..Measured::default()
+                held_pages: round.held_pages,
+                throttle_percent: self.throttle_percent,
             });
-            let decision = self.decide(begun.elapsed());
+            let entry = self.decide(begun.elapsed());
+            let decision = entry.decided;
             let predicted = decision.predicted();
             round.predicted_downtime_us = micros(predicted);
             self.ticker.predict(predicted);
             self.round_is_over(round);
+            self.ticker.event(&Event::Decided(Box::new(entry)));
             match decision {
-                Decision::Round { .. } | Decision::Throttle { .. } => {}
+                Decision::Round { .. } => {}
+                Decision::Throttle { percent, .. } => self.throttle(percent)?,
                 Decision::Freeze { .. } => return Ok(()),
                 Decision::Minimum { .. } => {
                     self.report.warnings.push(format!(
@@ -77,21 +85,56 @@ impl Outbound<'_> {
         }
     }
 
+    /// What is dirty now.
+    fn harvest(&mut self, selector: Selector) -> Result<Vec<PageSet>> {
+        let harvest = self.source.harvest()?;
+        selector.plan(&self.source.workload().layout, harvest)
+    }
+
+    /// Takes pages without sending them: they are owed, unless they are written again.
+    fn probe(&mut self, pages: &[PageSet]) -> Result<()> {
+        for Batch { space, first, count, .. } in batches(pages) {
+            self.take(space, first, count)?;
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, space: SpaceId, first: u64, count: u64) -> Result<()> {
+        // Noted before it is done: a call that fails may have taken some of them.
+        let index = usize::from(space.0);
+        if let Some(taken) = self.taken.get_mut(index) {
+            taken.insert(first, count);
+        }
+        self.hot.taken(index, first, count);
+        self.source.take(space, first, count)
+    }
+
     /// What the operator allows, as it is now: read anew for every decision.
     fn limits(&self) -> Limits {
         self.options.limits()
     }
 
-    /// What to do behind the round that was just measured.
-    fn decide(&self, elapsed: Duration) -> Decision {
-        decide(&Situation {
-            rounds: &self.measured,
-            fixed: self.fixed_cost(),
-            elapsed,
-            can_throttle: false,
-            can_post_copy: self.can_post_copy(),
-            limits: &self.limits(),
-        })
+    /// What to do behind the round that was just measured, and on what grounds.
+    fn decide(&self, elapsed: Duration) -> Entry {
+        // In whole microseconds, as a trace keeps them: what is replayed must be what was decided.
+        let whole = |time| Duration::from_micros(micros(time));
+        let (fixed, elapsed) = (whole(self.fixed_cost()), whole(elapsed));
+        let (rounds, limits) = (&self.measured, self.limits());
+        let (can_throttle, can_post_copy) = (self.source.can_throttle(), self.can_post_copy());
+        let now = Situation { rounds, fixed, elapsed, can_throttle, can_post_copy, limits: &limits };
+        let decided = decide(&now);
+        let round = rounds.last().copied().unwrap_or_default();
+        Entry { round, fixed, elapsed, can_throttle, can_post_copy, decided, limits }
+    }
+
+    /// Slows the workload down. It is the source that lets it run again, whatever ends the rounds.
+    fn throttle(&mut self, percent: u8) -> Result<()> {
+        if percent != self.throttle_percent {
+            tracing::info!(percent, "throttled");
+            self.source.throttle(percent)?;
+            self.throttle_percent = percent;
+        }
+        Ok(())
     }
 
     /// Whether both ends can do post-copy.
@@ -112,13 +155,14 @@ impl Outbound<'_> {
         let frozen_at = Instant::now();
         self.source.freeze()?;
         self.frozen_at = Some(frozen_at);
+        self.report.fixed.pause_us = micros(frozen_at.elapsed());
         // Again, now that nothing writes: devices had writes in flight until this call.
-        let harvest = self.source.harvest()?;
-        let plan = Selector::Precopy.plan(&self.source.workload().layout, harvest)?;
+        let dirty = self.harvest(Selector::Precopy)?;
+        let plan = self.hot.remaining(&dirty);
         let round = self.last_round();
         let mut report = match self.missing {
             Some(_) => self.announce(round, plan)?,
-            None => self.send_pages(round, plan)?,
+            None => self.send_pages(round, true, plan)?,
         };
         self.lanes.end_round(round);
         self.lanes.finish();
@@ -129,7 +173,9 @@ impl Outbound<'_> {
 
     /// Saves the state, while the lanes still send the last pages, and sends it behind them.
     pub(super) fn state(&mut self) -> Result<()> {
+        let saving = Instant::now();
         let state = self.source.state()?;
+        self.report.fixed.save_us = micros(saving.elapsed());
         self.report.state_bytes = state.len() as u64;
         if state.len() as u64 > u64::from(MAX_BLOB_BYTES) {
             let (found, limit) = (state.len() as u64, u64::from(MAX_BLOB_BYTES));
@@ -161,7 +207,7 @@ impl Outbound<'_> {
             let Some(pages) = absent.get(usize::from(batch.space.0)) else { continue };
             for piece in Window::of(pages, &batch)?.pieces() {
                 self.reserve()?;
-                self.lanes.send(round, piece.runs, Contents::Zeros);
+                self.lanes.send(round, true, piece.runs, Contents::Zeros);
             }
         }
         widen(&mut missing);
@@ -200,10 +246,21 @@ impl Outbound<'_> {
         self.options.fixed_cost + if measured.is_zero() { self.round_trip } else { measured }
     }
 
+    /// What of the downtime is left when round trips, the overhead of a round and the last pages are taken away: the
+    /// same as [`Options::fixed_cost`](super::Options::fixed_cost) stands for, so that the next move can count with it.
+    pub(super) fn learn_fixed_part(&mut self, downtime: Duration) {
+        let trips = self.fixed_cost().saturating_sub(self.options.fixed_cost);
+        let last_bytes = self.report.rounds.last().map_or(0, |round| round.sent_bytes);
+        let explained =
+            trips + Forecast::of(&self.measured, Duration::ZERO).moving(last_bytes, &self.measured);
+        let fixed = &mut self.report.fixed;
+        fixed.actual_us = micros(downtime.saturating_sub(explained));
+    }
+
     /// A round from its harvest to the answer that all of it arrived.
     fn live_round(&mut self, plan: Vec<PageSet>, harvested_at: Instant) -> Result<RoundReport> {
         let round = self.measured.len() as u32;
-        let mut report = self.send_pages(round, plan)?;
+        let mut report = self.send_pages(round, false, plan)?;
         self.lanes.end_round(round);
         self.talk.say(&Downstream::RoundSent { round }, &[], self.options.stall)?;
         match self.hear("the destination to have a round in memory", self.options.stall)? {
@@ -216,13 +273,15 @@ impl Outbound<'_> {
     }
 
     /// Takes, reads and sends the pages of a plan, batch by batch.
-    fn send_pages(&mut self, round: u32, mut plan: Vec<PageSet>) -> Result<RoundReport> {
+    fn send_pages(&mut self, round: u32, frozen: bool, mut plan: Vec<PageSet>) -> Result<RoundReport> {
         let dirty_pages = plan.iter().map(PageSet::count).sum();
-        let mut report = RoundReport { round, dirty_pages, ..RoundReport::default() };
+        let throttle_percent = if self.frozen_at.is_none() { self.throttle_percent } else { 0 };
+        let mut report = RoundReport { round, dirty_pages, throttle_percent, ..RoundReport::default() };
+        self.lanes.begin_round();
         self.ticker.round_begins(round, dirty_pages, self.lanes.sent());
         for batch in batches(&plan).collect::<Vec<_>>() {
             if let Some(pages) = plan.get_mut(usize::from(batch.space.0)) {
-                report.skipped_pages += self.send_batch(round, &batch, pages)?;
+                report.skipped_pages += self.send_batch(round, frozen, &batch, pages)?;
             }
             self.ticker.done(batch.dirty_pages);
             self.ticker.tick(self.lanes.sent());
@@ -232,27 +291,23 @@ impl Outbound<'_> {
     }
 
     /// Sends the pages of one batch; answers how many need not be sent.
-    fn send_batch(&mut self, round: u32, batch: &Batch, pages: &mut PageSet) -> Result<u64> {
+    fn send_batch(&mut self, round: u32, frozen: bool, batch: &Batch, pages: &mut PageSet) -> Result<u64> {
         let Batch { space, first, count, .. } = *batch;
         let wanted = Window::of(pages, batch)?;
-        // Noted before it is done: a call that fails may have taken some of them.
-        if let Some(taken) = self.taken.get_mut(usize::from(space.0)) {
-            taken.insert(first, count);
-        }
-        self.source.take(space, first, count)?;
+        self.take(space, first, count)?;
         self.source.present(space, first, count, pages)?;
         let present = Window::of(pages, batch)?;
         let absent = wanted.without(&present);
         if round > 0 {
             for piece in absent.pieces() {
                 self.reserve()?;
-                self.lanes.send(round, piece.runs, Contents::Zeros);
+                self.lanes.send(round, frozen, piece.runs, Contents::Zeros);
             }
         }
         for piece in present.pieces() {
             self.reserve()?;
             let bytes = self.read(&piece)?;
-            self.lanes.send(round, piece.runs, Contents::Bytes(bytes.into()));
+            self.lanes.send(round, frozen, piece.runs, Contents::Bytes(bytes.into()));
         }
         Ok(if round == 0 { absent.count() } else { 0 })
     }
@@ -281,13 +336,15 @@ impl Outbound<'_> {
 
     /// Fills in what the lanes sent since the last round, once it is known, and adds it to the totals.
     fn count(&mut self, round: &mut RoundReport) {
-        let Sent { pages, zero_pages, bytes } = self.lanes.sent();
+        let Sent { pages, zero_pages, packed_pages, bytes } = self.lanes.sent();
         let total = &mut self.report;
         round.sent_pages = pages - total.sent_pages;
         round.zero_pages = zero_pages - total.zero_pages;
+        round.packed_pages = packed_pages - total.packed_pages;
         round.sent_bytes = bytes - total.sent_bytes;
         round.rate_bytes_per_s = rate(round.sent_bytes, Duration::from_micros(round.duration_us));
         (total.sent_pages, total.zero_pages, total.sent_bytes) = (pages, zero_pages, bytes);
+        total.packed_pages = packed_pages;
     }
 
     fn round_is_over(&mut self, round: RoundReport) {

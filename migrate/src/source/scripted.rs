@@ -27,6 +27,7 @@ pub enum Call {
     Take,
     Present,
     Read,
+    Throttle,
     Freeze,
     State,
     Pledge,
@@ -38,12 +39,13 @@ pub enum Call {
 
 impl Call {
     /// All of them.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Track,
         Self::Harvest,
         Self::Take,
         Self::Present,
         Self::Read,
+        Self::Throttle,
         Self::Freeze,
         Self::State,
         Self::Pledge,
@@ -76,6 +78,9 @@ struct Vm {
     stage: Stage,
     random: u64,
     pages_per_call: u64,
+    throttle_percent: u64,
+    /// Hundredths of a page that a throttled guest has left to write.
+    spare: u64,
     calls: BTreeMap<Call, u32>,
     hook: Option<Hook>,
 }
@@ -102,6 +107,8 @@ impl Machine {
             stage: Stage::Running,
             random: seed,
             pages_per_call,
+            throttle_percent: 0,
+            spare: 0,
             calls: BTreeMap::new(),
             hook: None,
         };
@@ -171,6 +178,11 @@ impl Machine {
         matches!(self.lock().stage, Stage::Pledged(_))
     }
 
+    /// How much it is slowed down now, in percent.
+    pub fn throttle_percent(&self) -> u64 {
+        self.lock().throttle_percent
+    }
+
     /// Whether it was handed over.
     pub fn is_gone(&self) -> bool {
         self.lock().stage == Stage::Gone
@@ -213,7 +225,10 @@ impl Vm {
         if self.stage != Stage::Running {
             return;
         }
-        for _ in 0..self.pages_per_call {
+        self.spare += self.pages_per_call * (100 - self.throttle_percent.min(100));
+        let writes = self.spare / 100;
+        self.spare %= 100;
+        for _ in 0..writes {
             let space = self.random() as usize % self.memory.len();
             let page = self.random() % self.touched[space].pages();
             if !self.random().is_multiple_of(8) {
@@ -256,7 +271,7 @@ impl Scripted {
     }
 
     fn resumes(&self, vm: &mut Vm) {
-        vm.stage = Stage::Running;
+        (vm.stage, vm.throttle_percent) = (Stage::Running, 0);
         self.machine.witness.runs(Who::Source, true);
     }
 }
@@ -322,8 +337,18 @@ impl Source for Scripted {
         Ok(())
     }
 
+    fn can_throttle(&self) -> bool {
+        true
+    }
+
+    fn throttle(&mut self, percent: u8) -> Result<()> {
+        self.called(Call::Throttle)?.throttle_percent = percent.into();
+        Ok(())
+    }
+
     fn freeze(&mut self) -> Result<()> {
         let mut vm = self.called(Call::Freeze)?;
+        vm.throttle_percent = 0;
         vm.stage = Stage::Frozen;
         self.machine.witness.runs(Who::Source, false);
         self.machine.witness.frozen_with(&vm.memory);
@@ -376,6 +401,7 @@ impl Source for Scripted {
 impl Drop for Scripted {
     fn drop(&mut self) {
         let mut vm = self.machine.lock();
+        vm.throttle_percent = 0;
         if !self.settled && vm.stage == Stage::Frozen {
             self.resumes(&mut vm);
         }

@@ -92,6 +92,14 @@ impl Source for VmSource {
         Ok(self.client.redirty(pages)?)
     }
 
+    fn can_throttle(&self) -> bool {
+        self.client.welcome().throttle_percent.is_some()
+    }
+
+    fn throttle(&mut self, percent: u8) -> Result<()> {
+        Ok(self.client.throttle(percent)?)
+    }
+
     fn freeze(&mut self) -> Result<()> {
         self.client.freeze()?;
         self.frozen = true;

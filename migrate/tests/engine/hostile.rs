@@ -135,6 +135,14 @@ pub(crate) fn page(first: u64, round: u32) -> Vec<u8> {
     [header.as_slice(), &payload].concat()
 }
 
+/// Two pages that this payload is said to stand for.
+fn coded(encoding: Encoding, payload: &[u8]) -> Vec<u8> {
+    let run = PageRun { space: SpaceId(0), first: 0, count: 2 };
+    let payload_bytes = payload.len() as u32;
+    let header = Frame::Pages { run, encoding, payload_bytes, round: 0 }.encode(payload);
+    [header.as_slice(), payload].concat()
+}
+
 fn state() -> Vec<u8> {
     let mut state = State::default();
     state.push("scripted", 1, vec![]);
@@ -333,6 +341,30 @@ fn senders_that_break_the_protocol_are_told_apart_and_start_nothing() {
                 damaged[1000] ^= 1;
                 pages(peer, &[&preamble(0), &damaged], &[&preamble(1)]);
             }),
+        ),
+        (
+            "the zstd payload of pages 0+2 of space 0 cannot be decoded",
+            Box::new(|peer| {
+                pages(peer, &[&preamble(0), &coded(Encoding::Zstd, &[0x28; 90])], &[&preamble(1)])
+            }),
+        ),
+        (
+            "the lz4 payload of pages 0+2 of space 0 cannot be decoded",
+            // A literal of one byte, then a match that is longer than all pages.
+            Box::new(|peer| {
+                let bomb = [&[0x1f, 7, 1, 0][..], &[0xff; 4000], &[0]].concat();
+                pages(peer, &[&preamble(0), &coded(Encoding::Lz4, &bomb)], &[&preamble(1)]);
+            }),
+        ),
+        (
+            "it stands for 3 bytes",
+            Box::new(|peer| {
+                pages(peer, &[&preamble(0), &coded(Encoding::Lz4, &[0x30, 1, 2, 3])], &[&preamble(1)])
+            }),
+        ),
+        (
+            "the payload length of a page frame",
+            Box::new(|peer| pages(peer, &[&preamble(0), &coded(Encoding::Lz4, &[1; 8192])], &[&preamble(1)])),
         ),
         (
             "a page frame's payload ends",

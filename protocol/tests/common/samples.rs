@@ -39,7 +39,7 @@ pub(crate) const UPSTREAM_TYPES: [&str; 12] = [
     "complete",
     "incomplete",
 ];
-pub(crate) const REQUEST_TYPES: [&str; 21] = [
+pub(crate) const REQUEST_TYPES: [&str; 22] = [
     "hello",
     "status",
     "describe",
@@ -61,6 +61,7 @@ pub(crate) const REQUEST_TYPES: [&str; 21] = [
     "expect",
     "page-faults",
     "complete",
+    "throttle",
 ];
 pub(crate) const REPLY_TYPES: [&str; 10] = [
     "welcome",
@@ -138,6 +139,7 @@ pub(crate) fn request_type(message: &Request) -> &'static str {
         Request::Expect => 18,
         Request::PageFaults => 19,
         Request::Complete => 20,
+        Request::Throttle { .. } => 21,
     }]
 }
 
@@ -240,6 +242,7 @@ pub(crate) fn requests() -> Vec<Request> {
         Request::Take { space: 1, first: 4096, count: 512 },
         Request::Redirty,
         Request::TrackStop,
+        Request::Throttle { percent: 40 },
         Request::Freeze,
         Request::Save,
         Request::Pledge { migration: MIGRATION, peer: "192.0.2.7:4242".into() },
@@ -270,6 +273,7 @@ pub(crate) fn status() -> Status {
         arrived_by: None,
         pledged_to: Some(Pledge { migration: MIGRATION, peer: "192.0.2.7:4242".into() }),
         awaiting_pages: None,
+        throttle_percent: None,
     }
 }
 
@@ -346,6 +350,7 @@ pub(crate) fn answers() -> Vec<Answer> {
                 on_timeout: Some("cancel".into()),
                 on_stall: Some(vec!["minimum".into(), "throttle".into()]),
                 max_throttle_percent: Some(80),
+                post_copy_after: None,
                 bandwidth_bytes_per_s: None,
             },
         })),

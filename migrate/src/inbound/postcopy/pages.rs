@@ -45,6 +45,10 @@ pub(super) fn run(
         match encoding {
             Encoding::Raw => workload.place(run, &payload)?,
             Encoding::Zero => workload.place_zeros(run)?,
+            // A page that a vCPU waits for is sent as it is; so are those behind it.
+            Encoding::Zstd | Encoding::Lz4 | Encoding::Delta | Encoding::Known => {
+                return Err(out_of_order(format!("pages {}+{} as {encoding:?}", run.first, run.count)));
+            }
         }
         if books.placed(&run) {
             // Whoever listened is gone when everything is there.
