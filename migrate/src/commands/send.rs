@@ -79,6 +79,13 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
             args.vm
         )));
     }
+    if let Some(pages) = status.awaiting_pages {
+        return Err(Error::Workload(format!(
+            "{} cannot be sent on yet: {pages} pages of it are still at the host it came from; wait until migrate vm status \
+             shows none. If nothing arrives, start migrate receive here and run migrate recover there",
+            args.vm
+        )));
+    }
     let keys = identity::directory(common.keys.as_deref())?;
     let identity = Identity::load(&keys)?;
     let settings = settings(args.link_timeout);

@@ -317,7 +317,7 @@ impl Shared {
             match self.lock().strand(migration, visitor) {
                 None => self.changed.notify_all(),
                 Some(visitor) => {
-                    self.refuse(visitor, RefuseCode::Busy, "too many wait there: try again in a minute")
+                    self.refuse(visitor, RefuseCode::Busy, "too many wait there: try again in a minute");
                 }
             }
             return;

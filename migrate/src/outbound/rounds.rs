@@ -10,6 +10,7 @@
 //! it must become zero there too, and that is sent. A page that is touched right behind the look is dirty again.
 
 use super::lanes::{Contents, Sent};
+use super::postcopy::widen;
 use super::{Outbound, check_deadline};
 use crate::converge::forecast::Forecast;
 use crate::converge::trace::Entry;
@@ -208,6 +209,11 @@ impl Outbound<'_> {
                 self.reserve()?;
                 self.lanes.send(round, true, piece.runs, Contents::Zeros);
             }
+        }
+        widen(&mut missing);
+        for (space, missing) in spaces.iter().zip(&mut missing) {
+            // What was never used lies in the gaps, too, and is right as it is.
+            self.source.present(space.id, 0, space.pages, missing)?;
         }
         let remaining_pages = missing.iter().map(PageSet::count).sum();
         self.missing = Some(missing);
