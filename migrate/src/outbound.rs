@@ -30,6 +30,7 @@
 //! meant for a destination that is gone, so all of it is given back, whichever rounds had arrived there.
 
 mod ticker;
+mod buffers;
 mod encode;
 mod lanes;
 mod rounds;
@@ -44,6 +45,7 @@ use crate::error::{Error, Result, clean};
 use crate::link::Link;
 use crate::report::{Event, FixedPart, Observer, Outcome, Phase, PhaseTime, Report, micros};
 use crate::source::Source;
+use buffers::Buffers;
 use commit::Answer;
 pub use commit::ask;
 pub use encode::Packs;
@@ -149,6 +151,7 @@ struct Outbound<'a> {
     source: Box<dyn Source>,
     talk: conversation::Sender,
     lanes: Lanes,
+    buffers: Buffers,
     dial: &'a mut dyn FnMut() -> Result<Box<dyn Link>>,
     options: &'a Options,
     cancel: &'a CancelFlag,
@@ -211,6 +214,7 @@ impl<'a> Outbound<'a> {
             source,
             talk: conversation::Sender::new(link, 0),
             lanes: Lanes::none(),
+            buffers: Buffers::default(),
             dial,
             options,
             cancel,

@@ -41,12 +41,11 @@ pub const PACKED_PAGES: &str = "packed-pages";
 /// The capability to send and take pages as [`Delta`](crate::payload::Encoding::Delta).
 pub const DELTA_PAGES: &str = "delta-pages";
 
-/// The capability to send and take pages as [`Known`](crate::payload::Encoding::Known), and to say in `round-done` which of
-/// them were not there.
+/// The capability to send and take pages as [`Known`](crate::payload::Encoding::Known).
 pub const KNOWN_PAGES: &str = "known-pages";
 
 /// The capabilities of this release. All of version 1.0 is the base.
-pub const CAPABILITIES: &[&str] = &[POST_COPY, PACKED_PAGES];
+pub const CAPABILITIES: &[&str] = &[POST_COPY, PACKED_PAGES, DELTA_PAGES, KNOWN_PAGES];
 
 /// First bytes of a control stream, decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
