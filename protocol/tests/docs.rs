@@ -48,6 +48,7 @@ fn limits() -> BTreeMap<&'static str, String> {
         ("frame::MAX_PAGE_STREAMS", number(frame::MAX_PAGE_STREAMS.into())),
         ("frame::PAGE_STREAM_MAGIC", text(&frame::PAGE_STREAM_MAGIC)),
         ("frame::PREAMBLE_BYTES", number(frame::PREAMBLE_BYTES as u64)),
+        ("frame::POST_COPY_STREAMS", number(frame::POST_COPY_STREAMS.into())),
         ("frame::STRIPE_PAGES", number(frame::STRIPE_PAGES)),
         ("handshake::ALPN", text(handshake::ALPN)),
         ("handshake::MAGIC", text(&handshake::MAGIC)),

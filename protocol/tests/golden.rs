@@ -82,6 +82,8 @@ fn the_binary_golden_files_decode_to_their_values() {
 
     assert_eq!(State::decode(&files::read("state/empty.bin")).unwrap(), State::default());
     assert_eq!(State::decode(&files::read("state/vm.bin")).unwrap(), samples::state());
+    let missing = files::read("sparse/two-spaces.bin");
+    assert_eq!(protocol::sparse::decode(&samples::layout(), &missing).unwrap(), samples::missing());
     let set = PageSet::from_bytes(70, &files::read("page-set/70-pages.bin")).unwrap();
     assert_eq!(set, samples::page_set());
 }

@@ -15,10 +15,12 @@ use crate::link::quic::{self, Settings};
 use crate::outbound::{self, Options, Packs};
 use crate::paths::{self, RuntimeDir};
 use crate::progress;
-use crate::report::{Event, Observer, Outcome};
+use crate::report::{Document, Event, Observer, Outcome};
 use crate::source::vm::VmSource;
+use crate::steer::{Board, Place, Server, Subject, Watched};
 use crate::units;
 use protocol::monitor::Phase;
+use protocol::steer::End;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -41,6 +43,9 @@ pub struct Args {
     /// How pages are packed: for comparing, and for finding faults.
     #[arg(long, value_enum, default_value = "measured", hide = true)]
     pack: Packs,
+    /// Write the report to this file, also when the move fails: a page, or JSON where it ends in .json.
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
     /// Write everything that each decision looks at to this file: see migrate replay.
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
@@ -99,11 +104,34 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         Some(path) => tracing_to(path, &status.name, inner)?,
         None => inner,
     };
-    let sent = outbound::send(Box::new(source), link, &mut dial, &options, &cancel, observer.as_mut());
+    let board = Board::new(
+        Subject {
+            end: End::Send,
+            migration: options.migration,
+            workload: status.name.clone(),
+            peer: peer.clone(),
+            memory_bytes: status.memory_bytes,
+        },
+        cancel.clone(),
+        Some(options.controls.clone()),
+    );
+    let server = Place::open(&runtime).and_then(|place| Server::start(&place, &status.name, board.clone()));
+    if let Err(error) = &server {
+        tracing::warn!("this migration cannot be steered from outside: {error}");
+    }
+    let mut watched = Watched { board, inner: observer.as_mut() };
+    let sent = outbound::send(Box::new(source), link, &mut dial, &options, &cancel, &mut watched);
+    drop(server);
     let (report, failure) = match sent {
         Ok(report) => (report, None),
         Err(failed) => (failed.report, Some(failed.error)),
     };
+    if let Some(path) = &args.report
+        && let Err(error) = Document::Sent(Box::new(report.clone())).write(path)
+    {
+        // The VM has moved or it has not: that is what the exit code is about.
+        tracing::warn!("{error}");
+    }
     if let (Some(history), Outcome::Moved) = (history, &report.outcome) {
         history.record(&peer, Duration::from_micros(report.fixed.actual_us)).unwrap_or_else(|error| {
             tracing::warn!(%error, "what this move cost is not remembered");

@@ -498,10 +498,10 @@ fn while_a_sender_is_waited_for_others_are_answered_or_told_to_come_again() {
             stranger.offer(Offer { migration: MigrationId(1), ..offer() });
             assert!(matches!(stranger.hear(), Some(Upstream::Refuse { code: RefuseCode::Busy, .. })));
             let unknown = outbound::ask(network.dial().unwrap(), MigrationId(1), SECOND).unwrap();
-            assert_eq!(unknown, Outcome::Unknown);
+            assert_eq!(unknown, outbound::Word::Outcome(Outcome::Unknown));
             Peer(network.dial().unwrap()).bytes(b"nonsense").stop();
             let ours = outbound::ask(network.dial().unwrap(), OURS, SECOND).unwrap();
-            assert_eq!(ours, Outcome::Discarded);
+            assert_eq!(ours, outbound::Word::Outcome(Outcome::Discarded));
         });
         let desk = desk(&network, &Arc::default());
         let offered = desk.next_offer(20 * SECOND).unwrap().unwrap();

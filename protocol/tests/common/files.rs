@@ -160,6 +160,7 @@ pub(crate) fn all() -> BTreeMap<String, Vec<u8>> {
     let mut set = Vec::new();
     samples::page_set().write_to(&mut set);
     add("page-set/70-pages.bin", set);
+    add("sparse/two-spaces.bin", protocol::sparse::encode(&samples::missing()));
     add("layout/two-spaces.json", json(&samples::layout()));
 
     for message in samples::downstream() {

@@ -185,6 +185,7 @@ fn limits() -> impl Strategy<Value = steer::Limits> {
         on_timeout,
         on_stall,
         max_throttle_percent: small.1,
+        post_copy_after: small.0,
         bandwidth_bytes_per_s: small.2,
     })
 }
