@@ -19,6 +19,7 @@ use crate::conversation::out_of_order;
 use crate::error::{Error, Result};
 use crate::report::{Event, RoundReport, micros, rate};
 use crate::select::{Batch, Piece, Selector, Window, batches};
+use bytes::Bytes;
 use protocol::ProtocolError;
 use protocol::control::{Downstream, MAX_BLOB_BYTES, Upstream};
 use protocol::page::{PAGE_SIZE, PageSet, SpaceId};
@@ -308,7 +309,7 @@ impl Outbound<'_> {
         for piece in present.pieces() {
             self.reserve()?;
             let bytes = self.read(&piece)?;
-            self.lanes.send(round, frozen, piece.runs, Contents::Bytes(bytes.into()));
+            self.lanes.send(round, frozen, piece.runs, Contents::Bytes(bytes));
         }
         Ok(if round == 0 { absent.count() } else { 0 })
     }
@@ -324,15 +325,16 @@ impl Outbound<'_> {
         })
     }
 
-    fn read(&self, piece: &Piece) -> Result<Vec<u8>> {
-        let mut bytes = vec![0; piece.pages as usize * PAGE_SIZE];
-        let mut rest = bytes.as_mut_slice();
-        for run in &piece.runs {
-            let (buffer, behind) = rest.split_at_mut(run.bytes());
-            self.source.read(*run, buffer)?;
-            rest = behind;
-        }
-        Ok(bytes)
+    fn read(&self, piece: &Piece) -> Result<Bytes> {
+        self.buffers.filled(piece.pages as usize * PAGE_SIZE, |bytes| {
+            let mut rest = bytes;
+            for run in &piece.runs {
+                let (buffer, behind) = rest.split_at_mut(run.bytes());
+                self.source.read(*run, buffer)?;
+                rest = behind;
+            }
+            Ok(())
+        })
     }
 
     /// Fills in what the lanes sent since the last round, once it is known, and adds it to the totals.
