@@ -18,18 +18,20 @@ pub struct CancelFlag {
     signalled: Arc<AtomicBool>,
     /// Of one migration.
     gate: Arc<AtomicU8>,
+    /// Of a migration that shares its signals with others: it has seen the signal.
+    seen: Option<Arc<AtomicBool>>,
 }
 
 impl CancelFlag {
     /// A flag over one that somebody else sets, for instance a signal handler.
     pub fn over(signalled: Arc<AtomicBool>) -> Self {
-        Self { signalled, gate: Arc::default() }
+        Self { signalled, gate: Arc::default(), seen: None }
     }
 
     /// A flag for one migration of several: it can be set for itself, and is set with this one's signals too.
     #[must_use]
     pub fn for_one(&self) -> Self {
-        Self::over(Arc::clone(&self.signalled))
+        Self { seen: Some(Arc::default()), ..Self::over(Arc::clone(&self.signalled)) }
     }
 
     /// Asks the engine to stop. Whether it will: `false` says that it is behind the point where it could.
@@ -46,6 +48,15 @@ impl CancelFlag {
     /// Whether setting it would still stop something.
     pub fn is_open(&self) -> bool {
         self.gate.load(Ordering::Acquire) == OPEN
+    }
+
+    /// Whether a signal came since the last time; the next one is a new wish. Of several migrations each sees the first
+    /// signal, and none takes it from the others.
+    pub fn take(&self) -> bool {
+        match &self.seen {
+            None => self.signalled.swap(false, Ordering::Relaxed),
+            Some(seen) => self.signalled.load(Ordering::Relaxed) && !seen.swap(true, Ordering::Relaxed),
+        }
     }
 
     /// Ends what is being done once the flag is set.
@@ -110,5 +121,7 @@ mod tests {
         assert!(one.is_set() && !other.is_set() && !all.is_set());
         signalled.store(true, Ordering::Relaxed);
         assert!(other.is_set() && all.is_set());
+        assert!(one.take() && other.take() && !other.take());
+        assert!(all.take() && !all.take());
     }
 }

@@ -37,4 +37,7 @@ pub mod progress;
 pub mod commands;
 pub mod cli;
 
+#[allow(unsafe_code, reason = "system calls that no crate wraps; each block says why it is sound")]
+mod sys;
+
 pub use error::{Error, Result};

@@ -42,6 +42,12 @@ pub trait Link: Send {
     /// As [`Link::write`].
     fn open_page_stream(&mut self) -> Result<Box<dyn PageSender>>;
 
+    /// Sender: opens a page stream that goes before the others whenever a packet is filled.
+    ///
+    /// # Errors
+    /// As [`Link::write`].
+    fn open_urgent_stream(&mut self) -> Result<Box<dyn PageSender>>;
+
     /// Receiver: takes the next page stream that the peer opened.
     ///
     /// # Errors

@@ -4,7 +4,7 @@ use super::limits::LimitArgs;
 use super::target::Target;
 use super::{cancel_on_signals, emit};
 use crate::cli::Common;
-use crate::controls::check_limits;
+use crate::controls::{check_bandwidth, check_limits};
 use crate::converge::Limits;
 use crate::converge::trace::Recorder;
 use crate::error::{Error, Result};
@@ -12,7 +12,7 @@ use crate::history::History;
 use crate::identity::{self, Identity, TrustStore};
 use crate::link::Link;
 use crate::link::quic::{self, Settings};
-use crate::outbound::{self, Options};
+use crate::outbound::{self, Options, Packs};
 use crate::paths::{self, RuntimeDir};
 use crate::progress;
 use crate::report::{Document, Event, Observer, Outcome};
@@ -36,6 +36,13 @@ pub struct Args {
     address: String,
     #[command(flatten)]
     limits: LimitArgs,
+    /// The most to send in a second, such as 2Gbit/s or 250MB/s; 0 is no limit. It holds for the page streams together, and
+    /// not for the last pages, which are sent while the VM stands still.
+    #[arg(long, value_name = "RATE", default_value = "0", value_parser = units::bandwidth)]
+    bandwidth: u64,
+    /// How pages are packed: for comparing, and for finding faults.
+    #[arg(long, value_enum, default_value = "measured", hide = true)]
+    pack: Packs,
     /// Write the report to this file, also when the move fails: a page, or JSON where it ends in .json.
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
@@ -79,6 +86,11 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let limits = args.limits.over(&Limits::default());
     check_limits(&limits).map_err(Error::Usage)?;
     options.controls.change(|now| *now = limits);
+    if args.bandwidth > 0 {
+        check_bandwidth(args.bandwidth).map_err(Error::Usage)?;
+        options.controls.cap_bandwidth(Some(args.bandwidth));
+    }
+    options.packs = args.pack;
     let peer = link.peer();
     let history = paths::state_dir(common.state_dir.as_deref()).map(|dir| History::in_dir(&dir));
     if let Some((fixed, moves)) = history.as_ref().and_then(|history| history.fixed(&peer)) {

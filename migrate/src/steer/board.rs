@@ -160,6 +160,14 @@ impl Board {
                 (known.round, known.moved_bytes) = (*round, *received_bytes);
                 known.rate_bytes_per_s = *rate_bytes_per_s;
             }
+            Event::Donating { missing_pages, report } => {
+                known.done_pages = known.dirty_pages.saturating_sub(*missing_pages);
+                known.moved_bytes = report.sent_bytes;
+            }
+            Event::Following { missing_pages } => {
+                known.dirty_pages = known.dirty_pages.max(*missing_pages);
+                known.done_pages = known.dirty_pages - missing_pages;
+            }
             Event::Done(report) => known.left(report),
             Event::Arrived(report) => known.arrived(report),
         }

@@ -16,5 +16,7 @@ mod cuts;
 mod failures;
 mod steering;
 mod hostile;
+mod postcopy;
 mod desk;
 mod stalls;
+mod hot;

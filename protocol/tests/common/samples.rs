@@ -379,6 +379,15 @@ pub(crate) fn page_set() -> PageSet {
     set
 }
 
+/// Pages 0, 1 and 200 of the first space of the sample layout, and page 4096 of the second.
+pub(crate) fn missing() -> Vec<PageSet> {
+    let mut sets: Vec<_> = layout().spaces.iter().map(|space| PageSet::empty(space.pages)).collect();
+    for (space, first, count) in [(0, 0, 2), (0, 200, 1), (1, 4096, 1)] {
+        sets[space].insert(first, count);
+    }
+    sets
+}
+
 /// A page whose byte `i` is `i` modulo 251.
 pub(crate) fn page() -> Vec<u8> {
     (0..protocol::page::PAGE_SIZE).map(|i| (i % 251) as u8).collect()

@@ -60,6 +60,7 @@ pub(crate) fn busy() -> Report {
         page_streams: 2,
         phases: phases.map(|(phase, duration_us)| PhaseTime { phase, duration_us }).to_vec(),
         sent_pages,
+        packed_pages: 0,
         zero_pages,
         skipped_pages,
         sent_bytes,
@@ -68,6 +69,7 @@ pub(crate) fn busy() -> Report {
         downtime_us: 5_560,
         fixed: FixedPart { assumed_us: 2_500, known_from: 3, actual_us: 2_700, pause_us: 900, save_us: 500 },
         total_us: 2_026_160,
+        post_copy: None,
         link: LinkStats {
             rtt_us: 310,
             sent_wire_bytes: sent_bytes / 50 * 51,
