@@ -12,6 +12,7 @@ use crate::history::History;
 use crate::identity::{self, Identity, TrustStore};
 use crate::link::Link;
 use crate::link::quic::{self, Settings};
+use crate::metrics::Fleet;
 use crate::outbound::{self, Options, Packs};
 use crate::paths::{self, RuntimeDir};
 use crate::progress;
@@ -23,6 +24,7 @@ use crate::units;
 use protocol::monitor::Phase;
 use protocol::steer::End;
 use std::fs::File;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -48,6 +50,9 @@ pub struct Args {
     /// How pages are packed: for comparing, and for finding faults.
     #[arg(long, value_enum, default_value = "measured", hide = true)]
     pack: Packs,
+    /// Serve figures as OpenMetrics at http://ADDR:PORT/metrics while it moves.
+    #[arg(long, value_name = "ADDR:PORT")]
+    metrics: Option<SocketAddr>,
     /// Write the report to this file, also when the move fails: a page, or JSON where it ends in .json.
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
@@ -133,6 +138,9 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         cancel.clone(),
         Some(options.controls.clone()),
     );
+    let fleet = Fleet::default();
+    let _entry = fleet.add(board.clone());
+    let _metrics = args.metrics.map(|at| super::serve_metrics(common, at, &fleet)).transpose()?;
     let server = Place::open(&runtime).and_then(|place| Server::start(&place, &status.name, board.clone()));
     if let Err(error) = &server {
         tracing::warn!("this migration cannot be steered from outside: {error}");

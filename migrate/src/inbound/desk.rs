@@ -413,6 +413,13 @@ pub(super) struct Place {
     _slot: Slot,
 }
 
+impl Stranded {
+    /// Which migration brought it.
+    pub fn migration(&self) -> MigrationId {
+        self.migration
+    }
+}
+
 impl Offered {
     fn of(mut visitor: Visitor, slot: Slot) -> Option<Self> {
         // Nothing but offers waits for a turn.
