@@ -43,6 +43,11 @@ impl RuntimeDir {
         self.0.join(format!("{name}.sock"))
     }
 
+    /// The directory of the sockets by which running migrations are steered.
+    pub fn moves(&self) -> PathBuf {
+        self.0.join("moves")
+    }
+
     /// What the VMM of this VM says when it runs detached.
     pub fn log(&self, name: &str) -> PathBuf {
         self.0.join(format!("{name}.log"))

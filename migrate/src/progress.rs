@@ -119,6 +119,10 @@ impl Observer for Bar {
                 self.bar.tick();
             }
             Event::Decided(_) => {}
+            Event::Donating { missing_pages, .. } | Event::Following { missing_pages } => {
+                let left = show_bytes(missing_pages * PAGE_SIZE as u64);
+                self.bar.set_message(format!("it runs at the destination; {left} are still to follow"));
+            }
             Event::Done(_) | Event::Arrived(_) => self.bar.finish_and_clear(),
         }
     }

@@ -11,6 +11,7 @@
 )]
 
 pub mod random;
+pub mod browser;
 pub mod process;
 pub mod network;
 pub mod relay;

@@ -4,7 +4,7 @@ use super::limits::LimitArgs;
 use super::target::Target;
 use super::{cancel_on_signals, emit};
 use crate::cli::Common;
-use crate::controls::check_limits;
+use crate::controls::{check_bandwidth, check_limits};
 use crate::converge::Limits;
 use crate::converge::trace::Recorder;
 use crate::error::{Error, Result};
@@ -12,13 +12,15 @@ use crate::history::History;
 use crate::identity::{self, Identity, TrustStore};
 use crate::link::Link;
 use crate::link::quic::{self, Settings};
-use crate::outbound::{self, Options};
+use crate::outbound::{self, Options, Packs};
 use crate::paths::{self, RuntimeDir};
 use crate::progress;
-use crate::report::{Event, Observer, Outcome};
+use crate::report::{Document, Event, Observer, Outcome};
 use crate::source::vm::VmSource;
+use crate::steer::{Board, Place, Server, Subject, Watched};
 use crate::units;
 use protocol::monitor::Phase;
+use protocol::steer::End;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -34,6 +36,16 @@ pub struct Args {
     address: String,
     #[command(flatten)]
     limits: LimitArgs,
+    /// The most to send in a second, such as 2Gbit/s or 250MB/s; 0 is no limit. It holds for the page streams together, and
+    /// not for the last pages, which are sent while the VM stands still.
+    #[arg(long, value_name = "RATE", default_value = "0", value_parser = units::bandwidth)]
+    bandwidth: u64,
+    /// How pages are packed: for comparing, and for finding faults.
+    #[arg(long, value_enum, default_value = "measured", hide = true)]
+    pack: Packs,
+    /// Write the report to this file, also when the move fails: a page, or JSON where it ends in .json.
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
     /// Write everything that each decision looks at to this file: see migrate replay.
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
@@ -74,6 +86,11 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let limits = args.limits.over(&Limits::default());
     check_limits(&limits).map_err(Error::Usage)?;
     options.controls.change(|now| *now = limits);
+    if args.bandwidth > 0 {
+        check_bandwidth(args.bandwidth).map_err(Error::Usage)?;
+        options.controls.cap_bandwidth(Some(args.bandwidth));
+    }
+    options.packs = args.pack;
     let peer = link.peer();
     let history = paths::state_dir(common.state_dir.as_deref()).map(|dir| History::in_dir(&dir));
     if let Some((fixed, moves)) = history.as_ref().and_then(|history| history.fixed(&peer)) {
@@ -87,11 +104,34 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         Some(path) => tracing_to(path, &status.name, inner)?,
         None => inner,
     };
-    let sent = outbound::send(Box::new(source), link, &mut dial, &options, &cancel, observer.as_mut());
+    let board = Board::new(
+        Subject {
+            end: End::Send,
+            migration: options.migration,
+            workload: status.name.clone(),
+            peer: peer.clone(),
+            memory_bytes: status.memory_bytes,
+        },
+        cancel.clone(),
+        Some(options.controls.clone()),
+    );
+    let server = Place::open(&runtime).and_then(|place| Server::start(&place, &status.name, board.clone()));
+    if let Err(error) = &server {
+        tracing::warn!("this migration cannot be steered from outside: {error}");
+    }
+    let mut watched = Watched { board, inner: observer.as_mut() };
+    let sent = outbound::send(Box::new(source), link, &mut dial, &options, &cancel, &mut watched);
+    drop(server);
     let (report, failure) = match sent {
         Ok(report) => (report, None),
         Err(failed) => (failed.report, Some(failed.error)),
     };
+    if let Some(path) = &args.report
+        && let Err(error) = Document::Sent(Box::new(report.clone())).write(path)
+    {
+        // The VM has moved or it has not: that is what the exit code is about.
+        tracing::warn!("{error}");
+    }
     if let (Some(history), Outcome::Moved) = (history, &report.outcome) {
         history.record(&peer, Duration::from_micros(report.fixed.actual_us)).unwrap_or_else(|error| {
             tracing::warn!(%error, "what this move cost is not remembered");

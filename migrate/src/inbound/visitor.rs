@@ -6,7 +6,7 @@ use crate::identity::Fingerprint;
 use crate::link::Link;
 use protocol::MigrationId;
 use protocol::control::{Downstream, Offer, RefuseCode, Upstream};
-use protocol::handshake::Hello;
+use protocol::handshake::{Hello, POST_COPY};
 use std::time::{Duration, Instant};
 
 /// The longest blob of a first word, in bytes: a machine's description has some kilobytes, and the desk may hold a few
@@ -61,6 +61,8 @@ pub(super) struct Visitor {
     /// Who it is, for decisions.
     pub(super) key: Fingerprint,
     pub(super) wish: Wish,
+    /// Both ends can do post-copy.
+    pub(super) post_copy: bool,
     /// How long it took until the wish was heard.
     pub(super) greeted_in: Duration,
 }
@@ -80,7 +82,9 @@ impl Visitor {
         let (peer, key) = (link.peer(), link.peer_key());
         let mut talk = Receiver::new(link, MAX_MACHINE_BYTES);
         match Self::first_word(&mut talk, limit, watch) {
-            Ok(wish) => Ok(Self { talk, peer, key, wish, greeted_in: begun.elapsed() }),
+            Ok((wish, post_copy)) => {
+                Ok(Self { talk, peer, key, wish, post_copy, greeted_in: begun.elapsed() })
+            }
             Err(error) => {
                 talk.hang_up("the greeting failed");
                 Err(error)
@@ -92,7 +96,7 @@ impl Visitor {
         talk: &mut Receiver,
         limit: Duration,
         watch: &mut dyn FnMut() -> Result<u64>,
-    ) -> Result<Wish> {
+    ) -> Result<(Wish, bool)> {
         talk.introduce(&Upstream::Hello(Hello::ours()), limit)?;
         talk.preamble(limit, watch)?;
         let hello = match talk.hear("the sender's greeting", limit, watch)? {
@@ -109,7 +113,7 @@ impl Visitor {
         };
         tracing::info!(peer = clean(&hello.software), ?capabilities, "greeted");
         let (word, blob) = talk.hear("the sender's wish", limit, watch)?;
-        Wish::of(word, blob)
+        Ok((Wish::of(word, blob)?, capabilities.contains(&POST_COPY)))
     }
 
     /// The memory of the workload that it offers, in bytes.

@@ -41,7 +41,7 @@ const MOST_UNSAMPLED: u32 = 8;
 const OTHER_WAY: u32 = 16;
 
 /// Which ways of sending pages may be used.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub enum Packs {
     /// Whichever is measured to be the fastest.
     #[default]

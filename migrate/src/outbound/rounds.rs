@@ -20,7 +20,8 @@ use crate::report::{Event, RoundReport, micros, rate};
 use crate::select::{Batch, Piece, Selector, Window, batches};
 use protocol::ProtocolError;
 use protocol::control::{Downstream, MAX_BLOB_BYTES, Upstream};
-use protocol::page::{PAGE_SIZE, PageSet};
+use protocol::page::{PAGE_SIZE, PageSet, SpaceId};
+use protocol::sparse;
 use std::time::{Duration, Instant};
 
 impl Outbound<'_> {
@@ -28,23 +29,25 @@ impl Outbound<'_> {
     pub(super) fn rounds(&mut self) -> Result<()> {
         let begun = Instant::now();
         self.rounds_since = Some(begun);
-        let mut selector = Selector::Full;
         let mut harvested_at = Instant::now();
-        let mut harvest = self.source.harvest()?;
+        let mut dirty = self.harvest(Selector::Full)?;
         loop {
-            let plan = selector.plan(&self.source.workload().layout, harvest)?;
-            let mut round = self.live_round(plan, harvested_at)?;
+            let live = self.hot.begin(dirty);
+            self.probe(&live.probes)?;
+            let mut round = self.live_round(live.sends, harvested_at)?;
             harvested_at = Instant::now();
-            harvest = self.source.harvest()?;
-            selector = Selector::Precopy;
+            dirty = self.harvest(Selector::Precopy)?;
+            self.hot.end(&dirty);
 
-            round.remaining_pages = harvest.iter().map(PageSet::count).sum();
+            round.remaining_pages = self.hot.remaining(&dirty).iter().map(PageSet::count).sum();
+            round.held_pages = self.hot.held_pages();
             self.measured.push(Measured {
-                sent_bytes: round.sent_bytes,
+                // What remains is counted in pages, so what was sent is too: packed ones for what they are.
+                sent_bytes: round.sent_bytes.max(round.sent_pages * PAGE_SIZE as u64),
                 duration: Duration::from_micros(round.duration_us),
                 remaining_pages: round.remaining_pages,
+                held_pages: round.held_pages,
                 throttle_percent: self.throttle_percent,
-                ..Measured::default()
             });
             let entry = self.decide(begun.elapsed());
             let decision = entry.decided;
@@ -72,10 +75,37 @@ impl Outbound<'_> {
                     ));
                     return Ok(());
                 }
-                Decision::PostCopy { predicted } => return self.post_copy(predicted),
+                Decision::PostCopy { .. } => {
+                    self.post_copy();
+                    return Ok(());
+                }
                 Decision::GiveUp { bound, predicted } => return Err(self.not_converged(bound, predicted)),
             }
         }
+    }
+
+    /// What is dirty now.
+    fn harvest(&mut self, selector: Selector) -> Result<Vec<PageSet>> {
+        let harvest = self.source.harvest()?;
+        selector.plan(&self.source.workload().layout, harvest)
+    }
+
+    /// Takes pages without sending them: they are owed, unless they are written again.
+    fn probe(&mut self, pages: &[PageSet]) -> Result<()> {
+        for Batch { space, first, count, .. } in batches(pages) {
+            self.take(space, first, count)?;
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, space: SpaceId, first: u64, count: u64) -> Result<()> {
+        // Noted before it is done: a call that fails may have taken some of them.
+        let index = usize::from(space.0);
+        if let Some(taken) = self.taken.get_mut(index) {
+            taken.insert(first, count);
+        }
+        self.hot.taken(index, first, count);
+        self.source.take(space, first, count)
     }
 
     /// What the operator allows, as it is now: read anew for every decision.
@@ -108,12 +138,13 @@ impl Outbound<'_> {
 
     /// Whether both ends can do post-copy.
     fn can_post_copy(&self) -> bool {
-        false
+        self.peer_can_post_copy
     }
 
-    /// Goes on with the memory behind the workload instead of before it.
-    fn post_copy(&mut self, predicted: Duration) -> Result<()> {
-        Err(self.not_converged(Bound::Stall, predicted))
+    /// Goes on with the memory behind the workload instead of before it: from now on what is missing is noted, and not
+    /// sent.
+    fn post_copy(&mut self) {
+        self.missing = Some(Vec::new());
     }
 
     /// Stops the workload and sends what it wrote since the last round.
@@ -125,10 +156,13 @@ impl Outbound<'_> {
         self.frozen_at = Some(frozen_at);
         self.report.fixed.pause_us = micros(frozen_at.elapsed());
         // Again, now that nothing writes: devices had writes in flight until this call.
-        let harvest = self.source.harvest()?;
-        let plan = Selector::Precopy.plan(&self.source.workload().layout, harvest)?;
+        let dirty = self.harvest(Selector::Precopy)?;
+        let plan = self.hot.remaining(&dirty);
         let round = self.last_round();
-        let mut report = self.send_pages(round, true, plan)?;
+        let mut report = match self.missing {
+            Some(_) => self.announce(round, plan)?,
+            None => self.send_pages(round, true, plan)?,
+        };
         self.lanes.end_round(round);
         self.lanes.finish();
         (report.frozen, report.duration_us) = (true, micros(frozen_at.elapsed()));
@@ -149,7 +183,35 @@ impl Outbound<'_> {
             );
         }
         let last_round = self.last_round();
+        if let Some(missing) = &self.missing {
+            let pages = missing.iter().map(PageSet::count).sum();
+            let message = Downstream::Missing { pages };
+            self.talk.say(&message, &sparse::encode(missing), self.options.stall)?;
+        }
         self.talk.say(&Downstream::State { last_round }, &state, self.options.stall)
+    }
+
+    /// Instead of the last pages: notes which they are. Nothing is taken, because nothing is delivered. Pages that are
+    /// dirty and were given back to the host are zeros, which cost nothing to send now.
+    fn announce(&mut self, round: u32, plan: Vec<PageSet>) -> Result<RoundReport> {
+        let dirty_pages = plan.iter().map(PageSet::count).sum();
+        self.ticker.round_begins(round, dirty_pages, self.lanes.sent());
+        let (mut missing, mut absent) = (plan.clone(), plan);
+        let spaces = self.source.workload().layout.spaces.clone();
+        for ((space, missing), absent) in spaces.iter().zip(&mut missing).zip(&mut absent) {
+            self.source.present(space.id, 0, space.pages, missing)?;
+            absent.subtract(missing);
+        }
+        for batch in batches(&absent).collect::<Vec<_>>() {
+            let Some(pages) = absent.get(usize::from(batch.space.0)) else { continue };
+            for piece in Window::of(pages, &batch)?.pieces() {
+                self.reserve()?;
+                self.lanes.send(round, true, piece.runs, Contents::Zeros);
+            }
+        }
+        let remaining_pages = missing.iter().map(PageSet::count).sum();
+        self.missing = Some(missing);
+        Ok(RoundReport { round, dirty_pages, remaining_pages, ..RoundReport::default() })
     }
 
     /// Waits until the destination has everything and has checked it.
@@ -226,11 +288,7 @@ impl Outbound<'_> {
     fn send_batch(&mut self, round: u32, frozen: bool, batch: &Batch, pages: &mut PageSet) -> Result<u64> {
         let Batch { space, first, count, .. } = *batch;
         let wanted = Window::of(pages, batch)?;
-        // Noted before it is done: a call that fails may have taken some of them.
-        if let Some(taken) = self.taken.get_mut(usize::from(space.0)) {
-            taken.insert(first, count);
-        }
-        self.source.take(space, first, count)?;
+        self.take(space, first, count)?;
         self.source.present(space, first, count, pages)?;
         let present = Window::of(pages, batch)?;
         let absent = wanted.without(&present);
@@ -272,13 +330,15 @@ impl Outbound<'_> {
 
     /// Fills in what the lanes sent since the last round, once it is known, and adds it to the totals.
     fn count(&mut self, round: &mut RoundReport) {
-        let Sent { pages, zero_pages, bytes, .. } = self.lanes.sent();
+        let Sent { pages, zero_pages, packed_pages, bytes } = self.lanes.sent();
         let total = &mut self.report;
         round.sent_pages = pages - total.sent_pages;
         round.zero_pages = zero_pages - total.zero_pages;
+        round.packed_pages = packed_pages - total.packed_pages;
         round.sent_bytes = bytes - total.sent_bytes;
         round.rate_bytes_per_s = rate(round.sent_bytes, Duration::from_micros(round.duration_us));
         (total.sent_pages, total.zero_pages, total.sent_bytes) = (pages, zero_pages, bytes);
+        total.packed_pages = packed_pages;
     }
 
     fn round_is_over(&mut self, round: RoundReport) {

@@ -7,7 +7,7 @@
 
 mod witness;
 
-use super::{Committed, Source, Workload};
+use super::{Committed, Completed, Donor, Source, Workload};
 use crate::error::{Error, Result};
 use protocol::MigrationId;
 use protocol::control::WorkloadKind;
@@ -32,13 +32,14 @@ pub enum Call {
     State,
     Pledge,
     HandOver,
+    Donate,
     Redirty,
     Resume,
 }
 
 impl Call {
     /// All of them.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Track,
         Self::Harvest,
         Self::Take,
@@ -49,6 +50,7 @@ impl Call {
         Self::State,
         Self::Pledge,
         Self::HandOver,
+        Self::Donate,
         Self::Redirty,
         Self::Resume,
     ];
@@ -140,6 +142,11 @@ impl Machine {
     /// call's.
     pub fn on_call(&self, hook: impl FnMut(Call, u32) -> Result<()> + Send + 'static) {
         self.lock().hook = Some(Box::new(hook));
+    }
+
+    /// Its memory, for a workload that this migration moved and that misses pages.
+    pub fn donor(&self, migration: MigrationId) -> Box<dyn Donor> {
+        Box::new(ScriptedDonor { machine: self.clone(), migration })
     }
 
     /// Lets every call succeed again.
@@ -381,6 +388,11 @@ impl Source for Scripted {
         Ok(())
     }
 
+    fn donate(mut self: Box<Self>, committed: Committed) -> Box<dyn Donor> {
+        self.settled = true;
+        Box::new(ScriptedDonor { machine: self.machine.clone(), migration: committed.migration() })
+    }
+
     fn leave_frozen(mut self: Box<Self>) {
         self.settled = true;
     }
@@ -393,5 +405,44 @@ impl Drop for Scripted {
         if !self.settled && vm.stage == Stage::Frozen {
             self.resumes(&mut vm);
         }
+    }
+}
+
+/// A machine that runs elsewhere and whose memory is needed still.
+struct ScriptedDonor {
+    machine: Machine,
+    migration: MigrationId,
+}
+
+impl ScriptedDonor {
+    fn vm(&self) -> Result<MutexGuard<'_, Vm>> {
+        let vm = self.machine.lock();
+        if vm.stage == Stage::Pledged(self.migration) {
+            return Ok(vm);
+        }
+        Err(Error::Workload("only a pledged workload can be a donor".into()))
+    }
+}
+
+impl Donor for ScriptedDonor {
+    fn name(&self) -> &str {
+        &self.machine.workload.name
+    }
+
+    fn layout(&self) -> &Layout {
+        &self.machine.workload.layout
+    }
+
+    fn read(&self, run: PageRun, buffer: &mut [u8]) -> Result<()> {
+        let mut vm = self.vm()?;
+        vm.called(Call::Donate)?;
+        let at = run.offset() as usize;
+        buffer.copy_from_slice(&vm.memory[usize::from(run.space.0)][at..at + run.bytes()]);
+        Ok(())
+    }
+
+    fn finish(self: Box<Self>, _: Completed) -> Result<()> {
+        self.vm()?.stage = Stage::Gone;
+        Ok(())
     }
 }

@@ -350,6 +350,7 @@ pub(crate) fn answers() -> Vec<Answer> {
                 on_timeout: Some("cancel".into()),
                 on_stall: Some(vec!["minimum".into(), "throttle".into()]),
                 max_throttle_percent: Some(80),
+                post_copy_after: None,
                 bandwidth_bytes_per_s: None,
             },
         })),
@@ -376,6 +377,15 @@ pub(crate) fn page_set() -> PageSet {
         set.insert(first, count);
     }
     set
+}
+
+/// Pages 0, 1 and 200 of the first space of the sample layout, and page 4096 of the second.
+pub(crate) fn missing() -> Vec<PageSet> {
+    let mut sets: Vec<_> = layout().spaces.iter().map(|space| PageSet::empty(space.pages)).collect();
+    for (space, first, count) in [(0, 0, 2), (0, 200, 1), (1, 4096, 1)] {
+        sets[space].insert(first, count);
+    }
+    sets
 }
 
 /// A page whose byte `i` is `i` modulo 251.

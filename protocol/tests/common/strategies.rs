@@ -13,7 +13,7 @@ use protocol::handshake::Hello;
 use protocol::layout::{Layout, MAX_SPACE_PAGES, Space};
 use protocol::monitor::{Pledge, Reply, Request, Status};
 use protocol::page::{PageRun, SpaceId};
-use protocol::payload::Encoding;
+use protocol::payload::{DELTA_SUM_BYTES, Encoding, KNOWN_PAGE_BYTES};
 use protocol::state::{Section, State};
 use protocol::steer::{self, Answer, Order};
 
@@ -185,6 +185,7 @@ fn limits() -> impl Strategy<Value = steer::Limits> {
         on_timeout,
         on_stall,
         max_throttle_percent: small.1,
+        post_copy_after: small.0,
         bandwidth_bytes_per_s: small.2,
     })
 }
@@ -250,18 +251,27 @@ pub(crate) fn state() -> impl Strategy<Value = State> {
     })
 }
 
+const ENCODINGS: [Encoding; 6] =
+    [Encoding::Zero, Encoding::Raw, Encoding::Zstd, Encoding::Lz4, Encoding::Delta, Encoding::Known];
+
 /// Any frame that can be sent, with its payload.
 pub(crate) fn frame() -> impl Strategy<Value = (Frame, Vec<u8>)> {
     let stripes = MAX_SPACE_PAGES / STRIPE_PAGES;
     let place = (0..stripes, 0..STRIPE_PAGES, 1..=MAX_FRAME_PAGES);
-    let pages = (any::<u16>(), place, any::<bool>(), any::<u32>(), any::<u64>());
-    let pages = pages.prop_map(|(space, (stripe, offset, count), zero, round, seed)| {
+    let pages = (any::<u16>(), place, select(&ENCODINGS[..]), any::<u32>(), any::<u64>());
+    let pages = pages.prop_map(|(space, (stripe, offset, count), encoding, round, seed)| {
+        let zero = encoding == Encoding::Zero;
         let count = count.min((STRIPE_PAGES - offset) as u32);
         // Payloads of a few pages are enough to find what there is to find.
         let count = if zero { count } else { count.min(3) };
         let run = PageRun { space: SpaceId(space), first: stripe * STRIPE_PAGES + offset, count };
-        let encoding = if zero { Encoding::Zero } else { Encoding::Raw };
-        let bytes = if zero { 0 } else { run.bytes() };
+        let bytes = match encoding {
+            Encoding::Zero => 0,
+            Encoding::Raw => run.bytes(),
+            Encoding::Zstd | Encoding::Lz4 => 1 + seed as usize % (run.bytes() - 1),
+            Encoding::Delta => DELTA_SUM_BYTES + 1 + seed as usize % (run.bytes() - DELTA_SUM_BYTES - 1),
+            Encoding::Known => run.count as usize * KNOWN_PAGE_BYTES,
+        };
         let payload: Vec<u8> =
             (0..bytes as u64).map(|i| (seed.rotate_left((i % 64) as u32) ^ i) as u8).collect();
         (Frame::Pages { run, encoding, payload_bytes: bytes as u32, round }, payload)
