@@ -10,6 +10,7 @@
 //! it must become zero there too, and that is sent. A page that is touched right behind the look is dirty again.
 
 use super::lanes::{Contents, Sent};
+use super::postcopy::widen;
 use super::{Outbound, check_deadline};
 use crate::converge::forecast::Forecast;
 use crate::converge::trace::Entry;
@@ -210,6 +211,11 @@ impl Outbound<'_> {
                 self.lanes.send(round, true, piece.runs, Contents::Zeros);
             }
         }
+        widen(&mut missing);
+        for (space, missing) in spaces.iter().zip(&mut missing) {
+            // What was never used lies in the gaps, too, and is right as it is.
+            self.source.present(space.id, 0, space.pages, missing)?;
+        }
         let remaining_pages = missing.iter().map(PageSet::count).sum();
         self.missing = Some(missing);
         Ok(RoundReport { round, dirty_pages, remaining_pages, ..RoundReport::default() })
@@ -245,7 +251,8 @@ impl Outbound<'_> {
     /// same as [`Options::fixed_cost`](super::Options::fixed_cost) stands for, so that the next move can count with it.
     pub(super) fn learn_fixed_part(&mut self, downtime: Duration) {
         let trips = self.fixed_cost().saturating_sub(self.options.fixed_cost);
-        let last_bytes = self.report.rounds.last().map_or(0, |round| round.sent_bytes);
+        let last = self.report.rounds.last();
+        let last_bytes = last.map_or(0, |round| round.sent_bytes.max(round.sent_pages * PAGE_SIZE as u64));
         let explained =
             trips + Forecast::of(&self.measured, Duration::ZERO).moving(last_bytes, &self.measured);
         let fixed = &mut self.report.fixed;
