@@ -5,7 +5,7 @@
     reason = "helpers of tests: what goes wrong in them fails the test"
 )]
 
-use e2e::relay::{Relay, Weather};
+use e2e::relay::{Relay, Way, Weather};
 use e2e::{Host, Running, trusting_pair, without_kvm};
 use rustix::process::Signal;
 use serde_json::Value;
@@ -115,7 +115,7 @@ fn a_link_cut_while_pages_follow_is_recovered() {
     }
     let (a, b, mut sender, receiver, _, relay) = held_sender(true);
     let relay = relay.expect("a relay");
-    relay.cut();
+    relay.cut(Way::Both);
     sender.signal(Signal::CONT);
     // The guest waits, and nothing is lost.
     std::thread::sleep(std::time::Duration::from_secs(3));

@@ -19,6 +19,7 @@ use crate::conversation::out_of_order;
 use crate::error::{Error, Result};
 use crate::report::{Event, RoundReport, micros, rate};
 use crate::select::{Batch, Piece, Selector, Window, batches};
+use bytes::Bytes;
 use protocol::ProtocolError;
 use protocol::control::{Downstream, MAX_BLOB_BYTES, Upstream};
 use protocol::page::{PAGE_SIZE, PageSet, SpaceId};
@@ -250,7 +251,8 @@ impl Outbound<'_> {
     /// same as [`Options::fixed_cost`](super::Options::fixed_cost) stands for, so that the next move can count with it.
     pub(super) fn learn_fixed_part(&mut self, downtime: Duration) {
         let trips = self.fixed_cost().saturating_sub(self.options.fixed_cost);
-        let last_bytes = self.report.rounds.last().map_or(0, |round| round.sent_bytes);
+        let last = self.report.rounds.last();
+        let last_bytes = last.map_or(0, |round| round.sent_bytes.max(round.sent_pages * PAGE_SIZE as u64));
         let explained =
             trips + Forecast::of(&self.measured, Duration::ZERO).moving(last_bytes, &self.measured);
         let fixed = &mut self.report.fixed;
@@ -307,7 +309,7 @@ impl Outbound<'_> {
         for piece in present.pieces() {
             self.reserve()?;
             let bytes = self.read(&piece)?;
-            self.lanes.send(round, frozen, piece.runs, Contents::Bytes(bytes.into()));
+            self.lanes.send(round, frozen, piece.runs, Contents::Bytes(bytes));
         }
         Ok(if round == 0 { absent.count() } else { 0 })
     }
@@ -323,15 +325,16 @@ impl Outbound<'_> {
         })
     }
 
-    fn read(&self, piece: &Piece) -> Result<Vec<u8>> {
-        let mut bytes = vec![0; piece.pages as usize * PAGE_SIZE];
-        let mut rest = bytes.as_mut_slice();
-        for run in &piece.runs {
-            let (buffer, behind) = rest.split_at_mut(run.bytes());
-            self.source.read(*run, buffer)?;
-            rest = behind;
-        }
-        Ok(bytes)
+    fn read(&self, piece: &Piece) -> Result<Bytes> {
+        self.buffers.filled(piece.pages as usize * PAGE_SIZE, |bytes| {
+            let mut rest = bytes;
+            for run in &piece.runs {
+                let (buffer, behind) = rest.split_at_mut(run.bytes());
+                self.source.read(*run, buffer)?;
+                rest = behind;
+            }
+            Ok(())
+        })
     }
 
     /// Fills in what the lanes sent since the last round, once it is known, and adds it to the totals.

@@ -18,7 +18,7 @@ use protocol::frame::{Frame, StreamPreamble};
 use protocol::handshake::{Hello, Preamble};
 use protocol::layout::Layout;
 use protocol::page::{PAGE_SIZE, PageRun, SpaceId};
-use protocol::payload::Encoding;
+use protocol::payload::{Encoding, KnownPage};
 use protocol::state::State;
 use serde::{Serialize, de::DeserializeOwned};
 use std::sync::{Arc, mpsc};
@@ -141,6 +141,11 @@ fn coded(encoding: Encoding, payload: &[u8]) -> Vec<u8> {
     let payload_bytes = payload.len() as u32;
     let header = Frame::Pages { run, encoding, payload_bytes, round: 0 }.encode(payload);
     [header.as_slice(), payload].concat()
+}
+
+/// Two pages that equal this one, which it does not.
+fn known(page: u64) -> Vec<u8> {
+    KnownPage { page, digest: [3; 32] }.encode().repeat(2)
 }
 
 fn state() -> Vec<u8> {
@@ -365,6 +370,28 @@ fn senders_that_break_the_protocol_are_told_apart_and_start_nothing() {
         (
             "the payload length of a page frame",
             Box::new(|peer| pages(peer, &[&preamble(0), &coded(Encoding::Lz4, &[1; 8192])], &[&preamble(1)])),
+        ),
+        (
+            "these pages are not what they were",
+            Box::new(|peer| pages(peer, &[&preamble(0), &coded(Encoding::Delta, &[7; 60])], &[&preamble(1)])),
+        ),
+        (
+            "page 5 is not what it is said to be",
+            Box::new(|peer| {
+                pages(peer, &[&preamble(0), &coded(Encoding::Known, &known(5))], &[&preamble(1)])
+            }),
+        ),
+        (
+            "pages 4000+1 of space 0 lie outside the layout",
+            Box::new(|peer| {
+                pages(peer, &[&preamble(0), &coded(Encoding::Known, &known(4000))], &[&preamble(1)])
+            }),
+        ),
+        (
+            "the stream of these pages",
+            Box::new(|peer| {
+                pages(peer, &[&preamble(0), &coded(Encoding::Known, &known(512))], &[&preamble(1)])
+            }),
         ),
         (
             "a page frame's payload ends",
