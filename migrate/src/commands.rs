@@ -10,6 +10,7 @@ pub mod cancel;
 pub mod set;
 pub mod report;
 pub mod replay;
+pub mod estimate;
 pub mod keys;
 pub mod recover;
 pub mod ledger;

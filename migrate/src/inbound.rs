@@ -32,6 +32,7 @@
 //! that names what came: the sender is told, the destination discarded.
 
 mod visitor;
+mod probed;
 mod admission;
 mod desk;
 mod parse;

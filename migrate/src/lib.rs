@@ -20,6 +20,8 @@ pub mod select;
 pub mod converge;
 pub mod controls;
 pub mod history;
+pub mod estimate;
+mod probe;
 mod codec;
 pub mod cap;
 pub mod outbound;

@@ -20,13 +20,14 @@ use std::path::Path;
 const DOCUMENTS: [&str; 2] = ["wire-protocol.md", "control-protocol.md"];
 
 /// Public constants that are not numbers or texts of the wire.
-const NOT_LIMITS: [&str; 6] = [
+const NOT_LIMITS: [&str; 7] = [
     "handshake::CAPABILITIES",
     "handshake::OURS",
     "handshake::POST_COPY",
     "handshake::PACKED_PAGES",
     "handshake::DELTA_PAGES",
     "handshake::KNOWN_PAGES",
+    "handshake::PROBE",
 ];
 
 fn document(name: &str) -> String {
@@ -40,6 +41,7 @@ fn limits() -> BTreeMap<&'static str, String> {
     let number = |value: u64| value.to_string();
     BTreeMap::from([
         ("control::MAX_BLOB_BYTES", number(control::MAX_BLOB_BYTES.into())),
+        ("control::MAX_PROBE_BYTES", number(control::MAX_PROBE_BYTES)),
         ("control::MAX_NAME_BYTES", number(control::MAX_NAME_BYTES as u64)),
         ("envelope::HEADER_BYTES", number(envelope::HEADER_BYTES as u64)),
         ("envelope::MAX_JSON_BYTES", number(envelope::MAX_JSON_BYTES.into())),
