@@ -249,7 +249,11 @@ impl Inbound<'_> {
             missing.as_deref().map_or(Ok(()), |missing| destination.expect(missing))
         })?;
         self.missing = missing;
-        self.phase(Phase::Ready, |me| me.talk.say(&Upstream::Ready, &[], me.options.idle))
+        self.phase(Phase::Ready, |me| {
+            // Behind this the sender may commit, and its word counts.
+            me.cancel.pass()?;
+            me.talk.say(&Upstream::Ready, &[], me.options.idle)
+        })
     }
 
     /// One phase: told, timed, logged, and named in its error.

@@ -31,6 +31,7 @@ pub mod inbound;
 pub mod destination;
 pub mod report;
 pub mod steer;
+pub mod metrics;
 pub mod paths;
 pub mod units;
 pub mod exit;

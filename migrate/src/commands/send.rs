@@ -12,6 +12,7 @@ use crate::history::History;
 use crate::identity::{self, Identity, TrustStore};
 use crate::link::Link;
 use crate::link::quic::{self, Settings};
+use crate::metrics::Fleet;
 use crate::outbound::{self, Options, Packs};
 use crate::paths::{self, RuntimeDir};
 use crate::progress;
@@ -23,6 +24,7 @@ use crate::units;
 use protocol::monitor::Phase;
 use protocol::steer::End;
 use std::fs::File;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -48,6 +50,9 @@ pub struct Args {
     /// How pages are packed: for comparing, and for finding faults.
     #[arg(long, value_enum, default_value = "measured", hide = true)]
     pack: Packs,
+    /// Serve figures as OpenMetrics at http://ADDR:PORT/metrics while it moves.
+    #[arg(long, value_name = "ADDR:PORT")]
+    metrics: Option<SocketAddr>,
     /// Write the report to this file, also when the move fails: a page, or JSON where it ends in .json.
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
@@ -76,6 +81,13 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     if status.phase == Phase::Pledged {
         return Err(Error::Workload(format!(
             "{} stands still because the outcome of a migration is not known: settle it with migrate recover {0}",
+            args.vm
+        )));
+    }
+    if let Some(pages) = status.awaiting_pages {
+        return Err(Error::Workload(format!(
+            "{} cannot be sent on yet: {pages} pages of it are still at the host it came from; wait until migrate vm status \
+             shows none. If nothing arrives, start migrate receive here and run migrate recover there",
             args.vm
         )));
     }
@@ -126,6 +138,9 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         cancel.clone(),
         Some(options.controls.clone()),
     );
+    let fleet = Fleet::default();
+    let _entry = fleet.add(board.clone());
+    let _metrics = args.metrics.map(|at| super::serve_metrics(common, at, &fleet)).transpose()?;
     let server = Place::open(&runtime).and_then(|place| Server::start(&place, &status.name, board.clone()));
     if let Err(error) = &server {
         tracing::warn!("this migration cannot be steered from outside: {error}");

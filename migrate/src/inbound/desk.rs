@@ -317,7 +317,7 @@ impl Shared {
             match self.lock().strand(migration, visitor) {
                 None => self.changed.notify_all(),
                 Some(visitor) => {
-                    self.refuse(visitor, RefuseCode::Busy, "too many wait there: try again in a minute")
+                    self.refuse(visitor, RefuseCode::Busy, "too many wait there: try again in a minute");
                 }
             }
             return;
@@ -411,6 +411,13 @@ pub struct Stranded {
 /// Keeps a place at the desk.
 pub(super) struct Place {
     _slot: Slot,
+}
+
+impl Stranded {
+    /// Which migration brought it.
+    pub fn migration(&self) -> MigrationId {
+        self.migration
+    }
 }
 
 impl Offered {
