@@ -263,6 +263,7 @@ impl<'a> Outbound<'a> {
             },
             total_us: 0,
             post_copy: None,
+            guest: None,
             link: link.stats(),
             warnings: Vec::new(),
         };

@@ -106,7 +106,9 @@ fn a_move_is_watched_scraped_and_given_other_limits() {
     assert_eq!(a.run(&["status", "v"]).code, 4);
     assert!(a.run(&["status"]).success().lines.is_empty());
     let page = std::fs::read_to_string(report).unwrap();
-    assert!(page.contains("It moved") && page.contains("<g class=\"round\">"), "{page}");
+    for part in ["It moved", "<g class=\"round\">", "<g class=\"speed\">"] {
+        assert!(page.contains(part), "{part}\n{page}");
+    }
 }
 
 #[test]
