@@ -173,6 +173,16 @@ pub fn show_arrival(report: &ArrivalReport) {
         show_bytes(report.state_bytes),
         show_us(report.total_us)
     ));
+    if let Some(followed) = &report.post_copy {
+        say(&format!(
+            "{} pages followed behind the start in {}; {} were waited for, {} in the mean, {} at most",
+            followed.received_pages,
+            show_us(followed.duration_us),
+            followed.faults,
+            show_us(followed.fault_mean_us),
+            show_us(followed.fault_max_us)
+        ));
+    }
 }
 
 /// Prints the final report for people.
@@ -209,6 +219,16 @@ pub fn show_report(report: &Report) {
         show_bytes(report.sent_bytes),
         show_bytes(report.state_bytes)
     ));
+    if let Some(followed) = &report.post_copy {
+        say(&format!(
+            "followed  {} pages behind the start in {}: {} asked for, {} near those, {} in their turn",
+            followed.missing_pages,
+            show_us(followed.duration_us),
+            followed.asked_pages,
+            followed.prefetched_pages,
+            followed.pushed_pages
+        ));
+    }
     say(&format!("total     {}", show_us(report.total_us)));
     say(&format!(
         "downtime  {}, predicted {} (the guest's own figure: migrate ledger, on the other host)",

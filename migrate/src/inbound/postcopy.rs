@@ -88,7 +88,10 @@ impl Inbound<'_> {
         if done.is_ok() {
             self.desk.ledger().record(migration, Outcome::Started);
             tell(&mut self.talk, &Upstream::Complete { migration });
-        } else if let Err(error) = &done {
+        } else if let Err(error) = &done
+            && matches!(error.root(), Error::Workload(_))
+        {
+            // Only then: whoever reads this knows that the workload ended here.
             tell(&mut self.talk, &Upstream::Failed { reason: clean(&error.to_string()) });
         }
         let report = FaultReport { duration_us: micros(begun.elapsed()), ..following.books.report() };
@@ -96,7 +99,7 @@ impl Inbound<'_> {
         if done.is_ok() {
             self.settle(self.options.linger);
         }
-        self.talk.hang_up(if done.is_ok() { "done" } else { "the workload that was to get pages is gone" });
+        self.talk.hang_up(if done.is_ok() { "done" } else { "the receiver ends while pages are missing" });
         following.end();
         done
     }
@@ -128,6 +131,7 @@ impl Inbound<'_> {
     }
 
     fn serve(&mut self, following: &mut Following, migration: MigrationId) -> Result<()> {
+        let mut interrupted = false;
         let mut looked = Instant::now();
         let mut told = Instant::now();
         loop {
@@ -140,6 +144,12 @@ impl Inbound<'_> {
                 self.observer.event(&Event::Following { missing_pages: left });
             }
             if self.cancel.take() {
+                if std::mem::replace(&mut interrupted, true) {
+                    return Err(Error::Interrupted(format!(
+                        "{} runs here and waits for {left} pages whenever it touches them: start migrate receive to go on",
+                        following.workload.name()
+                    )));
+                }
                 tracing::warn!(
                     "{} runs here and still needs {left} pages of its source, so this goes on; interrupted once more it \
                      ends, whoever touches a missing page waits, and the next migrate receive goes on",

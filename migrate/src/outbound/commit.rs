@@ -48,7 +48,11 @@ impl Outbound<'_> {
             let left = self.options.ask.saturating_sub(begun.elapsed());
             match self.ask_once(left.min(PATIENCE)) {
                 Ok(Word::Incomplete) => return Ok(self.started_incomplete()),
-                Ok(Word::Outcome(control::Outcome::Started)) => return Ok(self.started()),
+                Ok(Word::Outcome(control::Outcome::Started)) => {
+                    // Whatever was to follow has: nothing is missing there.
+                    self.missing = None;
+                    return Ok(self.started());
+                }
                 Ok(Word::Outcome(control::Outcome::Discarded)) => {
                     let reason = format!("it discarded the workload because the link failed ({lost})");
                     return Ok(Answer::Discarded(Error::PeerFailed { reason }));
