@@ -18,6 +18,7 @@ pub mod source;
 pub mod memory;
 pub mod select;
 pub mod converge;
+pub mod controls;
 pub mod outbound;
 mod conversation;
 pub mod link;

@@ -36,6 +36,7 @@ mod commit;
 mod settle;
 
 use crate::cancel::CancelFlag;
+use crate::controls::Controls;
 use crate::converge::{Limits, Measured, OnTimeout};
 use crate::conversation::{self, out_of_order};
 use crate::error::{Error, Result, clean};
@@ -59,8 +60,8 @@ use ticker::Ticker;
 pub struct Options {
     /// The name of this migration: see [`new_migration_id`].
     pub migration: MigrationId,
-    /// When to freeze, and how long to try.
-    pub limits: Limits,
+    /// When to freeze, how long to try, and how fast: read at every decision, so that it may change meanwhile.
+    pub controls: Controls,
     /// What freezing, saving, loading and starting cost, without pages and round trips: what the last migration of
     /// this kind measured, or a guess.
     pub fixed_cost: Duration,
@@ -79,12 +80,7 @@ impl Options {
     pub fn new(migration: MigrationId) -> Self {
         Self {
             migration,
-            limits: Limits {
-                downtime: Duration::from_millis(50),
-                max_rounds: 30,
-                timeout: Duration::from_secs(600),
-                on_timeout: OnTimeout::Cancel,
-            },
+            controls: Controls::new(Limits::default()),
             fixed_cost: Duration::from_millis(2),
             page_streams: 2,
             stall: Duration::from_secs(10),
@@ -92,6 +88,11 @@ impl Options {
             prepare: Duration::from_secs(120),
             ask: Duration::from_secs(30),
         }
+    }
+
+    /// The limits as they are now.
+    pub fn limits(&self) -> Limits {
+        self.controls.limits()
     }
 }
 
@@ -151,8 +152,8 @@ struct Outbound<'a> {
     /// What a message there and its answer back take.
     round_trip: Duration,
     begun: Instant,
-    /// While rounds are sent and there is nothing to force: when they must be over.
-    deadline: Option<Instant>,
+    /// While rounds are sent: when they began.
+    rounds_since: Option<Instant>,
     frozen_at: Option<Instant>,
 }
 
@@ -199,7 +200,7 @@ impl<'a> Outbound<'a> {
             measured: Vec::new(),
             round_trip: Duration::ZERO,
             begun: Instant::now(),
-            deadline: None,
+            rounds_since: None,
             frozen_at: None,
         }
     }
@@ -297,10 +298,10 @@ impl<'a> Outbound<'a> {
     /// The peer's next message, before `Commit`. Cancelling, a failing page stream and the peer's own failure end the
     /// wait.
     fn hear(&mut self, what: &'static str, limit: Duration) -> Result<Upstream> {
-        let Self { talk, lanes, cancel, ticker, deadline, options, .. } = self;
+        let Self { talk, lanes, cancel, ticker, rounds_since, options, .. } = self;
         let mut watch = || {
             cancel.check()?;
-            check_deadline(*deadline, options)?;
+            check_deadline(*rounds_since, options)?;
             lanes.check()?;
             ticker.tick(lanes.sent());
             Ok(lanes.sent().bytes)
@@ -314,12 +315,13 @@ impl<'a> Outbound<'a> {
 }
 
 /// Ends the rounds of a migration that is not to be forced once they take too long, in the middle of one too.
-fn check_deadline(deadline: Option<Instant>, options: &Options) -> Result<()> {
-    if deadline.is_none_or(|deadline| Instant::now() < deadline) {
+fn check_deadline(rounds_since: Option<Instant>, options: &Options) -> Result<()> {
+    let Limits { timeout, on_timeout, .. } = options.limits();
+    if on_timeout != OnTimeout::Cancel || rounds_since.is_none_or(|since| since.elapsed() < timeout) {
         return Ok(());
     }
     Err(Error::NotConverged(format!(
         "memory was not copied within {} s: allow more time, or freeze the workload then",
-        options.limits.timeout.as_secs_f32()
+        timeout.as_secs_f32()
     )))
 }

@@ -21,9 +21,21 @@
 //! receiver answers when it is there. The last round is announced by `State`, and `Ready` is its answer. Behind
 //! its last round the sender ends its page streams; the state is loaded only once all of them have ended.
 //!
+//! With the capability `post-copy` a sender may leave its last pages out: it names them in `Missing`, right before
+//! `State`. The receiver forgets what it has of them, starts all the same, and then:
+//!
+//! ```text
+//! … two new page streams: pages that were asked for ══▶, all others ══▶
+//!       ◀────────────────────────────── Want              a vCPU waits for this page
+//!       ◀────────────────────────────── Complete          (nothing is missing any more)
+//! Done ───────────────────────────────▶  may forget
+//! ```
+//!
 //! Instead of `Offer`, a sender that lost its link behind `Commit` says `Ask` on a new connection and is told the
-//! `Outcome`; one that lost it in the rounds says `Resume`, and one that opens a further connection says `Join`. The
-//! first message behind `Hello` tells what a connection is about. Either end may say why it gives up: `Cancel` downstream, `Failed` upstream.
+//! `Outcome`, or `Incomplete`: then it may say `Recover`, is told in `Missing` what is still to be sent, and goes on
+//! from there. One that lost it in the rounds says `Resume` and is told in `Resumed` what arrived; one that opens a
+//! further connection says `Join`. The first message behind `Hello` tells what a connection is about. Either end may
+//! say why it gives up: `Cancel` downstream, `Failed` upstream.
 
 use crate::MigrationId;
 use crate::error::{ProtocolError, Result};
@@ -65,6 +77,12 @@ pub enum Downstream {
         /// The round, from 0.
         round: u32,
     },
+    /// These pages, named by the blob as [`sparse`](crate::sparse) writes them, are not in any round: forget what came
+    /// of them before, and ask for them once the workload runs. At most once, right before `State`.
+    Missing {
+        /// How many they are.
+        pages: u64,
+    },
     /// The workload is frozen, its last pages are in `last_round`; the blob is its [state](crate::state).
     State {
         /// The round that must have ended on every page stream before the state may be loaded.
@@ -102,6 +120,11 @@ pub enum Downstream {
         /// Which migration.
         migration: MigrationId,
     },
+    /// Behind `Incomplete`: the sender has the missing pages still; what is missing?
+    Recover {
+        /// Which migration.
+        migration: MigrationId,
+    },
 }
 
 impl Downstream {
@@ -111,6 +134,7 @@ impl Downstream {
             Self::Hello(_) => "Hello",
             Self::Offer(_) => "Offer",
             Self::RoundSent { .. } => "RoundSent",
+            Self::Missing { .. } => "Missing",
             Self::State { .. } => "State",
             Self::Commit { .. } => "Commit",
             Self::Done { .. } => "Done",
@@ -118,6 +142,7 @@ impl Downstream {
             Self::Ask { .. } => "Ask",
             Self::Join { .. } => "Join",
             Self::Resume { .. } => "Resume",
+            Self::Recover { .. } => "Recover",
         }
     }
 }
@@ -191,10 +216,39 @@ pub enum Upstream {
         /// Which migration.
         migration: MigrationId,
     },
+    /// A vCPU waits for this page: send it before all others. Only behind `Started`, of a page that was missing.
+    Want {
+        /// The space.
+        space: u16,
+        /// The number of the page in its space.
+        page: u64,
+    },
+    /// The answer to `Ask`: it runs here and still misses pages. The source must never run again, and must keep its
+    /// memory. Said only to a sender with the capability `post-copy`; another one is told that the outcome is `Unknown`.
+    Incomplete {
+        /// Which migration.
+        migration: MigrationId,
+    },
+    /// The answer to `Recover`: these pages, named by the blob as [`sparse`](crate::sparse) writes them, are not here yet.
+    Missing {
+        /// How many they are.
+        pages: u64,
+    },
+    /// Nothing is missing any more: the source is not needed.
+    Complete {
+        /// Which migration.
+        migration: MigrationId,
+    },
     /// The receiver gave up before it started anything and will never start it; the source is the workload.
     Failed {
         /// Why, for the operator of the sender.
         reason: String,
+    },
+    /// The answer to `Resume`: the rounds go on with this one. The blob says which pages of it arrived whole on the
+    /// connection that was lost, as a [sparse set](crate::sparse).
+    Resumed {
+        /// The first round that is not in memory whole.
+        round: u32,
     },
     /// The answer to `Ask`.
     Outcome {
@@ -215,7 +269,12 @@ impl Upstream {
             Self::RoundDone { .. } => "RoundDone",
             Self::Ready => "Ready",
             Self::Started { .. } => "Started",
+            Self::Want { .. } => "Want",
+            Self::Incomplete { .. } => "Incomplete",
+            Self::Missing { .. } => "Missing",
+            Self::Complete { .. } => "Complete",
             Self::Failed { .. } => "Failed",
+            Self::Resumed { .. } => "Resumed",
             Self::Outcome { .. } => "Outcome",
         }
     }

@@ -31,8 +31,14 @@ pub const PREAMBLE_BYTES: usize = 16;
 /// The most capabilities one end may name.
 pub const MAX_CAPABILITIES: usize = 256;
 
-/// The capabilities of this release. All of version 1.0 is the base; none is optional yet.
-pub const CAPABILITIES: &[&str] = &[];
+/// The workload may be started at the destination before all of its memory is there.
+pub const POST_COPY: &str = "post-copy";
+
+/// A migration that lost its link in the rounds goes on over another one.
+pub const RESUME: &str = "resume";
+
+/// The capabilities of this release. All of version 1.0 is the base.
+pub const CAPABILITIES: &[&str] = &[POST_COPY, RESUME];
 
 /// First bytes of a control stream, decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -8,6 +8,7 @@
 //!  page ─▶ layout ─▶ frame ─▶ (page streams)          pages flow one way
 //!  envelope ─▶ handshake ─▶ control ─▶ (control stream) agreement flows both ways
 //!  envelope ─▶ monitor ─▶ (unix socket)               engine and VMM
+//!  envelope ─▶ steer ─▶ (unix socket)                 operator and engine
 //!  state ─▶ the blob inside `control::Downstream::State` and `monitor`'s save and load
 //! ```
 //!
@@ -17,6 +18,7 @@
 
 pub mod page;
 pub mod layout;
+pub mod sparse;
 pub mod payload;
 pub mod frame;
 pub mod envelope;
@@ -24,6 +26,7 @@ pub mod handshake;
 pub mod control;
 pub mod state;
 pub mod monitor;
+pub mod steer;
 
 mod error;
 mod id;

@@ -9,7 +9,8 @@
 //! The end of a session is a message of its own: if its socket closes (the engine died),
 //! - a source that is not pledged resumes, gets back every dirty bit that was taken, and stops tracking;
 //! - a pledged source stays frozen until a session says [`Request::Resume`] or [`Request::HandOver`];
-//! - a destination that was not started discards itself.
+//! - a destination that was not started discards itself;
+//! - a destination that was started and misses pages goes on: whoever touches one of them waits.
 //!
 //! File descriptors travel with the reply that says so, as `SCM_RIGHTS` with its first byte.
 
@@ -97,6 +98,13 @@ pub enum Request {
     },
     /// Destination: load this state (the blob) and check it. Answered by `Done`.
     Load,
+    /// Destination: these pages are missing. The blob is as in `Dirty`. What is there of them is forgotten, and from now
+    /// on whoever touches one of them waits until it is put in place. Answered by `Done`.
+    Expect,
+    /// Destination that misses pages, started or not: how can they be put in place? Answered by `PageFaults`.
+    PageFaults,
+    /// Destination that was started: no page is missing any more. Answered by `Done`, once that is found to be so.
+    Complete,
     /// Destination: run. Answered by `Done` once the vCPUs were released; from then on the VM is on its own feet.
     Start {
         /// The migration that brought it, remembered for [`Status::arrived_by`].
@@ -149,6 +157,14 @@ pub enum Reply {
     Tracking {
         /// How writes are tracked, for reports.
         mode: TrackingMode,
+    },
+    /// To `PageFaults`. A userfaultfd(2) comes along, over the mappings of all spaces in the VMM; the blob is the page
+    /// sets of what is missing, as in `Dirty`.
+    PageFaults {
+        /// Missing pages of all spaces together.
+        pages: u64,
+        /// Where each space is mapped in the VMM, in the order of the layout.
+        addresses: Vec<u64>,
     },
     /// To `Harvest`.
     Dirty {
@@ -219,6 +235,9 @@ pub struct Status {
     pub arrived_by: Option<MigrationId>,
     /// The migration it is pledged to, if it is.
     pub pledged_to: Option<Pledge>,
+    /// Pages that are not here yet, of a VM that was started without all of its memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub awaiting_pages: Option<u64>,
 }
 
 /// A source that waits for the answer to its `Commit`.

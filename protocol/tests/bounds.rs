@@ -81,6 +81,8 @@ fn watch_the_decoders() {
         let _ = envelope::decode::<Upstream>("test", body);
         let _ = envelope::decode::<Request>("test", body);
         let _ = envelope::decode::<Reply>("test", body);
+        let _ = envelope::decode::<protocol::steer::Order>("test", body);
+        let _ = envelope::decode::<protocol::steer::Answer>("test", body);
         if let Ok(layout) = envelope::decode::<Layout>("test", body) {
             assert!(layout.validate(u64::MAX).is_err(), "{name}");
         }

@@ -1,8 +1,8 @@
 //! docs/wire-protocol.md and docs/control-protocol.md, held to the code: their limits, their examples, their bytes and
 //! their names.
 //!
-//! A fenced block says what it is: `json downstream`, `json upstream`, `json request`, `json reply`, or `hex FILE` for
-//! the beginning of a golden file. A limit is a row of a table whose first cell is `module::CONSTANT`.
+//! A fenced block says what it is: `json downstream`, `json upstream`, `json request`, `json reply`, `json order`,
+//! `json answer`, or `hex FILE` for the beginning of a golden file. A limit is a row of a table whose first cell is `module::CONSTANT`.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests fail by panicking")]
 
 mod common;
@@ -10,7 +10,8 @@ mod common;
 use common::{files, samples};
 use protocol::control::{Downstream, Upstream};
 use protocol::monitor::{Reply, Request};
-use protocol::{control, envelope, frame, handshake, layout, monitor, page, state};
+use protocol::steer::{self, Answer, Order};
+use protocol::{control, envelope, frame, handshake, layout, monitor, page, sparse, state};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
@@ -19,7 +20,8 @@ use std::path::Path;
 const DOCUMENTS: [&str; 2] = ["wire-protocol.md", "control-protocol.md"];
 
 /// Public constants that are not numbers or texts of the wire.
-const NOT_LIMITS: [&str; 2] = ["handshake::CAPABILITIES", "handshake::OURS"];
+const NOT_LIMITS: [&str; 4] =
+    ["handshake::CAPABILITIES", "handshake::OURS", "handshake::POST_COPY", "handshake::RESUME"];
 
 fn document(name: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs").join(name);
@@ -53,9 +55,11 @@ fn limits() -> BTreeMap<&'static str, String> {
         ("monitor::MAX_FDS", number(monitor::MAX_FDS as u64)),
         ("monitor::VERSION", number(monitor::VERSION.into())),
         ("page::PAGE_SIZE", number(page::PAGE_SIZE as u64)),
+        ("sparse::SEGMENT_BYTES", number(sparse::SEGMENT_BYTES as u64)),
         ("state::MAGIC", text(&state::MAGIC)),
         ("state::MAJOR", number(state::MAJOR.into())),
         ("state::MAX_SECTIONS", number(state::MAX_SECTIONS as u64)),
+        ("steer::MAX_AWAIT_MS", number(steer::MAX_AWAIT_MS)),
     ])
 }
 
@@ -114,6 +118,8 @@ fn every_example_in_the_documents_decodes_and_none_is_missing() {
                 "json upstream" => example::<Upstream>(&text, samples::upstream_type),
                 "json request" => example::<Request>(&text, samples::request_type),
                 "json reply" => example::<Reply>(&text, samples::reply_type),
+                "json order" => example::<Order>(&text, samples::order_type),
+                "json answer" => example::<Answer>(&text, samples::answer_type),
                 other if other.starts_with("hex ") || other == "text" => continue,
                 other => panic!("{name}: a block of {other:?} is checked by nobody"),
             };
@@ -125,6 +131,8 @@ fn every_example_in_the_documents_decodes_and_none_is_missing() {
         ("json upstream", &samples::UPSTREAM_TYPES),
         ("json request", &samples::REQUEST_TYPES),
         ("json reply", &samples::REPLY_TYPES),
+        ("json order", &samples::ORDER_TYPES),
+        ("json answer", &samples::ANSWER_TYPES),
     ];
     for (kind, types) in all {
         for name in types {
@@ -164,7 +172,18 @@ fn the_bytes_in_the_documents_are_those_of_the_golden_files() {
 fn every_name_stands_in_its_document() {
     let documents = [
         ("wire-protocol.md", &["refuse-code", "outcome", "workload-kind", "space-kind"][..]),
-        ("control-protocol.md", &["role", "tracking-mode", "error-code", "phase"]),
+        (
+            "control-protocol.md",
+            &[
+                "role",
+                "tracking-mode",
+                "error-code",
+                "phase",
+                "steer-error-code",
+                "steer-end",
+                "steer-outcome",
+            ],
+        ),
     ];
     for (document_name, lists) in documents {
         let text = document(document_name);

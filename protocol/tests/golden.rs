@@ -15,6 +15,7 @@ use protocol::layout::Layout;
 use protocol::monitor::{self, Reply, Request};
 use protocol::page::PageSet;
 use protocol::state::State;
+use protocol::steer::{Answer, Order};
 use protocol::{ProtocolError, control};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
@@ -93,6 +94,8 @@ fn the_golden_messages_decode_to_their_values() {
     messages_are("upstream", &samples::upstream(), samples::upstream_type);
     messages_are("request", &samples::requests(), samples::request_type);
     messages_are("reply", &samples::replies(), samples::reply_type);
+    messages_are("order", &samples::orders(), samples::order_type);
+    messages_are("answer", &samples::answers(), samples::answer_type);
     let layout: Layout = envelope::decode("layout", &files::read("layout/two-spaces.json")).unwrap();
     assert_eq!(layout, samples::layout());
     layout.validate(4 << 30).unwrap();
@@ -114,6 +117,8 @@ fn every_message_has_a_golden_file() {
     covered("upstream", &samples::UPSTREAM_TYPES);
     covered("request", &samples::REQUEST_TYPES);
     covered("reply", &samples::REPLY_TYPES);
+    covered("order", &samples::ORDER_TYPES);
+    covered("answer", &samples::ANSWER_TYPES);
 }
 
 #[test]
@@ -126,6 +131,9 @@ fn names_decode_to_their_values() {
     names_are("tracking-mode", &samples::TRACKING_MODES);
     names_are("error-code", &samples::ERROR_CODES);
     names_are("phase", &samples::PHASES);
+    names_are("steer-error-code", &samples::STEER_ERROR_CODES);
+    names_are("steer-end", &samples::STEER_ENDS);
+    names_are("steer-outcome", &samples::STEER_OUTCOMES);
 }
 
 #[test]
@@ -175,6 +183,8 @@ fn unknown_members_are_ignored_and_unknown_types_refused() {
     lenient::<Upstream>("upstream");
     lenient::<Request>("request");
     lenient::<Reply>("reply");
+    lenient::<Order>("order");
+    lenient::<Answer>("answer");
 }
 
 fn lenient<T: DeserializeOwned + PartialEq + Debug>(folder: &str) {

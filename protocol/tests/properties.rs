@@ -81,12 +81,16 @@ proptest! {
         upstream in strategies::upstream(),
         request in strategies::request(),
         reply in strategies::reply(),
+        order in strategies::order(),
+        answer in strategies::answer(),
         blob in proptest::collection::vec(any::<u8>(), 0..100),
     ) {
         roundtrip(&downstream, &blob)?;
         roundtrip(&upstream, &blob)?;
         roundtrip(&request, &blob)?;
         roundtrip(&reply, &blob)?;
+        roundtrip(&order, &blob)?;
+        roundtrip(&answer, &blob)?;
     }
 
     #[test]

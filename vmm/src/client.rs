@@ -37,6 +37,17 @@ pub struct Description {
     pub memory: Vec<OwnedFd>,
 }
 
+/// How to put pages in place that a VM misses.
+#[derive(Debug)]
+pub struct PageFaults {
+    /// A userfaultfd(2) over the mappings of all spaces in the VMM. Not blocking.
+    pub descriptor: OwnedFd,
+    /// Where each space is mapped in the VMM, in the order of the layout.
+    pub addresses: Vec<u64>,
+    /// What is missing, one set for each space.
+    pub missing: Vec<PageSet>,
+}
+
 /// A connection to a VMM. Dropping it ends the session, with the consequences that
 /// [`protocol::monitor`] names.
 pub struct Client {
@@ -126,24 +137,7 @@ impl Client {
         if !matches!(reply, Reply::Dirty { .. }) {
             return Err(unexpected(WHAT, reply));
         }
-        let mut rest = &message.blob[..];
-        let mut sets = Vec::with_capacity(layout.spaces.len());
-        for space in &layout.spaces {
-            let length = usize::try_from(PageSet::byte_len(space.pages)).unwrap_or(usize::MAX);
-            let (bytes, after) = rest
-                .split_at_checked(length)
-                .ok_or_else(|| Error::Protocol("the page sets are shorter than the layout".into()))?;
-            sets.push(
-                PageSet::from_bytes(space.pages, bytes)
-                    .map_err(|error| Error::Protocol(error.to_string()))?,
-            );
-            rest = after;
-        }
-        if rest.is_empty() {
-            Ok(sets)
-        } else {
-            Err(Error::Protocol("the page sets are longer than the layout".into()))
-        }
+        page_sets(layout, &message.blob)
     }
 
     /// Takes pages: they may be read once this returned.
@@ -252,6 +246,42 @@ impl Client {
         self.done(&Request::Start { migration }, &[], "start")
     }
 
+    /// Tells a loaded VM which pages are missing: one set for each space, in the layout's order. Whoever touches one of
+    /// them waits from now on.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] when it is not loaded or the host does not allow it, or as all calls.
+    pub fn expect(&mut self, missing: &[PageSet]) -> Result<()> {
+        let mut blob = Vec::new();
+        for set in missing {
+            set.write_to(&mut blob);
+        }
+        self.done(&Request::Expect, &blob, "expect pages")
+    }
+
+    /// The means to put missing pages in place.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] when it misses none, or as all calls.
+    pub fn page_faults(&mut self, layout: &Layout) -> Result<PageFaults> {
+        const WHAT: &str = "hand out its page faults";
+        let (reply, mut message) = self.call(&Request::PageFaults, &[], WHAT)?;
+        let Reply::PageFaults { addresses, .. } = reply else { return Err(unexpected(WHAT, reply)) };
+        let missing = page_sets(layout, &message.blob)?;
+        match (message.fds.pop(), message.fds.is_empty(), addresses.len() == layout.spaces.len()) {
+            (Some(descriptor), true, true) => Ok(PageFaults { descriptor, addresses, missing }),
+            _ => Err(Error::Protocol("the page faults do not fit the layout".into())),
+        }
+    }
+
+    /// Tells a running VM that no page of it is missing any more.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] when that is not so, or as all calls.
+    pub fn complete(&mut self) -> Result<()> {
+        self.done(&Request::Complete, &[], "be complete")
+    }
+
     /// Ends an incoming VM that was not started.
     ///
     /// # Errors
@@ -269,6 +299,27 @@ impl Client {
 
     fn call(&mut self, request: &Request, blob: &[u8], what: &'static str) -> Result<(Reply, Message)> {
         exchange(&mut self.wire, request, blob, what, self.limit)
+    }
+}
+
+/// Reads the page sets of all spaces.
+fn page_sets(layout: &Layout, blob: &[u8]) -> Result<Vec<PageSet>> {
+    let mut rest = blob;
+    let mut sets = Vec::with_capacity(layout.spaces.len());
+    for space in &layout.spaces {
+        let length = usize::try_from(PageSet::byte_len(space.pages)).unwrap_or(usize::MAX);
+        let (bytes, after) = rest
+            .split_at_checked(length)
+            .ok_or_else(|| Error::Protocol("the page sets are shorter than the layout".into()))?;
+        sets.push(
+            PageSet::from_bytes(space.pages, bytes).map_err(|error| Error::Protocol(error.to_string()))?,
+        );
+        rest = after;
+    }
+    if rest.is_empty() {
+        Ok(sets)
+    } else {
+        Err(Error::Protocol("the page sets are longer than the layout".into()))
     }
 }
 
@@ -293,7 +344,7 @@ fn exchange(
         .map_err(name)?
         .ok_or_else(|| Error::Protocol(format!("the VMM ended while it was to {what}")))?;
     let reply = message.decode()?;
-    if !message.fds.is_empty() && !matches!(reply, Reply::Description { .. }) {
+    if !message.fds.is_empty() && !matches!(reply, Reply::Description { .. } | Reply::PageFaults { .. }) {
         return Err(Error::Protocol(format!("descriptors came with an answer to {what}")));
     }
     Ok((reply, message))

@@ -28,6 +28,23 @@ pub enum Error {
         /// What the kernel answered.
         source: io::Error,
     },
+    /// The host does not let this process handle page faults of its guests.
+    #[error(
+        "this host lets nobody wait for missing memory, which post-copy needs: run the receiver as root, give its user \
+         access to /dev/userfaultfd, or set the sysctl vm.unprivileged_userfaultfd to 1 ({0})"
+    )]
+    NoPageFaults(io::Error),
+    /// The VM was started and misses pages that are still at the host it came from.
+    #[error(
+        "cannot {asked}: {pages} pages of the VM are not here yet; wait until migrate vm status shows none (if its \
+         migration was cut off, migrate recover at the host it came from takes it up again)"
+    )]
+    Incomplete {
+        /// What was asked, as an infinitive.
+        asked: &'static str,
+        /// How many pages.
+        pages: u64,
+    },
     /// What the operator asked for cannot be.
     #[error("{0}")]
     Config(String),

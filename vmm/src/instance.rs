@@ -17,6 +17,8 @@
 //!   Pages it took may never have arrived anywhere: they are pending again, and tracking stops.
 //! - *pledged*: Commit may have been sent. The destination may run the guest, so it never resumes here by
 //!   itself; a new session that knows the outcome settles it.
+//! - *running* and still awaiting pages: the engine that brought them died. The guest goes on, whoever touches a missing
+//!   page waits, and another session may come and put them in place (see [`crate::faults`]).
 //! - *incoming*, *prepared*, *loaded*: Start did not come, so the guest does not run here and will not.
 //!   The VM ends. (If Commit was sent and Start was lost, the source is pledged and still has everything.)
 
@@ -30,7 +32,7 @@ use protocol::{
     MigrationId,
     layout::{Layout, Space, SpaceKind},
     monitor::{ErrorCode, Phase, Pledge, Reply, Request, Status, TrackingMode},
-    page::SpaceId,
+    page::{PageSet, SpaceId},
 };
 
 use crate::{
@@ -38,6 +40,7 @@ use crate::{
     devices::SerialSink,
     dirty::LogMode,
     error::{Error, Result},
+    faults::Awaited,
     host::Host,
     memory::{SpaceInfo, spaces_for},
     state::Machine,
@@ -86,6 +89,8 @@ pub(crate) struct Instance {
     name: String,
     phase: Phase,
     vm: Option<Vm>,
+    /// What a VM that came without all of its memory waits for.
+    awaited: Option<Awaited>,
     expectation: Option<Expectation>,
     events: Sender<Event>,
     holder: Option<Holder>,
@@ -102,6 +107,7 @@ impl Instance {
             name,
             phase: Phase::Running,
             vm: Some(vm),
+            awaited: None,
             expectation: None,
             events,
             holder: None,
@@ -118,6 +124,7 @@ impl Instance {
             name,
             phase: Phase::Incoming,
             vm: None,
+            awaited: None,
             serial: expectation.serial.describe(),
             expectation: Some(expectation),
             events,
@@ -129,8 +136,10 @@ impl Instance {
     }
 
     /// How it is.
-    pub(crate) fn status(&self) -> Status {
+    pub(crate) fn status(&mut self) -> Status {
+        let awaiting_pages = self.awaiting_pages();
         Status {
+            awaiting_pages,
             name: self.name.clone(),
             phase: self.phase,
             pid: std::process::id(),
@@ -142,6 +151,18 @@ impl Instance {
             holder: self.holder.as_ref().map(|holder| holder.client.clone()),
             arrived_by: self.arrived_by,
             pledged_to: self.pledge.clone(),
+        }
+    }
+
+    /// Pages that a VM waits for, looked up now; `None` when it has all of its memory.
+    fn awaiting_pages(&mut self) -> Option<u64> {
+        let (Some(vm), Some(awaited)) = (&self.vm, &mut self.awaited) else { return None };
+        match awaited.look(vm.memory()) {
+            Ok(pages) => Some(pages),
+            Err(error) => {
+                tracing::warn!(%error, "it is not known how much has arrived");
+                Some(awaited.missing().iter().map(PageSet::count).sum())
+            }
         }
     }
 
@@ -180,6 +201,12 @@ impl Instance {
     /// Lets go of the VM because it ended; its threads are joined.
     pub(crate) fn stop(&mut self) {
         self.phase = Phase::Stopped;
+        // Who waits for a page would wait for ever.
+        if let (Some(vm), Some(awaited)) = (&self.vm, self.awaited.take())
+            && let Err(error) = awaited.end(vm.memory())
+        {
+            tracing::warn!(%error, "vCPUs may wait for memory still");
+        }
         self.vm = None;
     }
 
@@ -220,6 +247,9 @@ impl Instance {
             Request::Load => self.load(blob),
             Request::Start { migration } => self.start(migration),
             Request::Discard => self.discard(),
+            Request::Expect => self.expect(blob),
+            Request::PageFaults => self.page_faults(),
+            Request::Complete => self.complete(),
         };
         outcome.unwrap_or_else(|error| {
             tracing::info!(name = %self.name, %error, "refused a request");
@@ -262,6 +292,7 @@ impl Instance {
     }
 
     fn track_start(&mut self) -> Result<Answer> {
+        self.check_complete("track dirty pages")?;
         let tracker = self.live("track dirty pages")?.tracker();
         tracker.start()?;
         let mode = match tracker.mode() {
@@ -303,6 +334,7 @@ impl Instance {
     }
 
     fn freeze(&mut self) -> Result<Answer> {
+        self.check_complete("freeze")?;
         let vm = self.in_phase(Phase::Running, "freeze")?;
         match vm.pause() {
             Ok(took) => {
@@ -423,6 +455,73 @@ impl Instance {
         Ok(Reply::Done.into())
     }
 
+    /// Reads the page sets of all spaces.
+    fn sets_of(&self, blob: &[u8]) -> Result<Vec<PageSet>> {
+        let Some(vm) = &self.vm else { return Err(self.wrong("read page sets")) };
+        let mut rest = blob;
+        let wrong = |error: protocol::ProtocolError| Error::Protocol(error.to_string());
+        let mut sets = Vec::new();
+        for space in vm.memory().layout() {
+            let length = usize::try_from(PageSet::byte_len(space.pages)).unwrap_or(usize::MAX);
+            let (bytes, behind) = rest.split_at_checked(length).ok_or_else(|| {
+                Error::Protocol(format!("the page sets have {} bytes, which is too few", blob.len()))
+            })?;
+            sets.push(PageSet::from_bytes(space.pages, bytes).map_err(wrong)?);
+            rest = behind;
+        }
+        if !rest.is_empty() {
+            return Err(Error::Protocol(format!("{} bytes follow the page sets", rest.len())));
+        }
+        Ok(sets)
+    }
+
+    fn expect(&mut self, blob: &[u8]) -> Result<Answer> {
+        if self.awaited.is_some() {
+            return Err(self.wrong("expect pages twice"));
+        }
+        self.in_phase(Phase::Loaded, "expect pages")?;
+        let missing = self.sets_of(blob)?;
+        let started = Instant::now();
+        let vm = self.in_phase(Phase::Loaded, "expect pages")?;
+        let awaited = Awaited::begin(vm.memory(), missing)?;
+        tracing::debug!(took = ?started.elapsed(), "pages are expected");
+        self.awaited = Some(awaited);
+        Ok(Reply::Done.into())
+    }
+
+    fn page_faults(&mut self) -> Result<Answer> {
+        let pages = self.awaiting_pages();
+        let (Some(vm), Some(awaited), Some(pages)) = (&self.vm, &self.awaited, pages) else {
+            return Err(self.wrong("hand out its page faults: it misses no pages, and"));
+        };
+        let mut addresses = Vec::new();
+        for region in vm.memory().regions() {
+            addresses.push(crate::sys::address_of(region).map_err(Error::host("find guest memory"))?);
+        }
+        let mut blob = Vec::new();
+        awaited.missing().iter().for_each(|set| set.write_to(&mut blob));
+        let fds = vec![awaited.share(vm.memory())?];
+        Ok(Answer { reply: Reply::PageFaults { pages, addresses }, blob, fds, end: None })
+    }
+
+    fn complete(&mut self) -> Result<Answer> {
+        self.in_phase(Phase::Running, "be complete")?;
+        self.check_complete("be complete")?;
+        if let (Some(vm), Some(awaited)) = (&self.vm, &self.awaited) {
+            awaited.end(vm.memory())?;
+        }
+        self.awaited = None;
+        Ok(Reply::Done.into())
+    }
+
+    /// Nothing that needs all of the memory may begin while pages are missing.
+    fn check_complete(&mut self, asked: &'static str) -> Result<()> {
+        match self.awaiting_pages() {
+            Some(pages) if pages > 0 || asked != "be complete" => Err(Error::Incomplete { asked, pages }),
+            _ => Ok(()),
+        }
+    }
+
     fn discard(&self) -> Result<Answer> {
         match self.phase {
             Phase::Incoming | Phase::Prepared | Phase::Loaded => Ok(ending(ExitReason::Discarded)),
@@ -473,7 +572,7 @@ fn phase_name(phase: Phase) -> &'static str {
 fn code_of(error: &Error) -> ErrorCode {
     match error {
         Error::Protocol(_) => ErrorCode::BadRequest,
-        Error::WrongState { .. } | Error::GuestEnded(_) => ErrorCode::WrongState,
+        Error::WrongState { .. } | Error::Incomplete { .. } | Error::GuestEnded(_) => ErrorCode::WrongState,
         Error::Config(_) | Error::State(_) | Error::MissingFeatures(_) | Error::Image(_) => {
             ErrorCode::Unsupported
         }

@@ -22,6 +22,7 @@ pub mod addresses;
 pub mod host;
 pub mod cpuid;
 pub mod memory;
+mod faults;
 pub mod boot;
 pub mod device;
 pub mod devices;
@@ -45,7 +46,7 @@ mod test_images;
 mod vm_tests;
 
 pub use boot::{Bytes, KernelSource, Ring};
-pub use client::{Client, Description};
+pub use client::{Client, Description, PageFaults};
 pub use config::{ExitReason, IncomingConfig, VmConfig, check_name};
 pub use devices::SerialSink;
 pub use error::{Error, ImageError, Result};

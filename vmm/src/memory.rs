@@ -131,6 +131,15 @@ impl GuestMemory {
         Ok(Some(copy.into()))
     }
 
+    /// A space's memfd.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when there is no such space.
+    pub(crate) fn file(&self, space: usize) -> Result<&File> {
+        let found = self.spaces.get(space).map(|space| space.file.as_ref());
+        found.ok_or_else(|| Error::Config(format!("there is no space {space}")))
+    }
+
     /// Writes to guest memory on the VMM's behalf, and marks the pages dirty.
     ///
     /// The mark comes after the bytes: a harvest in between misses neither, because it either sees the

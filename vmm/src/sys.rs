@@ -2,12 +2,17 @@
 //! [`crate::vcpu::kick`](crate::vcpu).
 
 use std::io;
+use std::os::fd::{FromRawFd, OwnedFd};
 
 use kvm_bindings::{KVMIO, Xsave, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1};
 use kvm_bindings::{kvm_userspace_memory_region, kvm_xsave};
 use kvm_ioctls::{VcpuFd, VmFd};
+use rustix::mm::UserfaultfdFlags;
 use vm_memory::{GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress};
-use vmm_sys_util::{ioctl::ioctl_with_ref, ioctl_iowr_nr};
+use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
+use vmm_sys_util::{ioctl_io_nr, ioctl_ior_nr, ioctl_iowr_nr};
+
+use crate::error::Error;
 
 // KVM_CLEAR_DIRTY_LOG of include/uapi/linux/kvm.h; kvm-ioctls 0.25 does not have it.
 ioctl_iowr_nr!(kvm_clear_dirty_log_nr, KVMIO, 0xc0, kvm_clear_dirty_log);
@@ -97,3 +102,104 @@ pub(crate) fn set_xsave(vcpu: &VcpuFd, state: &[u32], words: usize) -> io::Resul
 
 /// 32-bit words in the fixed part of `kvm_xsave` (asm/kvm.h).
 pub(crate) const XSAVE_BASE_WORDS: usize = 1024;
+
+/// `struct uffdio_api` of include/uapi/linux/userfaultfd.h.
+#[repr(C)]
+struct UffdioApi {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+/// `struct uffdio_range`.
+#[repr(C)]
+struct UffdioRange {
+    start: u64,
+    len: u64,
+}
+
+/// `struct uffdio_register`.
+#[repr(C)]
+struct UffdioRegister {
+    range: UffdioRange,
+    mode: u64,
+    ioctls: u64,
+}
+
+const UFFDIO: u32 = 0xaa;
+const UFFD_API: u64 = 0xaa;
+const UFFD_FEATURE_MISSING_SHMEM: u64 = 1 << 5;
+const UFFDIO_REGISTER_MODE_MISSING: u64 = 1;
+
+ioctl_iowr_nr!(uffdio_api_nr, UFFDIO, 0x3f, UffdioApi);
+ioctl_iowr_nr!(uffdio_register_nr, UFFDIO, 0x00, UffdioRegister);
+ioctl_ior_nr!(uffdio_unregister_nr, UFFDIO, 0x01, UffdioRange);
+ioctl_ior_nr!(uffdio_wake_nr, UFFDIO, 0x02, UffdioRange);
+// USERFAULTFD_IOC_NEW of the same header, for /dev/userfaultfd.
+ioctl_io_nr!(userfaultfd_ioc_new_nr, UFFDIO, 0x00);
+
+/// A userfaultfd(2) that may handle faults of the kernel too: KVM's, on a guest's behalf, are such. It is not blocking.
+///
+/// # Errors
+/// [`Error::NoPageFaults`] that says which permission is missing.
+pub(crate) fn userfaultfd() -> Result<OwnedFd, Error> {
+    let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
+    // SAFETY: what the descriptor can do to memory it does only to ranges that are registered with it, and those are
+    // guest memory alone (below), which Rust code touches through volatile accesses only.
+    let made = unsafe { rustix::mm::userfaultfd(flags) };
+    let descriptor = match made {
+        Ok(descriptor) => descriptor,
+        // Without privileges the device may still be allowed, by its mode (userfaultfd(2)).
+        Err(errno) => from_device(flags).map_err(|_| Error::NoPageFaults(errno.into()))?,
+    };
+    let mut api = UffdioApi { api: UFFD_API, features: UFFD_FEATURE_MISSING_SHMEM, ioctls: 0 };
+    // SAFETY: the kernel reads and writes one `uffdio_api`, which is alive.
+    let answer = unsafe { ioctl_with_mut_ref(&descriptor, uffdio_api_nr(), &mut api) };
+    if answer < 0 { Err(Error::NoPageFaults(io::Error::last_os_error())) } else { Ok(descriptor) }
+}
+
+fn from_device(flags: UserfaultfdFlags) -> io::Result<OwnedFd> {
+    let device = std::fs::File::open("/dev/userfaultfd")?;
+    // SAFETY: the argument is a number, and the kernel touches no memory of ours.
+    let answer = unsafe { ioctl_with_val(&device, userfaultfd_ioc_new_nr(), flags.bits().into()) };
+    if answer < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel just made this descriptor for us, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(answer) })
+}
+
+/// Where a region is mapped in this process.
+pub(crate) fn address_of(region: &GuestRegionMmap) -> io::Result<u64> {
+    Ok(region.get_host_address(MemoryRegionAddress(0)).map_err(io::Error::other)?.addr() as u64)
+}
+
+fn range_of(region: &GuestRegionMmap) -> io::Result<UffdioRange> {
+    Ok(UffdioRange { start: address_of(region)?, len: region.len() })
+}
+
+/// Lets whoever touches a hole of a mapped region wait (UFFDIO_REGISTER, for missing pages).
+pub(crate) fn register_missing(descriptor: &OwnedFd, region: &GuestRegionMmap) -> io::Result<()> {
+    let range = range_of(region)?;
+    let mut request = UffdioRegister { range, mode: UFFDIO_REGISTER_MODE_MISSING, ioctls: 0 };
+    // SAFETY: the kernel reads and writes one `uffdio_register`, which is alive; the range is exactly one live mapping
+    // of guest memory, whose accesses may take as long as they like.
+    let answer = unsafe { ioctl_with_mut_ref(descriptor, uffdio_register_nr(), &mut request) };
+    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Undoes [`register_missing`]; whoever waits goes on (UFFDIO_UNREGISTER).
+pub(crate) fn unregister(descriptor: &OwnedFd, region: &GuestRegionMmap) -> io::Result<()> {
+    let range = range_of(region)?;
+    // SAFETY: the kernel reads one `uffdio_range`, which is alive, and changes no contents of memory.
+    let answer = unsafe { ioctl_with_ref(descriptor, uffdio_unregister_nr(), &range) };
+    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Lets whoever waits in a region try again (UFFDIO_WAKE).
+pub(crate) fn wake(descriptor: &OwnedFd, region: &GuestRegionMmap) -> io::Result<()> {
+    let range = range_of(region)?;
+    // SAFETY: the kernel reads one `uffdio_range`, which is alive, and changes no contents of memory.
+    let answer = unsafe { ioctl_with_ref(descriptor, uffdio_wake_nr(), &range) };
+    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}

@@ -3,7 +3,8 @@
 use super::target::Target;
 use super::{cancel_on_signals, emit};
 use crate::cli::Common;
-use crate::converge::OnTimeout;
+use crate::controls::check_limits;
+use crate::converge::{Limits, OnStall, OnTimeout};
 use crate::error::{Error, Result};
 use crate::identity::{self, Identity, TrustStore};
 use crate::link::Link;
@@ -13,7 +14,6 @@ use crate::paths::RuntimeDir;
 use crate::progress;
 use crate::source::vm::VmSource;
 use crate::units;
-use clap::ValueEnum;
 use protocol::monitor::Phase;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -26,18 +26,8 @@ pub struct Args {
     vm: String,
     /// Where migrate receive listens: HOST:PORT.
     address: String,
-    /// The downtime to aim at.
-    #[arg(long, value_name = "TIME", default_value = "50ms", value_parser = units::duration)]
-    downtime: Duration,
-    /// The most rounds before --on-timeout decides.
-    #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
-    max_rounds: u32,
-    /// The longest time before --on-timeout decides.
-    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = units::duration)]
-    timeout: Duration,
-    /// What to do when rounds or time are used up: leave the VM here, or move it whatever the downtime.
-    #[arg(long, value_enum, default_value = "cancel")]
-    on_timeout: Choice,
+    #[command(flatten)]
+    limits: LimitArgs,
     /// How long to wait for a peer that says nothing.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = units::duration)]
     link_timeout: Duration,
@@ -46,11 +36,60 @@ pub struct Args {
     ask_timeout: Duration,
 }
 
-/// The words for [`OnTimeout`].
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum Choice {
-    Cancel,
-    Force,
+/// When to freeze, and how long to try.
+#[derive(Debug, clap::Args)]
+pub(super) struct LimitArgs {
+    /// The downtime to aim at.
+    #[arg(long, value_name = "TIME", default_value = "50ms", value_parser = units::duration)]
+    downtime: Duration,
+    /// The longest downtime of a move that stalled: see --on-stall.
+    #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = units::duration)]
+    max_downtime: Duration,
+    /// The most rounds before --on-timeout decides.
+    #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
+    max_rounds: u32,
+    /// The longest time before --on-timeout decides.
+    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = units::duration)]
+    timeout: Duration,
+    /// What to do when rounds or time are used up: leave the VM here, move it whatever the downtime, or move it and
+    /// let its memory follow.
+    #[arg(long, value_enum, value_name = "WHAT", default_value = "cancel")]
+    on_timeout: OnTimeout,
+    /// What to do when what remains no longer falls: the first that is possible of freezing at a minimum within
+    /// --max-downtime, slowing the VM down, letting its memory follow, and leaving the VM here.
+    #[arg(
+        long,
+        value_enum,
+        value_name = "WHAT,…",
+        value_delimiter = ',',
+        default_value = "minimum,throttle,post-copy,cancel"
+    )]
+    on_stall: Vec<OnStall>,
+    /// The most that a stalled VM is slowed down, as the share of time in which it stands still.
+    #[arg(long, value_name = "PERCENT", default_value_t = 80, value_parser = clap::value_parser!(u8).range(0..=99))]
+    max_throttle: u8,
+    /// Start the VM at the destination behind N rounds that were not enough, and let its memory follow.
+    #[arg(
+        long, value_name = "N", num_args = 0..=1, require_equals = true, default_missing_value = "1",
+        value_parser = clap::value_parser!(u32).range(1..)
+    )]
+    post_copy: Option<u32>,
+}
+
+impl LimitArgs {
+    /// As the engine takes them.
+    pub(super) fn limits(&self) -> Limits {
+        Limits {
+            downtime: self.downtime,
+            max_downtime: self.max_downtime,
+            max_rounds: self.max_rounds,
+            timeout: self.timeout,
+            on_timeout: self.on_timeout,
+            on_stall: self.on_stall.clone(),
+            max_throttle_percent: self.max_throttle,
+            post_copy_after: self.post_copy,
+        }
+    }
 }
 
 /// Runs the verb.
@@ -79,13 +118,9 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let source = VmSource::connect(&status.name, target.socket(), &args.address)?;
     let link = dial()?;
     let mut options = Options::new(outbound::new_migration_id()?);
-    options.limits.downtime = args.downtime;
-    options.limits.max_rounds = args.max_rounds;
-    options.limits.timeout = args.timeout;
-    options.limits.on_timeout = match args.on_timeout {
-        Choice::Cancel => OnTimeout::Cancel,
-        Choice::Force => OnTimeout::Force,
-    };
+    let limits = args.limits.limits();
+    check_limits(&limits).map_err(Error::Usage)?;
+    options.controls.change(|now| *now = limits);
     options.stall = args.link_timeout;
     options.ask = args.ask_timeout;
     let mut observer = progress::observer(common);

@@ -11,7 +11,7 @@
 
 use super::lanes::{Contents, Sent};
 use super::{Outbound, check_deadline};
-use crate::converge::{Bound, Decision, Limits, Measured, OnTimeout, bandwidth_bytes_per_s, decide};
+use crate::converge::{Bound, Decision, Limits, Measured, Situation, bandwidth_bytes_per_s, decide};
 use crate::conversation::out_of_order;
 use crate::error::{Error, Result};
 use crate::report::{Event, RoundReport, micros, rate};
@@ -25,10 +25,7 @@ impl Outbound<'_> {
     /// Rounds until the stop rule says freeze.
     pub(super) fn rounds(&mut self) -> Result<()> {
         let begun = Instant::now();
-        let Limits { timeout, on_timeout, .. } = self.options.limits;
-        if on_timeout == OnTimeout::Cancel {
-            self.deadline = begun.checked_add(timeout);
-        }
+        self.rounds_since = Some(begun);
         let mut selector = Selector::Full;
         let mut harvested_at = Instant::now();
         let mut harvest = self.source.harvest()?;
@@ -44,18 +41,24 @@ impl Outbound<'_> {
                 sent_bytes: round.sent_bytes,
                 duration: Duration::from_micros(round.duration_us),
                 remaining_pages: round.remaining_pages,
+                ..Measured::default()
             });
-            let decision = decide(&self.measured, self.fixed_cost(), &self.options.limits, begun.elapsed());
-            let (Decision::Round { predicted }
-            | Decision::Freeze { predicted }
-            | Decision::Force { predicted }
-            | Decision::GiveUp { predicted, .. }) = decision;
+            let decision = self.decide(begun.elapsed());
+            let predicted = decision.predicted();
             round.predicted_downtime_us = micros(predicted);
             self.ticker.predict(predicted);
             self.round_is_over(round);
             match decision {
-                Decision::Round { .. } => {}
+                Decision::Round { .. } | Decision::Throttle { .. } => {}
                 Decision::Freeze { .. } => return Ok(()),
+                Decision::Minimum { .. } => {
+                    self.report.warnings.push(format!(
+                        "the downtime budget could not be met: what remained no longer fell, so it was frozen at a \
+                         minimum, with {} ms predicted",
+                        predicted.as_millis()
+                    ));
+                    return Ok(());
+                }
                 Decision::Force { .. } => {
                     self.report.warnings.push(format!(
                         "the downtime budget could not be met: frozen with {} ms predicted",
@@ -63,15 +66,43 @@ impl Outbound<'_> {
                     ));
                     return Ok(());
                 }
+                Decision::PostCopy { predicted } => return self.post_copy(predicted),
                 Decision::GiveUp { bound, predicted } => return Err(self.not_converged(bound, predicted)),
             }
         }
     }
 
+    /// What the operator allows, as it is now: read anew for every decision.
+    fn limits(&self) -> Limits {
+        self.options.limits()
+    }
+
+    /// What to do behind the round that was just measured.
+    fn decide(&self, elapsed: Duration) -> Decision {
+        decide(&Situation {
+            rounds: &self.measured,
+            fixed: self.fixed_cost(),
+            elapsed,
+            can_throttle: false,
+            can_post_copy: self.can_post_copy(),
+            limits: &self.limits(),
+        })
+    }
+
+    /// Whether both ends can do post-copy.
+    fn can_post_copy(&self) -> bool {
+        false
+    }
+
+    /// Goes on with the memory behind the workload instead of before it.
+    fn post_copy(&mut self, predicted: Duration) -> Result<()> {
+        Err(self.not_converged(Bound::Stall, predicted))
+    }
+
     /// Stops the workload and sends what it wrote since the last round.
     pub(super) fn freeze(&mut self) -> Result<()> {
         self.cancel.check()?;
-        self.deadline = None;
+        self.rounds_since = None;
         let frozen_at = Instant::now();
         self.source.freeze()?;
         self.frozen_at = Some(frozen_at);
@@ -186,10 +217,10 @@ impl Outbound<'_> {
 
     /// Waits for room for one more piece, unless there is a reason to stop.
     fn reserve(&mut self) -> Result<()> {
-        let Self { lanes, cancel, ticker, options, deadline, .. } = self;
+        let Self { lanes, cancel, ticker, options, rounds_since, .. } = self;
         lanes.reserve(options.stall, || {
             cancel.check()?;
-            check_deadline(*deadline, options)?;
+            check_deadline(*rounds_since, options)?;
             ticker.tick(lanes.sent());
             Ok(())
         })
@@ -225,16 +256,17 @@ impl Outbound<'_> {
     }
 
     fn not_converged(&self, bound: Bound, predicted: Duration) -> Error {
-        let Limits { downtime, max_rounds, timeout, .. } = self.options.limits;
+        let Limits { downtime, max_rounds, timeout, .. } = self.limits();
         let bound = match bound {
             Bound::Rounds => format!("{max_rounds} rounds"),
             Bound::Time => format!("{} s", timeout.as_secs_f32()),
+            Bound::Stall => format!("{} rounds, the last of which gained nothing,", self.measured.len()),
         };
         let remaining = self.measured.last().map_or(0, |round| round.remaining_pages);
         Error::NotConverged(format!(
             "after {bound} {remaining} pages are still dirty, which at {:.1} MB/s is a downtime of {} ms, and {} ms \
-             are allowed: allow more with --downtime, --max-rounds or --timeout, or move it all the same with \
-             --on-timeout force",
+             are allowed: allow more with --downtime, --max-downtime, --max-rounds or --timeout, let more be tried with \
+             --on-stall, or move it all the same with --on-timeout force",
             bandwidth_bytes_per_s(&self.measured) / 1e6,
             predicted.as_millis(),
             downtime.as_millis(),

@@ -83,8 +83,8 @@ const STARTED: u32 = 4;
 
 /// A machine that is idle and so moves in two rounds, whatever the clock says.
 fn idle() -> (World, outbound::Options) {
-    let mut options = sending();
-    options.limits.max_rounds = 1;
+    let options = sending();
+    options.controls.change(|limits| limits.max_rounds = 1);
     (World::new(3, 0), options)
 }
 

@@ -142,9 +142,9 @@ fn a_workload_that_does_not_converge_stays_or_is_forced() {
     use migrate::converge::OnTimeout;
     let world = World::new(5, 8);
     let network = Network::new(Profile { bytes_per_s: 100_000_000, ..Profile::default() }, None);
-    let mut options = sending();
-    options.limits.downtime = std::time::Duration::from_nanos(1);
-    options.limits.on_timeout = OnTimeout::Cancel;
+    let options = sending();
+    options.controls.change(|limits| limits.downtime = std::time::Duration::from_nanos(1));
+    options.controls.change(|limits| limits.on_timeout = OnTimeout::Cancel);
     let ended = world.attempt(&network, None, &options, &CancelFlag::default(), &mut Quiet);
     assert!(matches!(ended.error(), Error::NotConverged(_)), "{}", ended.error());
     let Err(failed) = &ended.sent else { panic!() };
@@ -152,8 +152,8 @@ fn a_workload_that_does_not_converge_stays_or_is_forced() {
     assert!(world.witness.is_running(Who::Source));
 
     let mut forced = sending();
-    forced.limits = options.limits;
-    forced.limits.on_timeout = OnTimeout::Force;
+    forced.controls = migrate::controls::Controls::new(options.limits());
+    forced.controls.change(|limits| limits.on_timeout = OnTimeout::Force);
     let ended = world.attempt(&network, None, &forced, &CancelFlag::default(), &mut Quiet);
     world.assert_moved(&ended);
     assert!(ended.sent.unwrap().warnings.iter().any(|warning| warning.contains("downtime budget")));
@@ -163,9 +163,9 @@ fn a_workload_that_does_not_converge_stays_or_is_forced() {
 fn a_migration_that_takes_too_long_is_stopped_in_the_middle_of_a_round() {
     let world = World::new(5, 0);
     let network = Network::new(Profile { bytes_per_s: 1_000_000, ..Profile::default() }, None);
-    let mut options = sending();
-    options.limits.timeout = std::time::Duration::from_millis(50);
-    options.limits.on_timeout = migrate::converge::OnTimeout::Cancel;
+    let options = sending();
+    options.controls.change(|limits| limits.timeout = std::time::Duration::from_millis(50));
+    options.controls.change(|limits| limits.on_timeout = migrate::converge::OnTimeout::Cancel);
     let ended = world.attempt(&network, None, &options, &CancelFlag::default(), &mut Quiet);
     assert!(matches!(ended.error(), Error::NotConverged(_)), "{}", ended.error());
     world.assert_stayed_and_moves_next(&ended);

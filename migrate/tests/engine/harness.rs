@@ -29,8 +29,8 @@ pub(crate) fn sending() -> outbound::Options {
     static NEXT: AtomicU64 = AtomicU64::new(1);
     let migration = MigrationId(u128::from(NEXT.fetch_add(1, Ordering::Relaxed)));
     let mut options = outbound::Options::new(migration);
-    options.limits.max_rounds = 6;
-    options.limits.on_timeout = OnTimeout::Force;
+    options.controls.change(|limits| limits.max_rounds = 6);
+    options.controls.change(|limits| limits.on_timeout = OnTimeout::Force);
     options.stall = 20 * SECOND;
     options
 }

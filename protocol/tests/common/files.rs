@@ -129,6 +129,13 @@ pub(crate) fn all() -> BTreeMap<String, Vec<u8>> {
         add(&format!("reply/{}.json", samples::reply_type(&message)), json(&message));
     }
 
+    for message in samples::orders() {
+        add(&format!("order/{}.json", samples::order_type(&message)), json(&message));
+    }
+    for message in samples::answers() {
+        add(&format!("answer/{}.json", samples::answer_type(&message)), json(&message));
+    }
+
     add("names/refuse-code.json", json(&samples::REFUSE_CODES));
     add("names/outcome.json", json(&samples::OUTCOMES));
     add("names/workload-kind.json", json(&samples::WORKLOAD_KINDS));
@@ -137,6 +144,9 @@ pub(crate) fn all() -> BTreeMap<String, Vec<u8>> {
     add("names/tracking-mode.json", json(&samples::TRACKING_MODES));
     add("names/error-code.json", json(&samples::ERROR_CODES));
     add("names/phase.json", json(&samples::PHASES));
+    add("names/steer-error-code.json", json(&samples::STEER_ERROR_CODES));
+    add("names/steer-end.json", json(&samples::STEER_ENDS));
+    add("names/steer-outcome.json", json(&samples::STEER_OUTCOMES));
     files
 }
 

@@ -7,14 +7,40 @@ use protocol::layout::{Layout, Space, SpaceKind};
 use protocol::monitor::{ErrorCode, Phase, Pledge, Reply, Request, Role, Status, TrackingMode};
 use protocol::page::{PageSet, SpaceId};
 use protocol::state::State;
+use protocol::steer::{self, Answer, Order};
 
 pub(crate) const MIGRATION: MigrationId = MigrationId(0x0011_2233_4455_6677_8899_aabb_ccdd_eeff);
 
-pub(crate) const DOWNSTREAM_TYPES: [&str; 10] =
-    ["hello", "offer", "state", "commit", "done", "cancel", "ask", "round-sent", "join", "resume"];
-pub(crate) const UPSTREAM_TYPES: [&str; 8] =
-    ["hello", "accept", "refuse", "round-done", "ready", "started", "failed", "outcome"];
-pub(crate) const REQUEST_TYPES: [&str; 18] = [
+pub(crate) const DOWNSTREAM_TYPES: [&str; 12] = [
+    "hello",
+    "offer",
+    "state",
+    "commit",
+    "done",
+    "cancel",
+    "ask",
+    "round-sent",
+    "missing",
+    "recover",
+    "join",
+    "resume",
+];
+pub(crate) const UPSTREAM_TYPES: [&str; 13] = [
+    "hello",
+    "accept",
+    "refuse",
+    "round-done",
+    "ready",
+    "started",
+    "failed",
+    "outcome",
+    "want",
+    "missing",
+    "complete",
+    "incomplete",
+    "resumed",
+];
+pub(crate) const REQUEST_TYPES: [&str; 21] = [
     "hello",
     "status",
     "describe",
@@ -33,9 +59,25 @@ pub(crate) const REQUEST_TYPES: [&str; 18] = [
     "load",
     "start",
     "discard",
+    "expect",
+    "page-faults",
+    "complete",
 ];
-pub(crate) const REPLY_TYPES: [&str; 9] =
-    ["welcome", "refused", "status", "description", "tracking", "dirty", "saved", "done", "error"];
+pub(crate) const REPLY_TYPES: [&str; 10] = [
+    "welcome",
+    "refused",
+    "status",
+    "description",
+    "tracking",
+    "dirty",
+    "saved",
+    "done",
+    "error",
+    "page-faults",
+];
+
+pub(crate) const ORDER_TYPES: [&str; 4] = ["status", "await", "cancel", "set"];
+pub(crate) const ANSWER_TYPES: [&str; 3] = ["status", "done", "error"];
 
 // A variant that is added to the crate does not compile here until it has a place in the list above, and a type in
 // the list does not pass `every_message_has_a_golden_file` until it has a sample.
@@ -50,8 +92,10 @@ pub(crate) fn downstream_type(message: &Downstream) -> &'static str {
         Downstream::Cancel { .. } => 5,
         Downstream::Ask { .. } => 6,
         Downstream::RoundSent { .. } => 7,
-        Downstream::Join { .. } => 8,
-        Downstream::Resume { .. } => 9,
+        Downstream::Join { .. } => 10,
+        Downstream::Resume { .. } => 11,
+        Downstream::Missing { .. } => 8,
+        Downstream::Recover { .. } => 9,
     }]
 }
 
@@ -65,6 +109,11 @@ pub(crate) fn upstream_type(message: &Upstream) -> &'static str {
         Upstream::Started { .. } => 5,
         Upstream::Failed { .. } => 6,
         Upstream::Outcome { .. } => 7,
+        Upstream::Want { .. } => 8,
+        Upstream::Missing { .. } => 9,
+        Upstream::Complete { .. } => 10,
+        Upstream::Incomplete { .. } => 11,
+        Upstream::Resumed { .. } => 12,
     }]
 }
 
@@ -88,6 +137,9 @@ pub(crate) fn request_type(message: &Request) -> &'static str {
         Request::Load => 15,
         Request::Start { .. } => 16,
         Request::Discard => 17,
+        Request::Expect => 18,
+        Request::PageFaults => 19,
+        Request::Complete => 20,
     }]
 }
 
@@ -102,6 +154,24 @@ pub(crate) fn reply_type(message: &Reply) -> &'static str {
         Reply::Saved => 6,
         Reply::Done => 7,
         Reply::Error { .. } => 8,
+        Reply::PageFaults { .. } => 9,
+    }]
+}
+
+pub(crate) fn order_type(message: &Order) -> &'static str {
+    ORDER_TYPES[match message {
+        Order::Status => 0,
+        Order::Await { .. } => 1,
+        Order::Cancel => 2,
+        Order::Set(_) => 3,
+    }]
+}
+
+pub(crate) fn answer_type(message: &Answer) -> &'static str {
+    ANSWER_TYPES[match message {
+        Answer::Status(_) => 0,
+        Answer::Done => 1,
+        Answer::Error { .. } => 2,
     }]
 }
 
@@ -133,6 +203,8 @@ pub(crate) fn downstream() -> Vec<Downstream> {
         Downstream::RoundSent { round: 0 },
         Downstream::Join { migration: MIGRATION, connection: 1 },
         Downstream::Resume { migration: MIGRATION },
+        Downstream::Missing { pages: 5 },
+        Downstream::Recover { migration: MIGRATION },
     ]
 }
 
@@ -149,6 +221,11 @@ pub(crate) fn upstream() -> Vec<Upstream> {
         Upstream::Started { migration: MIGRATION },
         Upstream::Failed { reason: "the state's section vcpu/1 is missing".into() },
         Upstream::Outcome { migration: MIGRATION, outcome: Outcome::Discarded },
+        Upstream::Want { space: 1, page: 4096 },
+        Upstream::Missing { pages: 5 },
+        Upstream::Complete { migration: MIGRATION },
+        Upstream::Incomplete { migration: MIGRATION },
+        Upstream::Resumed { round: 2 },
     ]
 }
 
@@ -176,6 +253,9 @@ pub(crate) fn requests() -> Vec<Request> {
         Request::Load,
         Request::Start { migration: MIGRATION },
         Request::Discard,
+        Request::Expect,
+        Request::PageFaults,
+        Request::Complete,
     ]
 }
 
@@ -192,6 +272,7 @@ pub(crate) fn status() -> Status {
         holder: Some("migrate send".into()),
         arrived_by: None,
         pledged_to: Some(Pledge { migration: MIGRATION, peer: "192.0.2.7:4242".into() }),
+        awaiting_pages: None,
     }
 }
 
@@ -218,6 +299,63 @@ pub(crate) fn replies() -> Vec<Reply> {
         Reply::Error {
             code: ErrorCode::WrongState,
             message: "save needs a frozen VM, this one is running: freeze it first".into(),
+        },
+        Reply::PageFaults { pages: 5, addresses: vec![0x7f00_0000_0000, 0x7f00_c000_0000] },
+    ]
+}
+
+pub(crate) fn orders() -> Vec<Order> {
+    vec![
+        Order::Status,
+        Order::Await { limit_ms: 5000 },
+        Order::Cancel,
+        Order::Set(steer::Limits {
+            downtime_us: Some(20_000),
+            bandwidth_bytes_per_s: Some(250_000_000),
+            ..steer::Limits::default()
+        }),
+    ]
+}
+
+pub(crate) fn answers() -> Vec<Answer> {
+    vec![
+        Answer::Status(Box::new(steer::Status {
+            software: "migrate 0.1.0".into(),
+            pid: 4712,
+            end: steer::End::Send,
+            migration: MIGRATION,
+            workload: "web-1".into(),
+            peer: "192.0.2.7:4242".into(),
+            phase: "rounds".into(),
+            cancellable: true,
+            outcome: None,
+            reason: None,
+            elapsed_us: 2_345_678,
+            memory_bytes: 4 << 30,
+            round: 2,
+            dirty_pages: 8192,
+            done_pages: 2048,
+            moved_bytes: 1 << 30,
+            rate_bytes_per_s: 640_000_000,
+            dirty_bytes_per_s: Some(120_000_000),
+            predicted_downtime_us: Some(48_000),
+            throttle_percent: None,
+            eta_us: Some(61_000),
+            limits: steer::Limits {
+                downtime_us: Some(50_000),
+                max_downtime_us: Some(300_000),
+                max_rounds: Some(30),
+                timeout_us: Some(600_000_000),
+                on_timeout: Some("cancel".into()),
+                on_stall: Some(vec!["minimum".into(), "throttle".into()]),
+                max_throttle_percent: Some(80),
+                bandwidth_bytes_per_s: None,
+            },
+        })),
+        Answer::Done,
+        Answer::Error {
+            code: steer::ErrorCode::TooLate,
+            message: "the migration is behind its commit: it will be finished".into(),
         },
     ]
 }
@@ -274,6 +412,12 @@ pub(crate) const PHASES: [Phase; 7] = [
     Phase::Stopped,
 ];
 
+pub(crate) const STEER_ERROR_CODES: [steer::ErrorCode; 3] =
+    [steer::ErrorCode::BadRequest, steer::ErrorCode::BadValue, steer::ErrorCode::TooLate];
+pub(crate) const STEER_ENDS: [steer::End; 2] = [steer::End::Send, steer::End::Receive];
+pub(crate) const STEER_OUTCOMES: [steer::Outcome; 3] =
+    [steer::Outcome::Moved, steer::Outcome::Failed, steer::Outcome::InDoubt];
+
 /// How many variants each list must have, by matches that the compiler keeps complete.
 pub(crate) fn complete() -> bool {
     let refuse = REFUSE_CODES.map(|code| match code {
@@ -321,6 +465,22 @@ pub(crate) fn complete() -> bool {
         Phase::Loaded => 5,
         Phase::Stopped => 6,
     });
+    let steer_errors = STEER_ERROR_CODES.map(|code| match code {
+        steer::ErrorCode::BadRequest => 0,
+        steer::ErrorCode::BadValue => 1,
+        steer::ErrorCode::TooLate => 2,
+    });
+    let steer_ends = STEER_ENDS.map(|end| match end {
+        steer::End::Send => 0,
+        steer::End::Receive => 1,
+    });
+    let steer_outcomes = STEER_OUTCOMES.map(|outcome| match outcome {
+        steer::Outcome::Moved => 0,
+        steer::Outcome::Failed => 1,
+        steer::Outcome::InDoubt => 2,
+    });
+    let steer: [&[usize]; 3] = [&steer_errors, &steer_ends, &steer_outcomes];
     let lists: [&[usize]; 8] = [&refuse, &outcomes, &kinds, &spaces, &roles, &modes, &errors, &phases];
+    let lists = [&lists[..], &steer[..]].concat();
     lists.iter().all(|list| list.iter().copied().eq(0..list.len()))
 }

@@ -15,6 +15,7 @@ use protocol::monitor::{Pledge, Reply, Request, Status};
 use protocol::page::{PageRun, SpaceId};
 use protocol::payload::Encoding;
 use protocol::state::{Section, State};
+use protocol::steer::{self, Answer, Order};
 
 fn migration() -> impl Strategy<Value = MigrationId> {
     any::<u128>().prop_map(MigrationId)
@@ -65,6 +66,8 @@ pub(crate) fn downstream() -> impl Strategy<Value = Downstream> {
         (migration(), any::<u16>())
             .prop_map(|(migration, connection)| Downstream::Join { migration, connection }),
         migration().prop_map(|migration| Downstream::Resume { migration }),
+        any::<u64>().prop_map(|pages| Downstream::Missing { pages }),
+        migration().prop_map(|migration| Downstream::Recover { migration }),
     ]
 }
 
@@ -77,6 +80,11 @@ pub(crate) fn upstream() -> impl Strategy<Value = Upstream> {
         any::<u32>().prop_map(|round| Upstream::RoundDone { round }),
         Just(Upstream::Ready),
         migration().prop_map(|migration| Upstream::Started { migration }),
+        (any::<u16>(), any::<u64>()).prop_map(|(space, page)| Upstream::Want { space, page }),
+        any::<u64>().prop_map(|pages| Upstream::Missing { pages }),
+        migration().prop_map(|migration| Upstream::Complete { migration }),
+        migration().prop_map(|migration| Upstream::Incomplete { migration }),
+        any::<u32>().prop_map(|round| Upstream::Resumed { round }),
         text().prop_map(|reason| Upstream::Failed { reason }),
         (migration(), select(&samples::OUTCOMES[..]))
             .prop_map(|(migration, outcome)| Upstream::Outcome { migration, outcome }),
@@ -99,6 +107,9 @@ pub(crate) fn request() -> impl Strategy<Value = Request> {
             Request::Terminate,
             Request::Load,
             Request::Discard,
+            Request::Expect,
+            Request::PageFaults,
+            Request::Complete,
         ]),
         (any::<u16>(), any::<u64>(), any::<u64>()).prop_map(|(space, first, count)| Request::Take {
             space,
@@ -117,9 +128,10 @@ fn status() -> impl Strategy<Value = Status> {
     let numbers = (any::<u32>(), any::<u64>(), any::<u32>(), any::<u64>());
     let pledge = (migration(), text()).prop_map(|(migration, peer)| Pledge { migration, peer });
     let options = (option::of(any::<u32>()), option::of(text()), option::of(migration()), option::of(pledge));
+    let options = (options, option::of(any::<u64>()));
     (text(), select(&samples::PHASES[..]), numbers, text(), options).prop_map(
         |(name, phase, (pid, memory_bytes, vcpus, uptime_ms), serial, options)| {
-            let (holder_pid, holder, arrived_by, pledged_to) = options;
+            let ((holder_pid, holder, arrived_by, pledged_to), awaiting_pages) = options;
             Status {
                 name,
                 phase,
@@ -132,6 +144,7 @@ fn status() -> impl Strategy<Value = Status> {
                 holder,
                 arrived_by,
                 pledged_to,
+                awaiting_pages,
             }
         },
     )
@@ -151,9 +164,75 @@ pub(crate) fn reply() -> impl Strategy<Value = Reply> {
         select(&samples::TRACKING_MODES[..]).prop_map(|mode| Reply::Tracking { mode }),
         any::<u64>().prop_map(|pages| Reply::Dirty { pages }),
         Just(Reply::Saved),
+        (any::<u64>(), vec(any::<u64>(), 0..4))
+            .prop_map(|(pages, addresses)| Reply::PageFaults { pages, addresses }),
         Just(Reply::Done),
         (select(&samples::ERROR_CODES[..]), text())
             .prop_map(|(code, message)| Reply::Error { code, message }),
+    ]
+}
+
+fn limits() -> impl Strategy<Value = steer::Limits> {
+    let numbers = (option::of(any::<u64>()), option::of(any::<u64>()), option::of(any::<u64>()));
+    let words = (option::of(text()), option::of(vec(text(), 0..4)));
+    let small = (option::of(any::<u32>()), option::of(any::<u8>()), option::of(any::<u64>()));
+    (numbers, words, small).prop_map(|(numbers, (on_timeout, on_stall), small)| steer::Limits {
+        downtime_us: numbers.0,
+        max_downtime_us: numbers.1,
+        max_rounds: small.0,
+        timeout_us: numbers.2,
+        on_timeout,
+        on_stall,
+        max_throttle_percent: small.1,
+        bandwidth_bytes_per_s: small.2,
+    })
+}
+
+pub(crate) fn order() -> impl Strategy<Value = Order> {
+    prop_oneof![
+        Just(Order::Status),
+        any::<u64>().prop_map(|limit_ms| Order::Await { limit_ms }),
+        Just(Order::Cancel),
+        limits().prop_map(Order::Set),
+    ]
+}
+
+pub(crate) fn answer() -> impl Strategy<Value = Answer> {
+    let who = (text(), any::<u32>(), select(&samples::STEER_ENDS[..]), migration(), text(), text());
+    let how = (text(), any::<bool>(), option::of(select(&samples::STEER_OUTCOMES[..])), option::of(text()));
+    let counts = any::<[u64; 6]>();
+    let maybe = (option::of(any::<u64>()), option::of(any::<u64>()), option::of(any::<u8>()));
+    let status = (who, how, counts, maybe, limits()).prop_map(|(who, how, counts, maybe, limits)| {
+        Answer::Status(Box::new(steer::Status {
+            software: who.0,
+            pid: who.1,
+            end: who.2,
+            migration: who.3,
+            workload: who.4,
+            peer: who.5,
+            phase: how.0,
+            cancellable: how.1,
+            outcome: how.2,
+            reason: how.3,
+            elapsed_us: counts[0],
+            memory_bytes: counts[1],
+            round: counts[2] as u32,
+            dirty_pages: counts[3],
+            done_pages: counts[4],
+            moved_bytes: counts[5],
+            rate_bytes_per_s: counts[0] ^ counts[1],
+            dirty_bytes_per_s: maybe.0,
+            predicted_downtime_us: maybe.1,
+            throttle_percent: maybe.2,
+            eta_us: maybe.0,
+            limits,
+        }))
+    });
+    prop_oneof![
+        status,
+        Just(Answer::Done),
+        (select(&samples::STEER_ERROR_CODES[..]), text())
+            .prop_map(|(code, message)| Answer::Error { code, message }),
     ]
 }
 
