@@ -32,6 +32,7 @@
 mod ticker;
 mod lanes;
 mod rounds;
+mod resume;
 mod commit;
 mod settle;
 
@@ -40,6 +41,7 @@ use crate::controls::Controls;
 use crate::converge::{Limits, Measured, OnTimeout};
 use crate::conversation::{self, out_of_order};
 use crate::error::{Error, Result, clean};
+use crate::identity::Fingerprint;
 use crate::link::Link;
 use crate::report::{Event, Observer, Outcome, Phase, PhaseTime, Report, micros};
 use crate::source::Source;
@@ -71,6 +73,9 @@ pub struct Options {
     pub stall: Duration,
     /// The longest the destination may take to make room for the workload.
     pub prepare: Duration,
+    /// How long to look for another link when one is lost before `Commit`; zero to give up at once. No longer than the
+    /// destination keeps what it has.
+    pub retry: Duration,
     /// How long to ask what became of the workload when the link was lost behind `Commit`.
     pub ask: Duration,
 }
@@ -86,6 +91,8 @@ impl Options {
             stall: Duration::from_secs(10),
             // Touching fresh memory was measured at up to 2 s/GiB on a machine that must get it back from its host.
             prepare: Duration::from_secs(120),
+            // A minute less than a receiver keeps what arrived, which notices the loss a little later or earlier.
+            retry: Duration::from_secs(540),
             ask: Duration::from_secs(30),
         }
     }
@@ -145,8 +152,16 @@ struct Outbound<'a> {
     cancel: &'a CancelFlag,
     ticker: Ticker<'a>,
     report: Report,
+    /// Who the destination is: nobody else may take its place.
+    peer_key: Fingerprint,
+    /// What both ends can do.
+    capabilities: Vec<&'static str>,
     /// Every page that was taken from the source, in all rounds.
     taken: Vec<PageSet>,
+    /// The pages of the round under way: what the destination must have before it is over.
+    owed: Vec<PageSet>,
+    /// The round under way.
+    round: u32,
     /// The rounds that were acknowledged.
     measured: Vec<Measured>,
     /// What a message there and its answer back take.
@@ -154,6 +169,8 @@ struct Outbound<'a> {
     begun: Instant,
     /// While rounds are sent: when they began.
     rounds_since: Option<Instant>,
+    /// When the first round began, over whichever link.
+    rounds_begun: Option<Instant>,
     frozen_at: Option<Instant>,
 }
 
@@ -182,6 +199,7 @@ impl<'a> Outbound<'a> {
             skipped_pages: 0,
             sent_bytes: 0,
             state_bytes: 0,
+            resumes: 0,
             downtime_us: 0,
             total_us: 0,
             link: link.stats(),
@@ -189,6 +207,10 @@ impl<'a> Outbound<'a> {
         };
         Self {
             taken: workload.layout.spaces.iter().map(|space| PageSet::empty(space.pages)).collect(),
+            peer_key: link.peer_key(),
+            capabilities: Vec::new(),
+            owed: Vec::new(),
+            round: 0,
             source,
             talk: conversation::Sender::new(link, 0),
             lanes: Lanes::none(),
@@ -201,6 +223,7 @@ impl<'a> Outbound<'a> {
             round_trip: Duration::ZERO,
             begun: Instant::now(),
             rounds_since: None,
+            rounds_begun: None,
             frozen_at: None,
         }
     }
@@ -224,11 +247,21 @@ impl<'a> Outbound<'a> {
         self.phase(Phase::Greet, Self::greet)?;
         self.phase(Phase::Offer, Self::offer)?;
         self.phase(Phase::Track, Self::track)?;
+        while let Err(error) = self.until_ready() {
+            if !self.may_resume(&error) {
+                return Err(error);
+            }
+            self.phase(Phase::Resume, |outbound| outbound.resume(error))?;
+        }
+        self.phase(Phase::Pledge, Self::pledge)
+    }
+
+    /// The rounds, and everything that a lost link leads back into them.
+    fn until_ready(&mut self) -> Result<()> {
         self.phase(Phase::Rounds, Self::rounds)?;
         self.phase(Phase::Freeze, Self::freeze)?;
         self.phase(Phase::State, Self::state)?;
-        self.phase(Phase::Ready, Self::ready)?;
-        self.phase(Phase::Pledge, Self::pledge)
+        self.phase(Phase::Ready, Self::ready)
     }
 
     /// One phase: told, timed, logged, and named in its error.
@@ -258,9 +291,9 @@ impl<'a> Outbound<'a> {
         self.talk.preamble(stall, &mut || cancel.check().map(|()| 0))?;
         match self.hear("the destination's greeting", stall)? {
             Upstream::Hello(hello) => {
-                let capabilities = hello.agree()?;
+                self.capabilities = hello.agree()?;
                 self.round_trip = begun.elapsed();
-                tracing::info!(peer = clean(&hello.software), ?capabilities, "greeted");
+                tracing::info!(peer = clean(&hello.software), capabilities = ?self.capabilities, "greeted");
                 Ok(())
             }
             other => Err(out_of_order("Hello", other.name())),
@@ -306,11 +339,16 @@ impl<'a> Outbound<'a> {
             ticker.tick(lanes.sent());
             Ok(lanes.sent().bytes)
         };
-        match talk.hear(what, limit, &mut watch)?.0 {
-            Upstream::Failed { reason } => Err(Error::PeerFailed { reason: clean(&reason) }),
-            Upstream::Refuse { code, reason } => Err(Error::Refused { code, reason: clean(&reason) }),
-            other => Ok(other),
-        }
+        understood(talk.hear(what, limit, &mut watch)?.0)
+    }
+}
+
+/// A message, if it is not the peer's giving up.
+fn understood(message: Upstream) -> Result<Upstream> {
+    match message {
+        Upstream::Failed { reason } => Err(Error::PeerFailed { reason: clean(&reason) }),
+        Upstream::Refuse { code, reason } => Err(Error::Refused { code, reason: clean(&reason) }),
+        other => Ok(other),
     }
 }
 

@@ -32,6 +32,8 @@ pub enum Phase {
     Commit,
     /// The link was lost behind `Commit`: the destination is asked what became of it.
     Ask,
+    /// The link was lost in the rounds: another one is looked for, to go on where they stood.
+    Resume,
     /// The source ends its workload, or gets it back.
     Settle,
 }
@@ -50,6 +52,7 @@ impl Phase {
             Self::Pledge => "pledge",
             Self::Commit => "commit",
             Self::Ask => "ask",
+            Self::Resume => "resume",
             Self::Settle => "settle",
         }
     }
@@ -68,6 +71,7 @@ impl fmt::Display for Phase {
             Self::Pledge => "pledging the source",
             Self::Commit => "committing",
             Self::Ask => "asking what became of the workload",
+            Self::Resume => "taking up the rounds over a new link",
             Self::Settle => "settling the source",
         })
     }
@@ -162,6 +166,8 @@ pub struct Report {
     pub sent_bytes: u64,
     /// Bytes of the state.
     pub state_bytes: u64,
+    /// How often a link was lost in the rounds and they went on over another one.
+    pub resumes: u32,
     /// From the call that froze the workload to the word that it runs at the destination, or until it was
     /// resumed here; 0 when it was never frozen.
     pub downtime_us: u64,
@@ -192,6 +198,8 @@ pub struct ArrivalReport {
     pub received_bytes: u64,
     /// Bytes of the state.
     pub state_bytes: u64,
+    /// How often a link was lost in the rounds and they went on over another one.
+    pub resumes: u32,
     /// From the first byte to the end.
     pub total_us: u64,
 }
@@ -208,6 +216,7 @@ impl ArrivalReport {
             rounds: 0,
             received_bytes: 0,
             state_bytes: 0,
+            resumes: 0,
             total_us: 0,
         }
     }
@@ -233,6 +242,29 @@ pub enum Event {
     Progress(Progress),
     /// A round is over.
     RoundEnd(RoundReport),
+    /// The link was lost in the rounds; the other end is waited for.
+    LinkLost {
+        /// Why.
+        reason: String,
+        /// How long, in microseconds.
+        wait_us: u64,
+    },
+    /// The rounds go on over another link, at the source.
+    Resumed {
+        /// With which one.
+        round: u32,
+        /// Pages of it that the destination lacks.
+        missing_pages: u64,
+        /// Pages that were sent until then, in all rounds.
+        sent_pages: u64,
+    },
+    /// The rounds go on over another link, at the destination.
+    CameBack {
+        /// With which one.
+        round: u32,
+        /// Pages of it that had arrived whole.
+        arrived_pages: u64,
+    },
     /// The migration is over, at the source.
     Done(Box<Report>),
     /// Pages come in; at most ten a second.

@@ -41,6 +41,12 @@ impl Host {
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(&self.program);
         command.args(args).arg("--json");
+        // Most tests are about what a lost link means without another one; those of taking it up say how long.
+        for (verb, option) in [("send", "--retry-for"), ("receive", "--keep")] {
+            if args.first() == Some(&verb) && !args.contains(&option) {
+                command.args([option, "0s"]);
+            }
+        }
         command.arg("--runtime-dir").arg(self.runtime_dir()).arg("--keys").arg(self.keys_dir());
         for name in ["MIGRATE_RUNTIME_DIR", "MIGRATE_KEYS", "MIGRATE_TEST_HOLD", "RUST_LOG"] {
             command.env_remove(name);

@@ -31,6 +31,8 @@ pub(super) struct Parser {
     streams: u16,
     stream: u16,
     round: u32,
+    /// The raw run whose payload came last.
+    raw: Option<PageRun>,
     stage: Stage,
 }
 
@@ -47,7 +49,18 @@ enum Stage {
 impl Parser {
     /// A stream out of `streams`, carrying pages of `layout`.
     pub(super) fn new(layout: Arc<Layout>, streams: u16) -> Self {
-        Self { layout, streams, stream: 0, round: 0, stage: Stage::Preamble(Gather::new()) }
+        Self { layout, streams, stream: 0, round: 0, raw: None, stage: Stage::Preamble(Gather::new()) }
+    }
+
+    /// The same stream of a link that was taken up in this round.
+    pub(super) fn beginning_with(mut self, round: u32) -> Self {
+        self.round = round;
+        self
+    }
+
+    /// The run that the last [`Item::Bytes`] completed: all of it was handed out, and its sum was right.
+    pub(super) fn completed(&self) -> Option<PageRun> {
+        self.raw.filter(|_| matches!(self.stage, Stage::Header(_)))
     }
 
     /// The next item, taken off the front of `chunk`; `None` when more bytes are needed.
@@ -128,6 +141,7 @@ impl Parser {
             }
             Encoding::Raw => {
                 let (space, offset, left) = (run.space, run.offset(), payload_bytes as usize);
+                self.raw = Some(run);
                 self.stage = Stage::Payload { space, offset, left, sum };
                 Ok(None)
             }

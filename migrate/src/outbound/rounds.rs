@@ -24,11 +24,14 @@ use std::time::{Duration, Instant};
 impl Outbound<'_> {
     /// Rounds until the stop rule says freeze.
     pub(super) fn rounds(&mut self) -> Result<()> {
-        let begun = Instant::now();
+        let begun = *self.rounds_begun.get_or_insert_with(Instant::now);
         self.rounds_since = Some(begun);
-        let mut selector = Selector::Full;
+        let mut selector = Selector::Precopy;
         let mut harvested_at = Instant::now();
         let mut harvest = self.source.harvest()?;
+        if self.round == 0 {
+            selector = self.first(&mut harvest);
+        }
         loop {
             let plan = selector.plan(&self.source.workload().layout, harvest)?;
             let mut round = self.live_round(plan, harvested_at)?;
@@ -70,6 +73,19 @@ impl Outbound<'_> {
                 Decision::GiveUp { bound, predicted } => return Err(self.not_converged(bound, predicted)),
             }
         }
+    }
+
+    /// What the first round sends: everything; or, where it was cut off, what it had not come to.
+    fn first(&self, harvest: &mut [PageSet]) -> Selector {
+        if self.taken.iter().all(PageSet::is_empty) {
+            return Selector::Full;
+        }
+        for (harvest, taken) in harvest.iter_mut().zip(&self.taken) {
+            let mut left = PageSet::full(taken.pages());
+            left.subtract(taken);
+            harvest.union(&left);
+        }
+        Selector::Precopy
     }
 
     /// What the operator allows, as it is now: read anew for every decision.
@@ -148,7 +164,7 @@ impl Outbound<'_> {
 
     /// The number of the round that is sent while the workload stands still.
     fn last_round(&self) -> u32 {
-        self.measured.len() as u32
+        self.round
     }
 
     /// What freezing costs with nothing left to send. One of the handshake's two round trips, and a harvest, are in
@@ -160,7 +176,7 @@ impl Outbound<'_> {
 
     /// A round from its harvest to the answer that all of it arrived.
     fn live_round(&mut self, plan: Vec<PageSet>, harvested_at: Instant) -> Result<RoundReport> {
-        let round = self.measured.len() as u32;
+        let round = self.round;
         let mut report = self.send_pages(round, plan)?;
         self.lanes.end_round(round);
         self.talk.say(&Downstream::RoundSent { round }, &[], self.options.stall)?;
@@ -168,6 +184,8 @@ impl Outbound<'_> {
             Upstream::RoundDone { round: done } if done == round => {}
             other => return Err(out_of_order("RoundDone of the round that was sent", other.name())),
         }
+        self.owed.clear();
+        self.round += 1;
         report.duration_us = micros(harvested_at.elapsed());
         self.count(&mut report);
         Ok(report)
@@ -176,6 +194,8 @@ impl Outbound<'_> {
     /// Takes, reads and sends the pages of a plan, batch by batch.
     fn send_pages(&mut self, round: u32, mut plan: Vec<PageSet>) -> Result<RoundReport> {
         let dirty_pages = plan.iter().map(PageSet::count).sum();
+        // All of it at once: what is not taken when the link is lost is dirty still, and may be called dirty again.
+        self.owed.clone_from(&plan);
         let mut report = RoundReport { round, dirty_pages, ..RoundReport::default() };
         self.ticker.round_begins(round, dirty_pages, self.lanes.sent());
         for batch in batches(&plan).collect::<Vec<_>>() {
@@ -185,7 +205,6 @@ impl Outbound<'_> {
             self.ticker.done(batch.dirty_pages);
             self.ticker.tick(self.lanes.sent());
         }
-        self.report.skipped_pages += report.skipped_pages;
         Ok(report)
     }
 
@@ -194,25 +213,38 @@ impl Outbound<'_> {
         let Batch { space, first, count, .. } = *batch;
         let wanted = Window::of(pages, batch)?;
         // Noted before it is done: a call that fails may have taken some of them.
-        if let Some(taken) = self.taken.get_mut(usize::from(space.0)) {
+        let at = usize::from(space.0);
+        let mut before = None;
+        if let Some(taken) = self.taken.get_mut(at) {
+            before = Some(Window::of(taken, batch)?);
             taken.insert(first, count);
         }
         self.source.take(space, first, count)?;
         self.source.present(space, first, count, pages)?;
         let present = Window::of(pages, batch)?;
         let absent = wanted.without(&present);
-        if round > 0 {
-            for piece in absent.pieces() {
-                self.reserve()?;
-                self.lanes.send(round, piece.runs, Contents::Zeros);
+        // What was never taken was never sent, and is zero there.
+        let fresh = match before {
+            Some(before) if round == 0 => absent.clone().without(&before),
+            _ => absent.clone().without(&absent),
+        };
+        if let Some(owed) = self.owed.get_mut(at) {
+            for run in fresh.pieces().flat_map(|piece| piece.runs) {
+                owed.remove(run.first, u64::from(run.count));
             }
+        }
+        // Now, because what follows may be cut off.
+        self.report.skipped_pages += fresh.count();
+        for piece in absent.without(&fresh).pieces() {
+            self.reserve()?;
+            self.lanes.send(round, piece.runs, Contents::Zeros);
         }
         for piece in present.pieces() {
             self.reserve()?;
             let bytes = self.read(&piece)?;
             self.lanes.send(round, piece.runs, Contents::Bytes(bytes.into()));
         }
-        Ok(if round == 0 { absent.count() } else { 0 })
+        Ok(fresh.count())
     }
 
     /// Waits for room for one more piece, unless there is a reason to stop.

@@ -32,12 +32,13 @@ pub enum Call {
     Pledge,
     HandOver,
     Redirty,
+    Thaw,
     Resume,
 }
 
 impl Call {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Track,
         Self::Harvest,
         Self::Take,
@@ -48,6 +49,7 @@ impl Call {
         Self::Pledge,
         Self::HandOver,
         Self::Redirty,
+        Self::Thaw,
         Self::Resume,
     ];
 }
@@ -336,6 +338,15 @@ impl Source for Scripted {
             return Err(Error::Workload("only a frozen workload can be pledged".into()));
         }
         vm.stage = Stage::Pledged(migration);
+        Ok(())
+    }
+
+    fn thaw(&mut self) -> Result<()> {
+        let mut vm = self.called(Call::Thaw)?;
+        if vm.stage != Stage::Frozen {
+            return Err(Error::Workload("only a frozen workload can be thawed".into()));
+        }
+        self.resumes(&mut vm);
         Ok(())
     }
 

@@ -16,3 +16,4 @@ mod cuts;
 mod failures;
 mod hostile;
 mod desk;
+mod resume;
