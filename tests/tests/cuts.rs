@@ -151,7 +151,8 @@ fn a_link_that_is_cut_for_seconds_is_taken_up_where_it_stood() {
         let report = sent.lines.last().expect("a report");
         assert_eq!(report["resumes"], 1, "{report:#}");
         let resumed = sent.lines.iter().find(|line| line["event"] == "resumed").expect("it was taken up");
-        assert_eq!(resumed["round"], round, "{resumed}");
+        // A round may pass between the word of it and the cut.
+        assert!(resumed["round"].as_u64() >= Some(round), "{resumed}");
         let (missing, all) = (resumed["missing_pages"].as_u64(), Some(128 << 8));
         assert!(missing < all, "{resumed}");
     }
