@@ -40,6 +40,9 @@ pub struct Common {
     /// Directory of this host's key and of the keys it trusts [default: $XDG_CONFIG_HOME/migrate].
     #[arg(long, global = true, value_name = "DIR", env = "MIGRATE_KEYS")]
     pub keys: Option<PathBuf>,
+    /// Directory of what earlier moves taught [default: $XDG_STATE_HOME/migrate, or /var/lib/migrate for root].
+    #[arg(long, global = true, value_name = "DIR", env = "MIGRATE_STATE")]
+    pub state_dir: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -51,6 +54,16 @@ enum Verb {
     Send(commands::send::Args),
     /// Take a VM that another host sends.
     Receive(commands::receive::Args),
+    /// Show the migrations that are under way on this host.
+    Status(commands::status::Args),
+    /// Stop a running migration; the VM goes on where it is.
+    Cancel(commands::cancel::Args),
+    /// Change the limits of a running migration.
+    Set(commands::set::Args),
+    /// Draw a report as a page.
+    Report(commands::report::Args),
+    /// Decide a recorded migration again, by our rules or by others'.
+    Replay(commands::replay::Args),
     /// This host's identity, and the hosts it trusts.
     Keys(commands::keys::Args),
     /// Show and settle VMs that a lost connection left frozen between two hosts.
@@ -70,6 +83,11 @@ pub fn run() -> ExitCode {
         Verb::Vm(verb) => commands::vm::run(&cli.common, verb),
         Verb::Send(args) => commands::send::run(&cli.common, &args),
         Verb::Receive(args) => commands::receive::run(&cli.common, &args),
+        Verb::Status(args) => commands::status::run(&cli.common, &args),
+        Verb::Cancel(args) => commands::cancel::run(&cli.common, &args),
+        Verb::Set(args) => commands::set::run(&cli.common, &args),
+        Verb::Report(args) => commands::report::run(&cli.common, &args),
+        Verb::Replay(args) => commands::replay::run(&cli.common, &args),
         Verb::Keys(args) => commands::keys::run(&cli.common, &args),
         Verb::Recover(args) => commands::recover::run(&cli.common, &args),
         Verb::Ledger(args) => commands::ledger::run(&cli.common, &args),

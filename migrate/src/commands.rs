@@ -1,9 +1,15 @@
 //! The verbs, one a file, and what they share.
 
+mod limits;
 mod target;
 pub mod vm;
 pub mod send;
 pub mod receive;
+pub mod status;
+pub mod cancel;
+pub mod set;
+pub mod report;
+pub mod replay;
 pub mod keys;
 pub mod recover;
 pub mod ledger;

@@ -34,6 +34,11 @@ pub mod measure;
 pub mod forecast;
 pub mod stall;
 pub mod policy;
+pub mod policies;
+pub mod trace;
+pub mod simulate;
+#[cfg(test)]
+mod compare;
 
 pub use measure::{Measured, bandwidth_bytes_per_s};
 pub use policy::{Bound, Decision, Limits, OnStall, OnTimeout, Situation, decide};

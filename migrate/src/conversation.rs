@@ -48,9 +48,14 @@ pub(crate) struct Conversation<S, H> {
 impl<S: Serialize, H: DeserializeOwned> Conversation<S, H> {
     /// A conversation over a new link; what is heard has blobs of at most `max_blob_bytes`.
     pub(crate) fn new(link: Box<dyn Link>, max_blob_bytes: u32) -> Self {
+        Self { link: Some(link), max_blob_bytes, ..Self::none() }
+    }
+
+    /// A conversation that is yet to get a link.
+    pub(crate) fn none() -> Self {
         Self {
-            link: Some(link),
-            max_blob_bytes,
+            link: None,
+            max_blob_bytes: 0,
             in_preamble: false,
             header_bytes: [0; envelope::HEADER_BYTES],
             header: None,

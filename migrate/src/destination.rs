@@ -1,18 +1,21 @@
 //! Where pages go.
 
 pub mod vm;
+mod faulting;
 pub mod scripted;
 
 use crate::error::Result;
 use protocol::MigrationId;
 use protocol::control::{Offer, RefuseCode};
-use protocol::page::{PageRun, SpaceId};
+use protocol::layout::Layout;
+use protocol::page::{PageRun, PageSet, SpaceId};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// A place where a workload can arrive.
 ///
 /// The engine calls `prepare` once, writes through [`Destination::memory`] from several threads, then `load`, and
-/// exactly one of `start` and `discard`. A destination that is dropped without `start` discards itself.
+/// exactly one of `start`, `start_incomplete` and `discard`. A destination that is dropped without a start discards itself.
 pub trait Destination {
     /// Makes room for the workload and checks everything that can be checked before the first page: memory, name,
     /// CPU, devices. Nothing is left behind when it refuses. Everything that takes time (vCPUs, devices) is made
@@ -37,8 +40,65 @@ pub trait Destination {
     /// `Workload`; nothing runs then.
     fn start(self: Box<Self>, migration: MigrationId) -> Result<String>;
 
+    /// Loaded: these pages are missing, one set for each space. What arrived of them is forgotten, and whoever touches
+    /// one waits from now on. The workload must be started by `start_incomplete` then.
+    ///
+    /// # Errors
+    /// `Host` when this host cannot, saying what to do.
+    fn expect(&mut self, missing: &[PageSet]) -> Result<()>;
+
+    /// Starts a workload that misses pages.
+    ///
+    /// # Errors
+    /// `Workload`; nothing runs then.
+    fn start_incomplete(self: Box<Self>, migration: MigrationId) -> Result<Arc<dyn Incomplete>>;
+
+    /// Takes up a workload that this migration brought here and that misses pages still, because the engine that was
+    /// at it is gone. `None` when there is none.
+    ///
+    /// # Errors
+    /// `Workload` when there is one and it cannot be had.
+    fn take_up(&self, migration: MigrationId) -> Result<Option<Arc<dyn Incomplete>>>;
+
     /// Forgets everything that arrived.
     fn discard(self: Box<Self>);
+}
+
+/// A workload that runs and misses pages. Whoever touches a missing page waits until it is put in place; dropping this
+/// changes nothing about that, and the workload can be taken up again.
+pub trait Incomplete: Send + Sync {
+    /// Its name.
+    fn name(&self) -> &str;
+
+    /// Its memory.
+    fn layout(&self) -> &Layout;
+
+    /// What was missing when it was taken hold of, one set for each space.
+    fn missing(&self) -> &[PageSet];
+
+    /// Waits at most `limit` for pages that were touched and are not there, missing or never used.
+    ///
+    /// # Errors
+    /// `Host`.
+    fn touched(&self, limit: Duration) -> Result<Vec<(SpaceId, u64)>>;
+
+    /// Puts pages in place, whole, and lets who waits for them go on. A page that is there already stays as it is.
+    ///
+    /// # Errors
+    /// `Workload` when the workload is gone, `Host`.
+    fn place(&self, run: PageRun, bytes: &[u8]) -> Result<()>;
+
+    /// The same with zeros.
+    ///
+    /// # Errors
+    /// As `place`.
+    fn place_zeros(&self, run: PageRun) -> Result<()>;
+
+    /// Nothing is missing any more; the workload finds that to be so, and lives without the engine from now on.
+    ///
+    /// # Errors
+    /// `Workload` when something is missing.
+    fn complete(&self) -> Result<()>;
 }
 
 /// Why a destination does not take a workload.

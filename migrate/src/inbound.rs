@@ -35,10 +35,12 @@ mod visitor;
 mod admission;
 mod desk;
 mod parse;
+mod decode;
 mod streams;
 mod resume;
 mod ledger;
 mod settle;
+mod postcopy;
 
 use crate::cancel::CancelFlag;
 use crate::conversation::{self, out_of_order};
@@ -48,11 +50,14 @@ use crate::identity::Fingerprint;
 use crate::report::{ArrivalReport, Event, Observer, Phase, PhaseTime, micros, rate};
 pub use admission::Limits;
 use desk::Visitors;
-pub use desk::{Accept, Desk, Notice, Notices, Offered};
+pub use desk::{Accept, Desk, Notice, Notices, Offered, Stranded};
 pub use ledger::{Ledger, MemoryLedger};
 use protocol::control::{self, Downstream, MAX_BLOB_BYTES, Offer, RefuseCode, Upstream};
 use protocol::frame::MAX_PAGE_STREAMS;
 use protocol::handshake;
+use protocol::layout::Layout;
+use protocol::page::PageSet;
+use protocol::sparse;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use streams::{Course, Streams};
@@ -125,6 +130,9 @@ pub fn receive(
         cancel,
         observer,
         streams: Streams::none(),
+        post_copy: visitor.post_copy,
+        layout: Arc::default(),
+        missing: None,
         report,
         last_tick: Instant::now(),
     };
@@ -135,6 +143,65 @@ pub fn receive(
     // Only now: its memory has gone, or is a running workload's.
     drop(place);
     result
+}
+
+/// Goes on with a workload that runs here and misses pages, whose engine is gone: its sender has asked for it.
+///
+/// # Errors
+/// Why it could not be brought to its end; it runs on, and whoever touches a missing page waits.
+pub fn take_up(
+    stranded: Stranded,
+    desk: &Desk,
+    destination: &dyn Destination,
+    options: &Options,
+    cancel: &CancelFlag,
+    observer: &mut dyn Observer,
+) -> Result<ArrivalReport> {
+    let Stranded { migration, visitor } = stranded;
+    let workload = match destination.take_up(migration) {
+        Ok(Some(workload)) => workload,
+        Ok(None) => {
+            desk.dismiss(visitor);
+            return Err(Error::Workload(format!(
+                "nothing that migration {migration} brought misses pages here"
+            )));
+        }
+        Err(error) => {
+            visitor.refuse(RefuseCode::Busy, &clean(&error.to_string()));
+            return Err(error);
+        }
+    };
+    let visitors = match desk.begin_as(migration, workload.name(), visitor.key) {
+        Ok(visitors) => visitors,
+        Err(Refusal { code, reason }) => {
+            visitor.refuse(code, &reason);
+            return Err(Error::Refused { code, reason });
+        }
+    };
+    let mut report = ArrivalReport::of(&visitor.peer);
+    report.migration = Some(migration);
+    let mut inbound = Inbound {
+        talk: visitor.talk,
+        key: visitor.key,
+        desk,
+        visitors: Some(visitors),
+        options,
+        cancel,
+        observer,
+        streams: Streams::none(),
+        keeps: false,
+        came_back: None,
+        round: 0,
+        received_before_bytes: 0,
+        post_copy: true,
+        layout: Arc::default(),
+        missing: None,
+        report,
+        last_tick: Instant::now(),
+    };
+    let begun = Instant::now();
+    let result = inbound.go_on_with(workload, migration);
+    inbound.end(result, begun)
 }
 
 struct Inbound<'a> {
@@ -156,6 +223,11 @@ struct Inbound<'a> {
     cancel: &'a CancelFlag,
     observer: &'a mut dyn Observer,
     streams: Streams,
+    /// Both ends can do it.
+    post_copy: bool,
+    layout: Arc<Layout>,
+    /// What the sender announced as missing.
+    missing: Option<Vec<PageSet>>,
     report: ArrivalReport,
     last_tick: Instant,
 }
@@ -192,7 +264,12 @@ impl Inbound<'_> {
     fn until_ready(&mut self, destination: &mut dyn Destination, offer: Offer, machine: &[u8]) -> Result<()> {
         let course = self.phase(Phase::Offer, |me| me.offer(destination, offer, machine))?;
         let state = self.phase(Phase::Rounds, |me| me.rounds(&course))?;
-        self.phase(Phase::State, |_| destination.load(&state))?;
+        let missing = self.missing.take();
+        self.phase(Phase::State, |_| {
+            destination.load(&state)?;
+            missing.as_deref().map_or(Ok(()), |missing| destination.expect(missing))
+        })?;
+        self.missing = missing;
         self.phase(Phase::Ready, |me| me.talk.say(&Upstream::Ready, &[], me.options.idle))
     }
 
@@ -228,11 +305,9 @@ impl Inbound<'_> {
         }
         self.cancel.check()?;
         self.talk.say(&Upstream::Accept, &[], self.options.idle)?;
-        let course = Course {
-            layout: Arc::new(offer.layout),
-            memory: destination.memory(),
-            page_streams: offer.page_streams,
-        };
+        let layout = Arc::new(offer.layout);
+        self.layout = layout.clone();
+        let course = Course { layout, memory: destination.memory(), page_streams: offer.page_streams };
         self.streams = Streams::accept(self.talk.link()?, &course, 0, self.keeps, self.options.idle)?;
         Ok(course)
     }
@@ -263,6 +338,11 @@ impl Inbound<'_> {
                         .ok_or_else(|| out_of_order("the last round", "one more than can be counted"))?;
                     self.report.rounds += 1;
                     self.talk.say(&Upstream::RoundDone { round }, &[], idle)?;
+                }
+                (Downstream::Missing { pages }, sets) if self.post_copy && self.missing.is_none() => {
+                    let missing = sparse::decode(&self.layout, &sets)?;
+                    tracing::info!(pages, "the sender announces missing pages");
+                    self.missing = Some(missing);
                 }
                 (Downstream::State { last_round }, state) if last_round == round => {
                     {

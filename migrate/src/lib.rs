@@ -19,17 +19,24 @@ pub mod memory;
 pub mod select;
 pub mod converge;
 pub mod controls;
+pub mod history;
+mod codec;
+pub mod cap;
 pub mod outbound;
 mod conversation;
 pub mod link;
 pub mod inbound;
 pub mod destination;
 pub mod report;
+pub mod steer;
 pub mod paths;
 pub mod units;
 pub mod exit;
 pub mod progress;
 pub mod commands;
 pub mod cli;
+
+#[allow(unsafe_code, reason = "system calls that no crate wraps; each block says why it is sound")]
+mod sys;
 
 pub use error::{Error, Result};

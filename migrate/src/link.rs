@@ -42,6 +42,12 @@ pub trait Link: Send {
     /// As [`Link::write`].
     fn open_page_stream(&mut self) -> Result<Box<dyn PageSender>>;
 
+    /// Sender: opens a page stream that goes before the others whenever a packet is filled.
+    ///
+    /// # Errors
+    /// As [`Link::write`].
+    fn open_urgent_stream(&mut self) -> Result<Box<dyn PageSender>>;
+
     /// Receiver: takes the next page stream that the peer opened.
     ///
     /// # Errors
@@ -77,7 +83,8 @@ pub trait PageReceiver: Send {
 }
 
 /// What a transport measured.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
 pub struct LinkStats {
     /// Smoothed round-trip time in microseconds.
     pub rtt_us: u64,

@@ -30,11 +30,13 @@
 //! meant for a destination that is gone, so all of it is given back, whichever rounds had arrived there.
 
 mod ticker;
+mod encode;
 mod lanes;
 mod rounds;
 mod resume;
 mod commit;
 mod settle;
+mod postcopy;
 
 use crate::cancel::CancelFlag;
 use crate::controls::Controls;
@@ -43,15 +45,21 @@ use crate::conversation::{self, out_of_order};
 use crate::error::{Error, Result, clean};
 use crate::identity::Fingerprint;
 use crate::link::Link;
-use crate::report::{Event, Observer, Outcome, Phase, PhaseTime, Report, micros};
-use crate::source::Source;
+use crate::report::{
+    Event, FixedPart, Observer, Outcome, Phase, PhaseTime, PostCopyReport, REPORT_VERSION, Report, micros,
+};
+use crate::select::hot::{HotPages, HotRule};
+use crate::source::{Donor, Source};
 use commit::Answer;
-pub use commit::ask;
+pub use commit::{Word, ask};
+pub use encode::Packs;
+use encode::Plan;
 use lanes::Lanes;
+use postcopy::Donation;
 use protocol::MigrationId;
 use protocol::control::{Downstream, Offer, Upstream};
 use protocol::frame::MAX_PAGE_STREAMS;
-use protocol::handshake::Hello;
+use protocol::handshake::{Hello, POST_COPY};
 use protocol::page::PageSet;
 use std::io::Read;
 use std::time::{Duration, Instant};
@@ -67,8 +75,14 @@ pub struct Options {
     /// What freezing, saving, loading and starting cost, without pages and round trips: what the last migration of
     /// this kind measured, or a guess.
     pub fixed_cost: Duration,
+    /// The moves that `fixed_cost` is known from; 0 for a guess.
+    pub fixed_cost_known_from: u32,
+    /// Which pages wait for the last round.
+    pub hot: HotRule,
     /// Page streams, 1 to [`MAX_PAGE_STREAMS`].
     pub page_streams: u16,
+    /// Which ways of packing pages may be used.
+    pub packs: Packs,
     /// The longest the peer may leave us waiting with nothing moving on the link.
     pub stall: Duration,
     /// The longest the destination may take to make room for the workload.
@@ -76,7 +90,8 @@ pub struct Options {
     /// How long to look for another link when one is lost before `Commit`; zero to give up at once. No longer than the
     /// destination keeps what it has.
     pub retry: Duration,
-    /// How long to ask what became of the workload when the link was lost behind `Commit`.
+    /// How long to ask what became of the workload when the link was lost behind `Commit`, and to make the link again
+    /// while pages follow.
     pub ask: Duration,
 }
 
@@ -87,7 +102,10 @@ impl Options {
             migration,
             controls: Controls::new(Limits::default()),
             fixed_cost: Duration::from_millis(2),
+            fixed_cost_known_from: 0,
+            hot: HotRule::default(),
             page_streams: 2,
+            packs: Packs::default(),
             stall: Duration::from_secs(10),
             // Touching fresh memory was measured at up to 2 s/GiB on a machine that must get it back from its host.
             prepare: Duration::from_secs(120),
@@ -143,6 +161,45 @@ pub fn send(
     Outbound::new(source, link, dial, options, cancel, observer).run()
 }
 
+/// Sends what a workload misses that runs at a destination already, from what is left of it here: as the sender would
+/// have that is gone. `peer` is where it runs, as an operator writes it.
+///
+/// # Errors
+/// `InDoubt` when it could not be brought to its end; nothing is lost then, and it can be called again.
+pub fn donate(
+    donor: Box<dyn Donor>,
+    peer: &str,
+    dial: &mut dyn FnMut() -> Result<Box<dyn Link>>,
+    options: &Options,
+    cancel: &CancelFlag,
+    observer: &mut dyn Observer,
+) -> Result<PostCopyReport> {
+    let mut ticker = Ticker::new(observer);
+    ticker.event(&Event::Phase { phase: Phase::PostCopy });
+    let mut talk = conversation::Sender::none();
+    let mut donation = Donation {
+        donor: donor.as_ref(),
+        migration: options.migration,
+        peer: peer.into(),
+        dial,
+        stall: options.stall,
+        ask: options.ask,
+        cancel,
+        ticker: &mut ticker,
+        report: PostCopyReport::default(),
+    };
+    let completed = donation.serve(&mut talk, None)?;
+    let report = donation.report;
+    let migration = completed.migration();
+    donor.finish(completed)?;
+    // Nothing depends on its arrival.
+    if let Err(error) = talk.say(&Downstream::Done { migration }, &[], options.stall) {
+        tracing::debug!(%error, "the destination was not told that the donor ended");
+    }
+    talk.hang_up("done");
+    Ok(report)
+}
+
 struct Outbound<'a> {
     source: Box<dyn Source>,
     talk: conversation::Sender,
@@ -154,8 +211,6 @@ struct Outbound<'a> {
     report: Report,
     /// Who the destination is: nobody else may take its place.
     peer_key: Fingerprint,
-    /// What both ends can do.
-    capabilities: Vec<&'static str>,
     /// Every page that was taken from the source, in all rounds.
     taken: Vec<PageSet>,
     /// The pages of the round under way: what the destination must have before it is over.
@@ -164,14 +219,24 @@ struct Outbound<'a> {
     round: u32,
     /// The rounds that were acknowledged.
     measured: Vec<Measured>,
+    /// Which pages wait for the last round, and which were taken without being sent.
+    hot: HotPages,
+    /// How much the workload is slowed down, in percent.
+    throttle_percent: u8,
     /// What a message there and its answer back take.
     round_trip: Duration,
+    /// The capabilities of both ends.
+    agreed: Vec<&'static str>,
     begun: Instant,
     /// While rounds are sent: when they began.
     rounds_since: Option<Instant>,
     /// When the first round began, over whichever link.
     rounds_begun: Option<Instant>,
     frozen_at: Option<Instant>,
+    /// Whether both ends can do post-copy.
+    peer_can_post_copy: bool,
+    /// Once it is decided that the last pages follow behind the start: what is missing, known from the freeze on.
+    missing: Option<Vec<PageSet>>,
 }
 
 impl<'a> Outbound<'a> {
@@ -184,7 +249,9 @@ impl<'a> Outbound<'a> {
         observer: &'a mut dyn Observer,
     ) -> Self {
         let workload = source.workload();
+        let pages: Vec<u64> = workload.layout.spaces.iter().map(|space| space.pages).collect();
         let report = Report {
+            version: REPORT_VERSION,
             migration: options.migration,
             workload: workload.name.clone(),
             peer: link.peer(),
@@ -195,20 +262,26 @@ impl<'a> Outbound<'a> {
             phases: Vec::new(),
             rounds: Vec::new(),
             sent_pages: 0,
+            packed_pages: 0,
             zero_pages: 0,
             skipped_pages: 0,
             sent_bytes: 0,
             state_bytes: 0,
             resumes: 0,
             downtime_us: 0,
+            fixed: FixedPart {
+                assumed_us: micros(options.fixed_cost),
+                known_from: options.fixed_cost_known_from,
+                ..FixedPart::default()
+            },
             total_us: 0,
+            post_copy: None,
             link: link.stats(),
             warnings: Vec::new(),
         };
         Self {
             taken: workload.layout.spaces.iter().map(|space| PageSet::empty(space.pages)).collect(),
             peer_key: link.peer_key(),
-            capabilities: Vec::new(),
             owed: Vec::new(),
             round: 0,
             source,
@@ -220,11 +293,16 @@ impl<'a> Outbound<'a> {
             ticker: Ticker::new(observer),
             report,
             measured: Vec::new(),
+            hot: HotPages::new(&pages, options.hot),
+            throttle_percent: 0,
             round_trip: Duration::ZERO,
+            agreed: Vec::new(),
             begun: Instant::now(),
             rounds_since: None,
             rounds_begun: None,
             frozen_at: None,
+            peer_can_post_copy: false,
+            missing: None,
         }
     }
 
@@ -236,7 +314,10 @@ impl<'a> Outbound<'a> {
             .phase(Phase::Commit, Self::commit)
             .or_else(|lost| self.phase(Phase::Ask, |outbound| outbound.ask(lost)));
         match answer {
-            Ok(Answer::Started(committed)) => Ok(self.hand_over(committed)),
+            Ok(Answer::Started(committed)) => match self.missing.take() {
+                Some(missing) => self.donate(committed, missing),
+                None => Ok(self.hand_over(committed)),
+            },
             Ok(Answer::Discarded(why)) => Err(self.take_back(why)),
             Err(error) => Err(self.leave_in_doubt(error)),
         }
@@ -291,9 +372,16 @@ impl<'a> Outbound<'a> {
         self.talk.preamble(stall, &mut || cancel.check().map(|()| 0))?;
         match self.hear("the destination's greeting", stall)? {
             Upstream::Hello(hello) => {
-                self.capabilities = hello.agree()?;
+                let capabilities = hello.agree()?;
+                self.peer_can_post_copy = capabilities.contains(&POST_COPY);
+                if self.options.limits().post_copy_after.is_some() && !self.peer_can_post_copy {
+                    return Err(Error::Usage(
+                        "the destination's release cannot do post-copy: move the workload without it".into(),
+                    ));
+                }
                 self.round_trip = begun.elapsed();
-                tracing::info!(peer = clean(&hello.software), capabilities = ?self.capabilities, "greeted");
+                tracing::info!(peer = clean(&hello.software), ?capabilities, "greeted");
+                self.agreed = capabilities;
                 Ok(())
             }
             other => Err(out_of_order("Hello", other.name())),
@@ -314,8 +402,14 @@ impl<'a> Outbound<'a> {
             Upstream::Accept => {}
             other => return Err(out_of_order("Accept", other.name())),
         }
-        self.lanes = Lanes::open(self.talk.link()?, self.options.page_streams)?;
+        self.lanes = self.open_lanes()?;
         Ok(())
+    }
+
+    /// New page streams on the link that is there, which know nothing of what others sent.
+    fn open_lanes(&mut self) -> Result<Lanes> {
+        let Options { page_streams, packs, controls, .. } = self.options;
+        Lanes::open(self.talk.link()?, *page_streams, Plan::new(*packs, &self.agreed), &controls.bandwidth())
     }
 
     fn track(&mut self) -> Result<()> {
@@ -324,7 +418,7 @@ impl<'a> Outbound<'a> {
     }
 
     fn pledge(&mut self) -> Result<()> {
-        self.cancel.check()?;
+        self.cancel.pass()?;
         self.source.pledge(self.options.migration, &self.report.peer)
     }
 
@@ -354,7 +448,7 @@ fn understood(message: Upstream) -> Result<Upstream> {
 
 /// Ends the rounds of a migration that is not to be forced once they take too long, in the middle of one too.
 fn check_deadline(rounds_since: Option<Instant>, options: &Options) -> Result<()> {
-    let Limits { timeout, on_timeout, .. } = options.limits();
+    let (timeout, on_timeout) = options.controls.read(|limits| (limits.timeout, limits.on_timeout));
     if on_timeout != OnTimeout::Cancel || rounds_since.is_none_or(|since| since.elapsed() < timeout) {
         return Ok(());
     }

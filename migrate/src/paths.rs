@@ -43,6 +43,11 @@ impl RuntimeDir {
         self.0.join(format!("{name}.sock"))
     }
 
+    /// The directory of the sockets by which running migrations are steered.
+    pub fn moves(&self) -> PathBuf {
+        self.0.join("moves")
+    }
+
     /// What the VMM of this VM says when it runs detached.
     pub fn log(&self, name: &str) -> PathBuf {
         self.0.join(format!("{name}.log"))
@@ -70,6 +75,19 @@ impl RuntimeDir {
             .collect();
         names.sort();
         Ok(names)
+    }
+}
+
+/// The directory of what this host remembers between runs: what the operator named, or `$XDG_STATE_HOME/migrate`, or
+/// `/var/lib/migrate` for root, or `$HOME/.local/state/migrate`. Nothing where none of them is known. It is made by
+/// whoever writes to it first.
+pub fn state_dir(named: Option<&Path>) -> Option<PathBuf> {
+    let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    match (named, variable("XDG_STATE_HOME")) {
+        (Some(path), _) => Some(path.to_path_buf()),
+        (None, Some(base)) => Some(base.join("migrate")),
+        _ if rustix::process::geteuid().is_root() => Some(PathBuf::from("/var/lib/migrate")),
+        _ => variable("HOME").map(|home| home.join(".local/state/migrate")),
     }
 }
 

@@ -7,6 +7,7 @@ use crate::units::{show_bytes, show_rate, show_us};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use protocol::page::PAGE_SIZE;
 use std::io::{IsTerminal as _, Write as _};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// The observer for this command line, with the test hook around it where the environment asks for it.
 pub fn observer(common: &Common) -> Box<dyn Observer> {
@@ -18,7 +19,7 @@ pub fn observer(common: &Common) -> Box<dyn Observer> {
         Box::new(Lines)
     };
     match std::env::var("MIGRATE_TEST_HOLD") {
-        Ok(phase) if !phase.is_empty() => Box::new(Hold { inner, phase }),
+        Ok(points) if !points.is_empty() => Box::new(Hold { inner, points }),
         _ => inner,
     }
 }
@@ -54,10 +55,12 @@ fn note(line: &str) {
 }
 
 fn round_line(round: &RoundReport) -> String {
-    let forecast = if round.frozen {
-        "frozen".into()
-    } else {
-        format!("stop now: {}", show_us(round.predicted_downtime_us))
+    let forecast = match round {
+        RoundReport { frozen: true, .. } => "frozen".into(),
+        RoundReport { throttle_percent: percent @ 1.., predicted_downtime_us, .. } => {
+            format!("stop now: {}, slowed by {percent} %", show_us(*predicted_downtime_us))
+        }
+        RoundReport { predicted_downtime_us, .. } => format!("stop now: {}", show_us(*predicted_downtime_us)),
     };
     format!(
         "round {:>2}  {:>9} sent in {:>8} at {:>10}  {:>9} left  {forecast}",
@@ -140,24 +143,37 @@ impl Observer for Bar {
                     self.bar.println(line);
                 }
             }
+            Event::Decided(_) => {}
+            Event::Donating { missing_pages, .. } | Event::Following { missing_pages } => {
+                let left = show_bytes(missing_pages * PAGE_SIZE as u64);
+                self.bar.set_message(format!("it runs at the destination; {left} are still to follow"));
+            }
             Event::Done(_) | Event::Arrived(_) => self.bar.finish_and_clear(),
         }
     }
 }
 
-/// A test hook, documented in docs/scripting.md: stops this process with SIGSTOP when it enters a phase, so that a test can
-/// kill or cut whatever it wants at exactly that point.
+/// A test hook, documented in docs/scripting.md: stops this process with SIGSTOP when it enters a phase or a round, so that
+/// a test can kill or cut whatever it wants at exactly that point.
 struct Hold {
     inner: Box<dyn Observer>,
-    phase: String,
+    /// Where to stop, in this order: names of phases, and `round-N`, separated by commas.
+    points: String,
 }
+
+/// How many of the points this process has reached: each stops it once, however many migrations it sees.
+static REACHED: AtomicUsize = AtomicUsize::new(0);
 
 impl Observer for Hold {
     fn event(&mut self, event: &Event) {
         self.inner.event(event);
-        if let Event::Phase { phase } = event
-            && phase.name() == self.phase
-        {
+        let here = match event {
+            Event::Phase { phase } => phase.name().to_owned(),
+            Event::RoundBegin { round, .. } => format!("round-{round}"),
+            _ => return,
+        };
+        if self.points.split(',').nth(REACHED.load(Ordering::SeqCst)).is_some_and(|point| point == here) {
+            REACHED.fetch_add(1, Ordering::SeqCst);
             let own = rustix::process::getpid();
             if let Err(error) = rustix::process::kill_process(own, rustix::process::Signal::STOP) {
                 tracing::error!(%error, "this process could not stop itself");
@@ -219,6 +235,14 @@ pub fn show_report(report: &Report) {
         show_us(report.downtime_us),
         predicted.map_or_else(|| "nothing".into(), show_us)
     ));
+    if report.downtime_us > 0 && report.outcome == Outcome::Moved {
+        let from = match report.fixed.known_from {
+            0 => "guessed".into(),
+            moves => format!("known from {moves} moves"),
+        };
+        let (assumed, actual) = (show_us(report.fixed.assumed_us), show_us(report.fixed.actual_us));
+        say(&format!("          of it {actual} that no page explains; {assumed} were counted with, {from}"));
+    }
     for warning in &report.warnings {
         say(&format!("warning   {warning}"));
     }

@@ -3,13 +3,26 @@
 //! One [`Report`] is made by every run of the engine, also by one that fails: its phases and rounds are those that
 //! were begun. Times are microseconds on this end's monotonic clock. [`Event`]s tell the same as it happens.
 
+mod file;
+pub mod html;
+
+pub use file::Document;
+
+use crate::converge::trace::Entry;
 use protocol::MigrationId;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::time::Duration;
 
+/// The version of a report's JSON. Members may be added under the same version; a reader takes what is missing as nothing.
+pub const REPORT_VERSION: u32 = 1;
+
+fn report_version() -> u32 {
+    REPORT_VERSION
+}
+
 /// A phase of the engine, on either end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Phase {
     /// Both ends say who they are.
@@ -30,6 +43,8 @@ pub enum Phase {
     Pledge,
     /// The destination is told to start, and says that it has.
     Commit,
+    /// The workload runs at the destination, and its last pages follow.
+    PostCopy,
     /// The link was lost behind `Commit`: the destination is asked what became of it.
     Ask,
     /// The link was lost in the rounds: another one is looked for, to go on where they stood.
@@ -51,6 +66,7 @@ impl Phase {
             Self::Ready => "ready",
             Self::Pledge => "pledge",
             Self::Commit => "commit",
+            Self::PostCopy => "post-copy",
             Self::Ask => "ask",
             Self::Resume => "resume",
             Self::Settle => "settle",
@@ -70,6 +86,7 @@ impl fmt::Display for Phase {
             Self::Ready => "waiting for the destination to be ready",
             Self::Pledge => "pledging the source",
             Self::Commit => "committing",
+            Self::PostCopy => "sending the pages that the running workload misses",
             Self::Ask => "asking what became of the workload",
             Self::Resume => "taking up the rounds over a new link",
             Self::Settle => "settling the source",
@@ -78,7 +95,7 @@ impl fmt::Display for Phase {
 }
 
 /// How a migration ended, seen from the source.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "kebab-case")]
 pub enum Outcome {
     /// It has not ended yet.
@@ -99,7 +116,7 @@ pub enum Outcome {
 }
 
 /// How long one phase took.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PhaseTime {
     /// Which phase.
     pub phase: Phase,
@@ -108,7 +125,8 @@ pub struct PhaseTime {
 }
 
 /// One round of pages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct RoundReport {
     /// Its number, from 0.
     pub round: u32,
@@ -118,6 +136,9 @@ pub struct RoundReport {
     pub dirty_pages: u64,
     /// Pages that were sent with their bytes.
     pub sent_pages: u64,
+    /// Those of them that went as less than their bytes.
+    #[serde(default)]
+    pub packed_pages: u64,
     /// Pages that were sent as zeros, without bytes.
     pub zero_pages: u64,
     /// Pages that were never touched, and so not sent.
@@ -133,11 +154,34 @@ pub struct RoundReport {
     pub remaining_pages: u64,
     /// The downtime that freezing then was predicted to cost.
     pub predicted_downtime_us: u64,
+    /// Those of the remaining that the next round holds back, because they are dirty in every one.
+    pub held_pages: u64,
+    /// The share of its time that the workload was made to stand still in it, in percent.
+    pub throttle_percent: u8,
+}
+
+/// The part of a downtime that no page explains: what was counted with, and what it was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct FixedPart {
+    /// What was counted with, besides round trips.
+    pub assumed_us: u64,
+    /// The moves to this peer that it was known from; 0 for a guess.
+    pub known_from: u32,
+    /// What it was, besides round trips; 0 when the workload did not move.
+    pub actual_us: u64,
+    /// Of it: stopping the workload.
+    pub pause_us: u64,
+    /// Of it: saving its state.
+    pub save_us: u64,
 }
 
 /// What one migration did, seen from the source.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
+    /// [`REPORT_VERSION`].
+    #[serde(default = "report_version")]
+    pub version: u32,
     /// Its name.
     pub migration: MigrationId,
     /// The workload's name.
@@ -158,6 +202,9 @@ pub struct Report {
     pub rounds: Vec<RoundReport>,
     /// Pages sent with their bytes, in all rounds.
     pub sent_pages: u64,
+    /// Those of them that went as less than their bytes.
+    #[serde(default)]
+    pub packed_pages: u64,
     /// Pages sent as zeros, in all rounds.
     pub zero_pages: u64,
     /// Pages never touched and not sent.
@@ -167,21 +214,71 @@ pub struct Report {
     /// Bytes of the state.
     pub state_bytes: u64,
     /// How often a link was lost in the rounds and they went on over another one.
+    #[serde(default)]
     pub resumes: u32,
     /// From the call that froze the workload to the word that it runs at the destination, or until it was
     /// resumed here; 0 when it was never frozen.
     pub downtime_us: u64,
+    /// The part of the downtime that no page explains.
+    #[serde(default)]
+    pub fixed: FixedPart,
     /// From the greeting to the end.
     pub total_us: u64,
+    /// What followed behind the start, if it was started without all of its memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub post_copy: Option<PostCopyReport>,
     /// What the transport measured.
     pub link: crate::link::LinkStats,
     /// What went wrong without changing the outcome, for people.
     pub warnings: Vec<String>,
 }
 
+/// The pages that followed a workload which was started without all of its memory, seen from the source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct PostCopyReport {
+    /// Pages that were missing at the start.
+    pub missing_pages: u64,
+    /// Pages that somebody waited for and asked for.
+    pub asked_pages: u64,
+    /// Neighbours of those, sent right behind them.
+    pub prefetched_pages: u64,
+    /// Pages that were sent in their turn, before anybody asked.
+    pub pushed_pages: u64,
+    /// Bytes on the page streams, headers included.
+    pub sent_bytes: u64,
+    /// How often the link was lost and made again.
+    pub lost_links: u64,
+    /// From the word that it runs there to the word that nothing is missing.
+    pub duration_us: u64,
+}
+
+/// The pages that followed, seen from the destination.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct FaultReport {
+    /// Pages that were missing at the start, or when it was taken up.
+    pub missing_pages: u64,
+    /// Pages that came.
+    pub received_pages: u64,
+    /// Missing pages that were touched before they came.
+    pub faults: u64,
+    /// From the touch to the page being in place: the mean.
+    pub fault_mean_us: u64,
+    /// The 99th percentile.
+    pub fault_p99_us: u64,
+    /// The longest.
+    pub fault_max_us: u64,
+    /// How often the link was lost and made again.
+    pub lost_links: u64,
+    /// From the start to the last page.
+    pub duration_us: u64,
+}
+
 /// What one migration did, seen from the destination.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ArrivalReport {
+    /// [`REPORT_VERSION`].
+    #[serde(default = "report_version")]
+    pub version: u32,
     /// Its name, once it was offered.
     pub migration: Option<MigrationId>,
     /// The workload's name here, once it was offered.
@@ -199,7 +296,11 @@ pub struct ArrivalReport {
     /// Bytes of the state.
     pub state_bytes: u64,
     /// How often a link was lost in the rounds and they went on over another one.
+    #[serde(default)]
     pub resumes: u32,
+    /// What followed behind the start, if it was started without all of its memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub post_copy: Option<FaultReport>,
     /// From the first byte to the end.
     pub total_us: u64,
 }
@@ -208,6 +309,7 @@ impl ArrivalReport {
     /// Nothing has happened yet.
     pub(crate) fn of(peer: &str) -> Self {
         Self {
+            version: REPORT_VERSION,
             migration: None,
             workload: String::new(),
             peer: peer.into(),
@@ -217,6 +319,7 @@ impl ArrivalReport {
             received_bytes: 0,
             state_bytes: 0,
             resumes: 0,
+            post_copy: None,
             total_us: 0,
         }
     }
@@ -265,6 +368,8 @@ pub enum Event {
         /// Pages of it that had arrived whole.
         arrived_pages: u64,
     },
+    /// What to do behind it was decided, and on what grounds.
+    Decided(Box<Entry>),
     /// The migration is over, at the source.
     Done(Box<Report>),
     /// Pages come in; at most ten a second.
@@ -275,6 +380,18 @@ pub enum Event {
         received_bytes: u64,
         /// Bytes since the last such event by the time since.
         rate_bytes_per_s: u64,
+    },
+    /// A workload that was started without all of its memory gets the rest, at the source; at most ten a second.
+    Donating {
+        /// Pages that were not sent yet.
+        missing_pages: u64,
+        /// What was sent so far.
+        report: PostCopyReport,
+    },
+    /// The same at the destination.
+    Following {
+        /// Pages that are not there yet.
+        missing_pages: u64,
     },
     /// The migration is over, at the destination.
     Arrived(Box<ArrivalReport>),

@@ -8,6 +8,8 @@
 //! are read, so what the workload writes meanwhile to the rest of a round is still sent with this round and not
 //! again with the next. A *piece* is some runs of a batch within one stripe, and so for one page stream.
 
+pub mod hot;
+
 use crate::error::{Error, Result};
 use protocol::frame::{MAX_FRAME_PAGES, STRIPE_PAGES};
 use protocol::layout::Layout;

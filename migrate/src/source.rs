@@ -25,7 +25,7 @@ pub struct Workload {
 /// A running workload whose memory can be taken away page by page while it runs.
 ///
 /// The engine calls `track` once, then for every round `harvest` and, batch by batch, `take`, `present`, `read`;
-/// then `freeze`, one more round, `state`, `pledge`, and exactly one of `resume` and `hand_over`.
+/// then `freeze`, one more round, `state`, `pledge`, and exactly one of `resume`, `hand_over` and `donate`.
 ///
 /// A source that is dropped without either resumes its workload if it was not pledged, and leaves it frozen if
 /// it was.
@@ -55,7 +55,7 @@ pub trait Source {
     fn take(&mut self, space: SpaceId, first: u64, count: u64) -> Result<()>;
 
     /// Removes from `pages` those that were never touched and so read as zeros, without touching them. Called
-    /// behind `take`, for the same range.
+    /// behind `take`, for the same range, or once the workload is frozen.
     ///
     /// # Errors
     /// `Workload`.
@@ -72,6 +72,16 @@ pub trait Source {
     /// # Errors
     /// `Workload`.
     fn redirty(&mut self, pages: &[PageSet]) -> Result<()>;
+
+    /// Whether `throttle` is possible.
+    fn can_throttle(&self) -> bool;
+
+    /// Lets the workload stand still for this share of its time, in percent; 0 lets it run. Ends by itself with
+    /// `freeze` and `resume`, and when the source is dropped.
+    ///
+    /// # Errors
+    /// `Workload`.
+    fn throttle(&mut self, percent: u8) -> Result<()>;
 
     /// Stops the workload. Behind this call nothing writes to its memory any more.
     ///
@@ -111,9 +121,53 @@ pub trait Source {
     /// `Workload`; the destination runs all the same.
     fn hand_over(self: Box<Self>, committed: Committed) -> Result<()>;
 
+    /// The destination runs it and misses pages: the workload never runs here again, and its memory stays whole.
+    fn donate(self: Box<Self>, committed: Committed) -> Box<dyn Donor>;
+
     /// The operator's order, or a crash of the engine, in a phase where the workload must stay frozen and
     /// recoverable: lets go of it without resuming it.
     fn leave_frozen(self: Box<Self>);
+}
+
+/// What is left of a workload that runs elsewhere and misses pages: its memory, as it was when it was frozen.
+///
+/// *Dropping it must not lose anything:* the workload stays frozen, pledged and whole, and can be made a donor again.
+pub trait Donor: Send + Sync {
+    /// The workload's name.
+    fn name(&self) -> &str;
+
+    /// Its memory.
+    fn layout(&self) -> &Layout;
+
+    /// Copies the bytes of a run into `buffer`, which is exactly as long.
+    ///
+    /// # Errors
+    /// `Workload` or `Host`.
+    fn read(&self, run: PageRun, buffer: &mut [u8]) -> Result<()>;
+
+    /// The destination has everything: what is left of the workload ends here.
+    ///
+    /// # Errors
+    /// `Workload`; the destination runs all the same.
+    fn finish(self: Box<Self>, completed: Completed) -> Result<()>;
+}
+
+/// Proof that the destination has said that it misses nothing. Only the outbound engine makes one.
+#[derive(Debug)]
+pub struct Completed {
+    migration: MigrationId,
+}
+
+impl Completed {
+    /// For the place alone where that word was read.
+    pub(crate) fn new(migration: MigrationId) -> Self {
+        Self { migration }
+    }
+
+    /// Which migration.
+    pub fn migration(&self) -> MigrationId {
+        self.migration
+    }
 }
 
 /// Proof that `Commit` was sent after `Ready` was read, and that the destination has started the workload. Only

@@ -27,6 +27,37 @@ pub fn duration(text: &str) -> Result<Duration, String> {
         .map_err(|_| format!("{text:?} is not a duration: write for instance 50ms, 10s or 5m"))
 }
 
+/// Bytes a second from text such as `2Gbit/s`, `250MB/s`, `100MiB/s` or `0`, which is no limit. Bits are counted in powers of
+/// 1000, as links are; bytes as in [`size`].
+///
+/// # Errors
+/// What is wrong with the text.
+pub fn bandwidth(text: &str) -> Result<u64, String> {
+    let wrong =
+        || format!("{text:?} is not a bandwidth: write for instance 2Gbit/s, 250MB/s, or 0 for no limit");
+    let amount = text.trim();
+    if amount == "0" {
+        return Ok(0);
+    }
+    let amount = amount.strip_suffix("/s").ok_or_else(wrong)?;
+    let Some(bits) = amount.strip_suffix("bit") else { return size(amount).map_err(|_| wrong()) };
+    let (number, factor) = match bits.as_bytes() {
+        [number @ .., b'k'] => (number.len(), 1e3),
+        [number @ .., b'M'] => (number.len(), 1e6),
+        [number @ .., b'G'] => (number.len(), 1e9),
+        _ => (bits.len(), 1.0),
+    };
+    let number: f64 = bits[..number].trim().parse().map_err(|_| wrong())?;
+    let bytes = number * factor / 8.0;
+    #[allow(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "within the range that was checked"
+    )]
+    let whole = (0.0..1e15).contains(&bytes).then_some(bytes as u64);
+    whole.ok_or_else(wrong)
+}
+
 /// Bytes for people: `12.5 MiB`.
 pub fn show_bytes(bytes: u64) -> String {
     bytesize::ByteSize(bytes).display().iec().to_string()
@@ -65,6 +96,36 @@ mod tests {
         }
         for text in ["", "G", "-1G", "ten", "1.5.2G", "1XB"] {
             assert!(size(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn bandwidths_are_read_in_bits_and_bytes() {
+        for (text, bytes) in [
+            ("0", 0),
+            ("2Gbit/s", 250_000_000),
+            ("2.5 Gbit/s", 312_500_000),
+            ("800Mbit/s", 100_000_000),
+            ("64kbit/s", 8000),
+            ("80bit/s", 10),
+            ("250MB/s", 250_000_000),
+            ("1MiB/s", 1 << 20),
+        ] {
+            assert_eq!(bandwidth(text), Ok(bytes), "{text}");
+        }
+        for text in [
+            "",
+            "2G",
+            "2Gbit",
+            "Gbit/s",
+            "-1Mbit/s",
+            "inf Gbit/s",
+            "NaNbit/s",
+            "1e300Gbit/s",
+            "1Tbit/s",
+            "5/s/s",
+        ] {
+            assert!(bandwidth(text).unwrap_err().contains("2Gbit/s"), "{text}");
         }
     }
 

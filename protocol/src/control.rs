@@ -108,6 +108,11 @@ pub enum Downstream {
         /// Which migration.
         migration: MigrationId,
     },
+    /// Behind `Incomplete`: the sender has the missing pages still; what is missing?
+    Recover {
+        /// Which migration.
+        migration: MigrationId,
+    },
     /// A further connection of a migration that was accepted on another one. Needs the capability `connections`.
     Join {
         /// Which migration.
@@ -117,11 +122,6 @@ pub enum Downstream {
     },
     /// The link was lost in the rounds: this connection takes its place. Needs the capability `resume`.
     Resume {
-        /// Which migration.
-        migration: MigrationId,
-    },
-    /// Behind `Incomplete`: the sender has the missing pages still; what is missing?
-    Recover {
         /// Which migration.
         migration: MigrationId,
     },
@@ -140,9 +140,9 @@ impl Downstream {
             Self::Done { .. } => "Done",
             Self::Cancel { .. } => "Cancel",
             Self::Ask { .. } => "Ask",
+            Self::Recover { .. } => "Recover",
             Self::Join { .. } => "Join",
             Self::Resume { .. } => "Resume",
-            Self::Recover { .. } => "Recover",
         }
     }
 }

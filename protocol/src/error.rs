@@ -92,6 +92,20 @@ pub enum ProtocolError {
         /// The parser's words.
         why: String,
     },
+    /// A payload that does not stand for its pages.
+    #[error("the {encoding} payload of pages {first}+{count} of space {space} cannot be decoded: {why}")]
+    Payload {
+        /// How it is written.
+        encoding: &'static str,
+        /// The space named.
+        space: u16,
+        /// First page of the run.
+        first: u64,
+        /// Length of the run in pages.
+        count: u32,
+        /// What is wrong with it.
+        why: String,
+    },
     /// A checksum that does not match.
     #[error("{what} does not match its checksum: it was damaged between the two ends")]
     Checksum {

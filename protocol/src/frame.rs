@@ -30,6 +30,10 @@ pub const MAX_FRAME_PAGES: u32 = 256;
 /// The most page streams in one migration.
 pub const MAX_PAGE_STREAMS: u16 = 64;
 
+/// The page streams of a post-copy: stream 0 carries pages that nobody asked for yet, stream 1 those that somebody did
+/// and their neighbours. Every page is sent once, on either, so stripes do not bind it.
+pub const POST_COPY_STREAMS: u16 = 2;
+
 /// Pages that lie together on one stream: 2 MiB stripes. A page's stream is
 /// `(first / STRIPE_PAGES) % streams`, so two versions of it can never overtake each other. No frame crosses the
 /// border of a stripe.

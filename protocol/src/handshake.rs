@@ -37,8 +37,19 @@ pub const POST_COPY: &str = "post-copy";
 /// A migration that lost its link in the rounds goes on over another one.
 pub const RESUME: &str = "resume";
 
+/// The capability to send and take pages as [`Zstd`](crate::payload::Encoding::Zstd) and
+/// [`Lz4`](crate::payload::Encoding::Lz4).
+pub const PACKED_PAGES: &str = "packed-pages";
+
+/// The capability to send and take pages as [`Delta`](crate::payload::Encoding::Delta).
+pub const DELTA_PAGES: &str = "delta-pages";
+
+/// The capability to send and take pages as [`Known`](crate::payload::Encoding::Known), and to say in `round-done` which of
+/// them were not there.
+pub const KNOWN_PAGES: &str = "known-pages";
+
 /// The capabilities of this release. All of version 1.0 is the base.
-pub const CAPABILITIES: &[&str] = &[POST_COPY, RESUME];
+pub const CAPABILITIES: &[&str] = &[POST_COPY, PACKED_PAGES, RESUME];
 
 /// First bytes of a control stream, decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -24,6 +24,9 @@ pub const VERSION: u16 = 1;
 /// The most bytes of blob in a request: state and machine descriptions, and page sets of 64 MiB (2 TiB of memory).
 pub const MAX_BLOB_BYTES: u32 = 64 << 20;
 
+/// The most that vCPUs can be throttled, in percent: a guest that never runs would never answer anybody either.
+pub const MAX_THROTTLE_PERCENT: u8 = 99;
+
 /// The most file descriptors with one message: one for each space. Linux allows 253 (`SCM_MAX_FD`).
 pub const MAX_FDS: usize = 253;
 
@@ -64,6 +67,12 @@ pub enum Request {
     Redirty,
     /// Stop tracking. Answered by `Done`.
     TrackStop,
+    /// Let the vCPUs stand still for this share of every few milliseconds; 0 lets them run. Ends by itself with
+    /// `TrackStop`, `Freeze` and the session. Answered by `Done`.
+    Throttle {
+        /// The share in percent, at most [`MAX_THROTTLE_PERCENT`].
+        percent: u8,
+    },
     /// Stop all vCPUs and devices. Answered by `Done` once nothing writes to memory any more.
     Freeze,
     /// The state of a frozen workload. Answered by `Saved` and the state blob.
@@ -238,6 +247,9 @@ pub struct Status {
     /// Pages that are not here yet, of a VM that was started without all of its memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub awaiting_pages: Option<u64>,
+    /// How much of their time its vCPUs are made to stand still, in percent. Missing where the VMM cannot throttle.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub throttle_percent: Option<u8>,
 }
 
 /// A source that waits for the answer to its `Commit`.

@@ -128,6 +128,17 @@ impl PageSet {
         self.words.iter().map(|word| u64::from(word.count_ones())).sum()
     }
 
+    /// Pages of the set among `count` from `first` on.
+    pub fn count_in(&self, first: u64, count: u64) -> u64 {
+        let end = first.saturating_add(count).min(self.pages);
+        let (mut at, mut found) = (first, 0);
+        while let Some(next) = self.next_set(at).filter(|next| *next < end) {
+            at = self.next_clear(next).min(end);
+            found += at - next;
+        }
+        found
+    }
+
     /// Whether no page is in the set.
     pub fn is_empty(&self) -> bool {
         self.words.iter().all(|word| *word == 0)
@@ -262,6 +273,11 @@ mod tests {
             }
             prop_assert_eq!(set.count(), model.len() as u64);
             prop_assert_eq!(set.is_empty(), model.is_empty());
+            let some = (pages / 3)..(pages / 3 + u64::from(max_pages));
+            prop_assert_eq!(
+                set.count_in(some.start, u64::from(max_pages)),
+                model.iter().filter(|page| some.contains(*page)).count() as u64
+            );
             let mut seen = BTreeSet::new();
             for run in set.runs(SpaceId(3), max_pages) {
                 prop_assert!(run.count >= 1 && run.count <= max_pages);

@@ -74,6 +74,8 @@ pub struct Limits {
     pub on_stall: Option<Vec<String>>,
     /// The most that the workload may be slowed down, in percent of its time.
     pub max_throttle_percent: Option<u8>,
+    /// Behind how many rounds that were not enough the memory follows the workload.
+    pub post_copy_after: Option<u32>,
     /// The most bytes a second on the page streams; in an order 0 lifts the cap.
     pub bandwidth_bytes_per_s: Option<u64>,
 }

@@ -11,7 +11,7 @@ use common::{files, samples};
 use protocol::control::{Downstream, Upstream};
 use protocol::monitor::{Reply, Request};
 use protocol::steer::{self, Answer, Order};
-use protocol::{control, envelope, frame, handshake, layout, monitor, page, sparse, state};
+use protocol::{control, envelope, frame, handshake, layout, monitor, page, payload, sparse, state};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
@@ -20,8 +20,15 @@ use std::path::Path;
 const DOCUMENTS: [&str; 2] = ["wire-protocol.md", "control-protocol.md"];
 
 /// Public constants that are not numbers or texts of the wire.
-const NOT_LIMITS: [&str; 4] =
-    ["handshake::CAPABILITIES", "handshake::OURS", "handshake::POST_COPY", "handshake::RESUME"];
+const NOT_LIMITS: [&str; 7] = [
+    "handshake::CAPABILITIES",
+    "handshake::OURS",
+    "handshake::POST_COPY",
+    "handshake::RESUME",
+    "handshake::PACKED_PAGES",
+    "handshake::DELTA_PAGES",
+    "handshake::KNOWN_PAGES",
+];
 
 fn document(name: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs").join(name);
@@ -42,6 +49,7 @@ fn limits() -> BTreeMap<&'static str, String> {
         ("frame::MAX_PAGE_STREAMS", number(frame::MAX_PAGE_STREAMS.into())),
         ("frame::PAGE_STREAM_MAGIC", text(&frame::PAGE_STREAM_MAGIC)),
         ("frame::PREAMBLE_BYTES", number(frame::PREAMBLE_BYTES as u64)),
+        ("frame::POST_COPY_STREAMS", number(frame::POST_COPY_STREAMS.into())),
         ("frame::STRIPE_PAGES", number(frame::STRIPE_PAGES)),
         ("handshake::ALPN", text(handshake::ALPN)),
         ("handshake::MAGIC", text(&handshake::MAGIC)),
@@ -53,7 +61,10 @@ fn limits() -> BTreeMap<&'static str, String> {
         ("layout::MAX_SPACE_PAGES", number(layout::MAX_SPACE_PAGES)),
         ("monitor::MAX_BLOB_BYTES", number(monitor::MAX_BLOB_BYTES.into())),
         ("monitor::MAX_FDS", number(monitor::MAX_FDS as u64)),
+        ("monitor::MAX_THROTTLE_PERCENT", number(monitor::MAX_THROTTLE_PERCENT.into())),
         ("monitor::VERSION", number(monitor::VERSION.into())),
+        ("payload::DELTA_SUM_BYTES", number(payload::DELTA_SUM_BYTES as u64)),
+        ("payload::KNOWN_PAGE_BYTES", number(payload::KNOWN_PAGE_BYTES as u64)),
         ("page::PAGE_SIZE", number(page::PAGE_SIZE as u64)),
         ("sparse::SEGMENT_BYTES", number(sparse::SEGMENT_BYTES as u64)),
         ("state::MAGIC", text(&state::MAGIC)),

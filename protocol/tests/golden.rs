@@ -68,11 +68,22 @@ fn the_binary_golden_files_decode_to_their_values() {
         sum.update(payload);
         sum.verify().unwrap();
     }
+    for (name, encoding, payload) in files::coded() {
+        let bytes = files::read(name);
+        let (header, found) = bytes.split_first_chunk::<HEADER_BYTES>().unwrap();
+        let (frame, mut sum) = Frame::decode(header).unwrap();
+        assert_eq!(frame, files::coded_frame(encoding, &payload), "{name}");
+        assert_eq!(found, payload, "{name}");
+        sum.update(found);
+        sum.verify().unwrap();
+    }
     let frames = reader::page_stream(&files::read("page-stream/two-rounds.bin"), &samples::layout(), 4);
     assert_eq!(frames.unwrap(), files::two_rounds());
 
     assert_eq!(State::decode(&files::read("state/empty.bin")).unwrap(), State::default());
     assert_eq!(State::decode(&files::read("state/vm.bin")).unwrap(), samples::state());
+    let missing = files::read("sparse/two-spaces.bin");
+    assert_eq!(protocol::sparse::decode(&samples::layout(), &missing).unwrap(), samples::missing());
     let set = PageSet::from_bytes(70, &files::read("page-set/70-pages.bin")).unwrap();
     assert_eq!(set, samples::page_set());
 }

@@ -178,12 +178,12 @@ proptest! {
         // Random headers with plausible small fields, so that many get past the first check.
         let mut header = header;
         header[0] = kind;
-        header[1] %= 3;
+        header[1] %= 6;
         header[6..8].fill(0);
         header[5] %= 2;
         header[13..16].fill(0);
         let count = u32::from_le_bytes([header[4], header[5], 0, 0]);
-        let payload = if header[1] == 0 { 0 } else { count * 4096 };
+        let payload = [0, count * 4096, 1, 9, 100, count * 40][usize::from(header[1])];
         header[16..20].copy_from_slice(&payload.to_le_bytes());
         if let Ok((Frame::Pages { run, .. }, _)) = Frame::decode(&header) {
             prop_assert!(run.count >= 1 && run.count <= frame::MAX_FRAME_PAGES);
@@ -284,6 +284,12 @@ fn frames_that_the_decoder_must_refuse() {
         pages(0, 1, Encoding::Raw, 0),
         pages(0, 2, Encoding::Raw, 4096),
         pages(0, 1, Encoding::Raw, u32::MAX),
+        pages(0, 1, Encoding::Zstd, 0),
+        pages(0, 1, Encoding::Zstd, 4096),
+        pages(0, 2, Encoding::Lz4, u32::MAX),
+        pages(0, 1, Encoding::Delta, 8),
+        pages(0, 1, Encoding::Delta, 4096),
+        pages(0, 2, Encoding::Known, 40),
     ];
     for (at, byte) in [(0, 0), (0, 3), (1, 2), (1, 255)] {
         let mut header = zero(0, 1);

@@ -1,15 +1,31 @@
 //! A host that is a directory.
 
+use crate::network;
 use crate::process::{Finished, Running};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
+
+/// Directories of hosts begin so; the process that made one follows.
+const DIR_PREFIX: &str = "migrate-e2e-";
 
 /// One host's worth of sockets, logs and keys, in a temporary directory.
 pub struct Host {
     dir: tempfile::TempDir,
     program: PathBuf,
+    keys: PathBuf,
+    place: Option<Place>,
+    mounted: bool,
+}
+
+/// Where on the network a host is.
+#[derive(Debug, Clone)]
+pub struct Place {
+    /// Its network namespace.
+    pub namespace: String,
+    /// The address it listens at.
+    pub ip: String,
 }
 
 impl Host {
@@ -18,8 +34,32 @@ impl Host {
     /// # Panics
     /// If no temporary directory can be made.
     pub fn new(program: &Path) -> Self {
-        let dir = tempfile::Builder::new().prefix("migrate-e2e-").tempdir().expect("a temporary directory");
-        Self { dir, program: program.to_owned() }
+        let prefix = format!("{DIR_PREFIX}{}-", std::process::id());
+        let dir = tempfile::Builder::new().prefix(&prefix).tempdir().expect("a temporary directory");
+        Self { keys: dir.path().join("keys"), dir, program: program.to_owned(), place: None, mounted: false }
+    }
+
+    /// A host with the keys of this one and nothing else in common, at a place of its own on the network.
+    pub fn anew_at(&self, place: Place) -> Self {
+        let mut host = Self::new(&self.program);
+        host.keys.clone_from(&self.keys);
+        host.place = Some(place);
+        host
+    }
+
+    /// Gives this host, before anything runs on it, a runtime directory on a disk of this size.
+    ///
+    /// # Panics
+    /// If it cannot be mounted, which needs root.
+    pub fn with_small_disk(mut self, bytes: u64) -> Self {
+        let at = self.runtime_dir();
+        std::fs::create_dir(&at).expect("a directory");
+        let options = format!("size={bytes},nr_inodes=256,mode=0700");
+        let mount =
+            Command::new("mount").args(["-t", "tmpfs", "-o", &options, "migrate-e2e"]).arg(&at).status();
+        assert!(mount.is_ok_and(|status| status.success()), "no small disk could be mounted");
+        self.mounted = true;
+        self
     }
 
     /// The directory of this host's sockets and logs.
@@ -29,7 +69,7 @@ impl Host {
 
     /// The directory of this host's keys.
     pub fn keys_dir(&self) -> PathBuf {
-        self.dir.path().join("keys")
+        self.keys.clone()
     }
 
     /// A file of this host's, for what a test wants to keep until its end.
@@ -39,7 +79,10 @@ impl Host {
 
     /// `migrate ARGS` on this host, with `--json`.
     pub fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(&self.program);
+        let mut command = match &self.place {
+            Some(place) => network::inside(&place.namespace, &self.program),
+            None => Command::new(&self.program),
+        };
         command.args(args).arg("--json");
         // Most tests are about what a lost link means without another one; those of taking it up say how long.
         for (verb, option) in [("send", "--retry-for"), ("receive", "--keep")] {
@@ -48,7 +91,9 @@ impl Host {
             }
         }
         command.arg("--runtime-dir").arg(self.runtime_dir()).arg("--keys").arg(self.keys_dir());
-        for name in ["MIGRATE_RUNTIME_DIR", "MIGRATE_KEYS", "MIGRATE_TEST_HOLD", "RUST_LOG"] {
+        command.arg("--state-dir").arg(self.path("state"));
+        for name in ["MIGRATE_STATE", "MIGRATE_RUNTIME_DIR", "MIGRATE_KEYS", "MIGRATE_TEST_HOLD", "RUST_LOG"]
+        {
             command.env_remove(name);
         }
         command
@@ -95,7 +140,8 @@ impl Host {
     /// # Panics
     /// If it does not listen in time.
     pub fn receive_held(&self, more: &[&str], phase: &str) -> (Running, String) {
-        let mut args = vec!["receive", "--listen", "127.0.0.1:0"];
+        let listen = format!("{}:0", self.place.as_ref().map_or("127.0.0.1", |place| place.ip.as_str()));
+        let mut args = vec!["receive", "--listen", &listen];
         args.extend(more);
         let mut receiver = if phase.is_empty() { self.start(&args) } else { self.start_held(&args, phase) };
         let listening = receiver.wait_event("listening");
@@ -136,6 +182,15 @@ impl Host {
     pub fn vm_pid(&self, name: &str) -> i32 {
         let vm = self.vms().into_iter().find(|vm| vm["name"] == name).expect("the VM is listed");
         i32::try_from(vm["pid"].as_i64().expect("a pid")).expect("a pid is an i32")
+    }
+
+    /// The process of a VM's VMM, whatever phase it is in, if it is there. Asks nobody, so it works while everything
+    /// stands still, too.
+    pub fn find_vm_pid(&self, name: &str) -> Option<i32> {
+        let place = format!("\0{}\0", self.runtime_dir().display());
+        let name = format!("\0--name\0{name}\0");
+        let ours = |command: &str| [&place, &name, "\0vm\0"].iter().all(|word| command.contains(*word));
+        commands().find(|(_, command)| ours(command)).map(|(pid, _)| pid)
     }
 
     /// What the VMM of a detached VM and its guest said.
@@ -194,19 +249,46 @@ impl Drop for Host {
         // VMs outlive the program that started them, so they are ended by what their sockets say, or, where that is
         // not to be had, by their command line, which names this host's directory.
         let marker = self.dir.path().to_string_lossy().into_owned();
-        let Ok(entries) = std::fs::read_dir("/proc") else { return };
-        for entry in entries.flatten() {
-            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else {
-                continue;
-            };
-            let command = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
-            let ours = i32::try_from(std::process::id()).is_ok_and(|own| own == pid);
-            if !ours
-                && String::from_utf8_lossy(&command).contains(&marker)
+        let own = i32::try_from(std::process::id()).ok();
+        for (pid, command) in commands() {
+            if Some(pid) != own
+                && command.contains(&marker)
                 && let Some(pid) = rustix::process::Pid::from_raw(pid)
             {
                 rustix::process::kill_process(pid, rustix::process::Signal::KILL).ok();
             }
+        }
+        if self.mounted {
+            // Lazily: those that were killed a moment ago may still have files there.
+            Command::new("umount").arg("--lazy").arg(self.runtime_dir()).status().ok();
+        }
+    }
+}
+
+/// All processes and their command lines, whose words end with a zero byte.
+fn commands() -> impl Iterator<Item = (i32, String)> {
+    std::fs::read_dir("/proc").into_iter().flatten().flatten().filter_map(|entry| {
+        let pid = entry.file_name().to_str()?.parse().ok()?;
+        let command = std::fs::read(entry.path().join("cmdline")).ok()?;
+        Some((pid, String::from_utf8_lossy(&command).into_owned()))
+    })
+}
+
+/// Removes the directories, with what is mounted there, of test processes that are gone: a killed one could not.
+pub(crate) fn sweep() {
+    let Ok(entries) = std::fs::read_dir(std::env::temp_dir()) else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let pid = name.strip_prefix(DIR_PREFIX).and_then(|rest| rest.split_once('-')).map(|(pid, _)| pid);
+        if pid.is_some_and(|pid| pid.parse::<i32>().is_ok() && !Path::new("/proc").join(pid).exists()) {
+            println!("removing {name}, which a test process that is gone left behind");
+            Command::new("umount")
+                .arg("--lazy")
+                .arg(entry.path().join("run"))
+                .stderr(Stdio::null())
+                .status()
+                .ok();
+            std::fs::remove_dir_all(entry.path()).ok();
         }
     }
 }

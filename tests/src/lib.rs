@@ -10,10 +10,14 @@
     reason = "a harness of tests: what goes wrong in it fails the test, with its words"
 )]
 
-pub mod guest;
-pub mod host;
+pub mod random;
+pub mod browser;
 pub mod process;
+pub mod network;
 pub mod relay;
+pub mod host;
+pub mod guest;
+pub mod matrix;
 
 pub use host::{Host, trusting_pair};
 pub use process::{Finished, Running};

@@ -106,6 +106,18 @@ impl Running {
         }
     }
 
+    /// Waits for the first line that `wanted` accepts; `false` when the program ends first, or after `limit`.
+    pub fn saw(&mut self, limit: Duration, wanted: impl Fn(&Value) -> bool) -> bool {
+        let until = Instant::now() + limit;
+        while let Ok(line) = self.lines.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            self.seen.push(line);
+            if self.seen.last().is_some_and(&wanted) {
+                return true;
+            }
+        }
+        false
+    }
+
     /// Waits for the line whose `event` is this.
     ///
     /// # Panics
@@ -119,16 +131,22 @@ impl Running {
     /// # Panics
     /// After [`STEP_LIMIT`], or when it ends instead.
     pub fn wait_held(&mut self) {
-        let until = Instant::now() + STEP_LIMIT;
+        if !self.is_held_within(STEP_LIMIT) {
+            self.wait_for("a hold", |_| false);
+        }
+    }
+
+    /// As [`Running::wait_held`]; `false` when that does not happen in time, or it ends instead.
+    pub fn is_held_within(&mut self, limit: Duration) -> bool {
+        let until = Instant::now() + limit;
         loop {
             let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap_or_default();
             match stat.rsplit(") ").next().and_then(|rest| rest.chars().next()) {
-                Some('T') => return,
-                None | Some('Z' | 'X') => self.wait_for("a hold", |_| false),
-                _ if Instant::now() > until => self.wait_for("a hold", |_| false),
-                _ => Value::Null,
-            };
-            std::thread::sleep(Duration::from_millis(2));
+                Some('T') => return true,
+                None | Some('Z' | 'X') => return false,
+                _ if Instant::now() > until => return false,
+                _ => std::thread::sleep(Duration::from_millis(2)),
+            }
         }
     }
 

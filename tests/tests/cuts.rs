@@ -5,7 +5,7 @@
     reason = "helpers of tests: what goes wrong in them fails the test"
 )]
 
-use e2e::relay::{Relay, Weather};
+use e2e::relay::{Relay, Way, Weather};
 use e2e::{Host, Running, trusting_pair, without_kvm};
 use rustix::process::Signal;
 use std::path::Path;
@@ -34,7 +34,7 @@ fn a_link_cut_in_any_phase_before_commit_leaves_the_source_running() {
             phase,
         );
         sender.wait_held();
-        relay.cut();
+        relay.cut(Way::Both);
         sender.signal(Signal::CONT);
         let sent = sender.finish();
         if phase == "ready" && sent.code == 10 {
@@ -65,7 +65,7 @@ fn a_link_cut_at_commit_is_asked_about_and_settled_when_it_is_back() {
     let arguments = ["send", "v", &relay.address(), "--link-timeout", "2s", "--ask-timeout", "40s"];
     let mut sender = a.start_held(&arguments, "commit");
     sender.wait_held();
-    relay.cut();
+    relay.cut(Way::Both);
     sender.signal(Signal::CONT);
     sender.wait_for("the question", |line| line["event"] == "phase" && line["phase"] == "ask");
     assert_eq!(a.phase("v").as_deref(), Some("pledged"));

@@ -169,6 +169,14 @@ impl Client {
         self.done(&Request::TrackStop, &[], "stop tracking")
     }
 
+    /// Lets the vCPUs stand still for a share of their time; 0 lets them run.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] for more than 99 percent, or when it does not run, or as all calls.
+    pub fn throttle(&mut self, percent: u8) -> Result<()> {
+        self.done(&Request::Throttle { percent }, &[], "slow down")
+    }
+
     /// Stops vCPUs and devices.
     ///
     /// # Errors

@@ -31,7 +31,7 @@ use std::{
 use protocol::{
     MigrationId,
     layout::{Layout, Space, SpaceKind},
-    monitor::{ErrorCode, Phase, Pledge, Reply, Request, Status, TrackingMode},
+    monitor::{ErrorCode, MAX_THROTTLE_PERCENT, Phase, Pledge, Reply, Request, Status, TrackingMode},
     page::{PageSet, SpaceId},
 };
 
@@ -151,6 +151,7 @@ impl Instance {
             holder: self.holder.as_ref().map(|holder| holder.client.clone()),
             arrived_by: self.arrived_by,
             pledged_to: self.pledge.clone(),
+            throttle_percent: Some(self.vm.as_ref().map_or(0, Vm::throttle_percent)),
         }
     }
 
@@ -188,6 +189,7 @@ impl Instance {
                     tracing::warn!(name = %self.name, "the session ended while the VM was frozen: it goes on here");
                     self.go_on();
                 }
+                self.unthrottle();
                 self.stop_tracking();
             }
             Phase::Pledged => {
@@ -236,7 +238,8 @@ impl Instance {
                 .and_then(|vm| vm.tracker().take(space.into(), first, count))
                 .map(done),
             Request::Redirty => self.redirty(blob),
-            Request::TrackStop => self.live("stop tracking").and_then(|vm| vm.tracker().stop()).map(done),
+            Request::TrackStop => self.track_stop(),
+            Request::Throttle { percent } => self.throttle(percent),
             Request::Freeze => self.freeze(),
             Request::Save => self.save(),
             Request::Pledge { migration, peer } => self.pledge(migration, &peer),
@@ -333,8 +336,36 @@ impl Instance {
         Ok(Reply::Done.into())
     }
 
+    fn track_stop(&mut self) -> Result<Answer> {
+        self.live("stop tracking")?.tracker().stop()?;
+        self.unthrottle();
+        Ok(Reply::Done.into())
+    }
+
+    fn throttle(&mut self, percent: u8) -> Result<Answer> {
+        if percent > MAX_THROTTLE_PERCENT {
+            return Err(Error::Protocol(format!(
+                "{percent} % of its time a VM cannot stand still: {MAX_THROTTLE_PERCENT} % is the most"
+            )));
+        }
+        self.in_phase(Phase::Running, "slow down")?.throttle(percent)?;
+        tracing::debug!(percent, "throttled");
+        Ok(Reply::Done.into())
+    }
+
+    /// Whatever comes now, the guest shall not be slow in it.
+    fn unthrottle(&mut self) {
+        if let Some(vm) = &mut self.vm
+            && let Err(error) = vm.throttle(0)
+        {
+            tracing::warn!(%error, "the VM is still throttled");
+        }
+    }
+
     fn freeze(&mut self) -> Result<Answer> {
         self.check_complete("freeze")?;
+        self.in_phase(Phase::Running, "freeze")?;
+        self.unthrottle();
         let vm = self.in_phase(Phase::Running, "freeze")?;
         match vm.pause() {
             Ok(took) => {

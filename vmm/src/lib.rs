@@ -51,3 +51,4 @@ pub use config::{ExitReason, IncomingConfig, VmConfig, check_name};
 pub use devices::SerialSink;
 pub use error::{Error, ImageError, Result};
 pub use run::{run, run_incoming};
+pub use server::Socket;

@@ -24,15 +24,16 @@ use crate::{
         device_section, vcpu_section,
     },
     sys,
-    vcpu::{Event, Vcpu},
+    vcpu::{Event, Throttle, Vcpu},
 };
 
 /// A virtual machine. It starts paused; whoever owns it says when it runs.
 ///
-/// The fields are dropped in their order: the vCPU threads are joined before KVM lets go of the VM, and
+/// The fields are dropped in their order: the throttle lets go of the vCPUs, the vCPU threads are joined before KVM lets go of the VM, and
 /// that before the memory is unmapped.
 pub(crate) struct Vm {
-    vcpus: Vec<Vcpu>,
+    throttle: Option<Throttle>,
+    vcpus: Arc<[Vcpu]>,
     tracker: Tracker,
     devices: Arc<Devices>,
     vm: Arc<VmFd>,
@@ -125,9 +126,27 @@ impl Vm {
 
     /// Lets all vCPUs run.
     pub(crate) fn resume(&self) {
-        for vcpu in &self.vcpus {
+        for vcpu in self.vcpus.iter() {
             vcpu.resume();
         }
+    }
+
+    /// Lets all vCPUs stand still for this share of their time, in percent; 0 lets them run.
+    ///
+    /// # Errors
+    /// [`Error::Host`] when the host gives no thread for it; they run then.
+    pub(crate) fn throttle(&mut self, percent: u8) -> Result<()> {
+        match &self.throttle {
+            Some(throttle) if percent > 0 => throttle.set(percent),
+            None if percent > 0 => self.throttle = Some(Throttle::start(self.vcpus.clone(), percent)?),
+            _ => self.throttle = None,
+        }
+        Ok(())
+    }
+
+    /// How much of their time the vCPUs are made to stand still, in percent.
+    pub(crate) fn throttle_percent(&self) -> u8 {
+        self.throttle.as_ref().map_or(0, Throttle::percent)
     }
 
     /// Stops all vCPUs. When it returns, nothing writes to guest memory any more, and all registers are
@@ -261,9 +280,19 @@ impl Parts {
         let vcpus = (0_u32..)
             .zip(fds)
             .map(|(index, fd)| Vcpu::spawn(index, fd, devices.clone(), context.clone(), events.clone()))
-            .collect::<Result<Vec<_>>>()?;
+            .collect::<Result<Vec<_>>>()?
+            .into();
         let log = KvmLog::new(vm.clone(), memory.clone(), LogMode::ManualInitiallySet);
         let tracker = Tracker::new(memory.clone(), Box::new(log));
-        Ok(Vm { vcpus, tracker, devices, vm, memory, machine, clock_realtime: host.clock_realtime })
+        Ok(Vm {
+            throttle: None,
+            vcpus,
+            tracker,
+            devices,
+            vm,
+            memory,
+            machine,
+            clock_realtime: host.clock_realtime,
+        })
     }
 }

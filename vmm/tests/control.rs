@@ -248,6 +248,57 @@ fn a_frozen_source_resumes_when_its_session_dies() {
 }
 
 #[test]
+fn a_throttled_vm_is_slower_and_never_stays_so() {
+    if !kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let vm = Running::boot(&directory, "vm", 2, test_images::counter());
+    let mut session = vm.session();
+    let (memory, ..) = Memory::of(&mut session);
+    let steps = || {
+        let before = memory.counter(0);
+        std::thread::sleep(Duration::from_millis(300));
+        memory.counter(0) - before
+    };
+    // Other work on the host slows the guest too, so the least of several looks is taken for the free run.
+    let ratio = |session: &mut Client, percent| {
+        let mut best = f64::INFINITY;
+        for _ in 0..5 {
+            session.throttle(0).unwrap();
+            let free = steps();
+            session.throttle(percent).unwrap();
+            best = best.min(steps() as f64 / free as f64);
+        }
+        best
+    };
+    let slow = ratio(&mut session, 90);
+    assert!(slow < 0.4, "{slow}");
+    assert_eq!(session.status().unwrap().throttle_percent, Some(90));
+    assert!(matches!(session.throttle(100), Err(Error::Refused { code: ErrorCode::BadRequest, .. })));
+    assert!(steps() > 0, "it still runs");
+
+    let percent = || connect(&vm.path, Role::Query).unwrap().status().unwrap().throttle_percent;
+    assert_eq!(percent(), Some(90));
+    let started = Instant::now();
+    session.freeze().unwrap();
+    eprintln!("freeze of a throttled VM: {:?}", started.elapsed());
+    assert_eq!(percent(), Some(0));
+    assert!(session.throttle(10).is_err(), "what stands still cannot be slowed down");
+    session.resume(None).unwrap();
+    session.throttle(50).unwrap();
+    session.track_start().unwrap();
+    session.track_stop().unwrap();
+    assert_eq!(percent(), Some(0));
+    session.throttle(50).unwrap();
+    drop(session);
+    wait_until("the throttle ends with its session", || percent() == Some(0));
+    assert!(memory.counts());
+    vm.session().throttle(90).unwrap();
+    vm.terminate();
+}
+
+#[test]
 fn a_pledged_source_stays_frozen_until_it_is_told() {
     if !kvm() {
         return;

@@ -8,7 +8,7 @@ use crate::clock;
 use crate::model::layout::{
     MMIO_BYTES, MMIO_GPA, PAD_GPA, PAD_ID, PAD_PARK_NS, PAD_POWER_OFF, Range, UART_GPA,
 };
-use crate::model::params::Serial;
+use crate::model::params::{Park, Serial};
 
 /// COM1's transmit register.
 const COM1: u16 = 0x3F8;
@@ -22,6 +22,7 @@ pub struct Devices {
     /// The TSC frequency, for waiting without a pad.
     rate: clock::Rate,
     serial: Serial,
+    park: Park,
     queue: [u8; QUEUE],
     first: usize,
     count: usize,
@@ -41,14 +42,16 @@ impl Devices {
             pad: id == PAD_ID,
             rate: clock::Rate::new(0),
             serial: Serial::Mmio,
+            park: Park::Pad,
             queue: [0; QUEUE],
             first: 0,
             count: 0,
         }
     }
 
-    pub fn choose(&mut self, serial: Serial) {
+    pub fn choose(&mut self, serial: Serial, park: Park) {
         self.serial = serial;
+        self.park = park;
     }
 
     pub fn set_clock(&mut self, rate: clock::Rate) {
@@ -69,9 +72,9 @@ impl Devices {
         self.pad
     }
 
-    /// Waits for at most so long; without a pad, by spinning.
+    /// Waits for at most so long; without a pad, or where that was asked for, by spinning.
     pub fn park_ns(&mut self, ns: u64) {
-        if self.pad {
+        if self.pad && self.park == Park::Pad {
             // SAFETY: the pad is there; parking changes no memory.
             unsafe { mmio::<u64>(PAD_GPA + PAD_PARK_NS).write_volatile(ns) };
             return;

@@ -90,7 +90,7 @@ fn start(start_info: u64, block: &mut Block, devices: &mut Devices) -> Result<(P
     let line = info.command_line(&mut line);
     block.put_command_line(line);
     let params: Params = line.parse().map_err(Refusal::Params)?;
-    devices.choose(params.serial);
+    devices.choose(params.serial, params.park);
 
     let mut ram = [Range::default(); start_info::MAX_MAP];
     let ram = info.ram(&mut ram).ok_or(Refusal::StartInfo)?;

@@ -36,7 +36,7 @@ mod verify;
 
 pub use model::layout::{PAGE_SIZE, Range, Ranges};
 pub use model::page::{Content, Damage};
-pub use model::params::{ParamError, Params, Problem, Rate, Serial};
+pub use model::params::{ParamError, Params, Park, Problem, Rate, Serial};
 pub use model::pattern::Pattern;
 pub use model::stats::State;
 pub use replay::Replay;

@@ -4,7 +4,7 @@
 
 use ledger::model::layout::{MAX_RAM_GPA, MMIO_BYTES, MMIO_GPA, data_start};
 use ledger::model::page::{self, Identity, Page, WORDS};
-use ledger::{Content, Damage, PAGE_SIZE, Params, Pattern, Problem, Range, Ranges, Rate, Serial};
+use ledger::{Content, Damage, PAGE_SIZE, Params, Park, Pattern, Problem, Range, Ranges, Rate, Serial};
 use proptest::prelude::*;
 
 fn contents() -> impl Strategy<Value = Content> {
@@ -25,9 +25,9 @@ fn params() -> impl Strategy<Value = Params> {
     let serial = prop_oneof![Just(Serial::Mmio), Just(Serial::Port), Just(Serial::None)];
     let sizes = (1..=1u64 << 20).prop_flat_map(|fill| (Just(fill), 1..=fill));
     let numbers = (any::<u64>(), 10..=1_000_000u64, 0..=3_600_000u64, 0..=1_000_000u64);
-    let more = (0..=100_000_000u64, any::<u64>());
+    let more = (0..=100_000_000u64, any::<u64>(), prop_oneof![Just(Park::Pad), Just(Park::Spin)]);
     (sizes, rate, patterns(), contents(), serial, numbers, more).prop_map(
-        |((fill, ws), rate, pattern, content, serial, numbers, (tsc_khz, stop_after))| {
+        |((fill, ws), rate, pattern, content, serial, numbers, (tsc_khz, stop_after, park))| {
             let (seed, tick_us, report_ms, scrub_mb_s) = numbers;
             let (fill_bytes, ws_bytes) = (fill * PAGE_SIZE, ws * PAGE_SIZE);
             Params {
@@ -43,6 +43,7 @@ fn params() -> impl Strategy<Value = Params> {
                 tsc_khz,
                 stop_after,
                 serial,
+                park,
             }
         },
     )

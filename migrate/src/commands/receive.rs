@@ -109,10 +109,15 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         if let Some(limit) = args.timeout.filter(|limit| begun.elapsed() > *limit) {
             return Err(Error::TimedOut { what: "a VM to arrive", after: limit });
         }
-        let Some(offered) = desk.next_offer(LOOK)? else { continue };
         let mut observer = progress::observer(common);
         let destination = Box::new(VmDestination::new(place.clone()));
-        match inbound::receive(offered, &desk, destination, &options, &cancel, observer.as_mut()) {
+        let arrived = if let Some(stranded) = desk.next_stranded() {
+            inbound::take_up(stranded, &desk, destination.as_ref(), &options, &cancel, observer.as_mut())
+        } else {
+            let Some(offered) = desk.next_offer(LOOK)? else { continue };
+            inbound::receive(offered, &desk, destination, &options, &cancel, observer.as_mut())
+        };
+        match arrived {
             Ok(report) => {
                 if common.json {
                     emit(&json!({"event": "arrived", "name": report.workload, "report": report}));
@@ -171,11 +176,18 @@ impl Ledger for HostLedger {
         match self.memory.outcome(migration) {
             Outcome::Unknown => {
                 let vms = super::target::all(&self.runtime).unwrap_or_default();
-                let arrived = vms.iter().any(|(_, vm)| vm.arrived_by == Some(migration));
+                // One that misses pages needs its source still.
+                let arrived =
+                    vms.iter().any(|(_, vm)| vm.arrived_by == Some(migration) && vm.awaiting_pages.is_none());
                 if arrived { Outcome::Started } else { Outcome::Unknown }
             }
             known => known,
         }
+    }
+
+    fn is_incomplete(&self, migration: MigrationId) -> bool {
+        let vms = super::target::all(&self.runtime).unwrap_or_default();
+        vms.iter().any(|(_, vm)| vm.arrived_by == Some(migration) && vm.awaiting_pages.is_some())
     }
 
     fn record(&self, migration: MigrationId, outcome: Outcome) {

@@ -1,18 +1,23 @@
 //! `migrate recover`: VMs that stand still between two hosts. It asks, and never guesses.
 
 use super::target::{Target, all};
-use super::{emit, say};
+use super::{cancel_on_signals, emit, say};
 use crate::cli::Common;
 use crate::error::{Error, Result};
 use crate::identity::{self, Identity, TrustStore};
+use crate::link::Link;
 use crate::link::quic;
-use crate::outbound;
+use crate::outbound::{self, Word};
 use crate::paths::RuntimeDir;
+use crate::progress;
+use crate::source::Donor as _;
+use crate::source::vm::VmDonor;
 use crate::units;
 use protocol::control::Outcome;
 use protocol::monitor::{Phase, Pledge};
 use std::process::ExitCode;
 use std::time::Duration;
+use vmm::Client;
 
 /// How long the VMM may take for one answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
@@ -60,7 +65,10 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let outcome = match (args.resume, args.discard) {
         (true, _) => Outcome::Discarded,
         (_, true) => Outcome::Started,
-        _ => ask(common, args, name, &pledge)?,
+        _ => match ask(common, args, name, &pledge)? {
+            Word::Outcome(outcome) => outcome,
+            Word::Incomplete => return donate(common, args, client, &pledge),
+        },
     };
     let settled = match outcome {
         Outcome::Started => {
@@ -89,14 +97,38 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn ask(common: &Common, args: &Args, name: &str, pledge: &Pledge) -> Result<Outcome> {
+/// It runs at the destination and misses pages: sends them, as the engine would have that is gone.
+fn donate(common: &Common, args: &Args, client: Client, pledge: &Pledge) -> Result<ExitCode> {
+    let donor = Box::new(VmDonor::of(client, pledge.migration)?);
+    let cancel = cancel_on_signals()?;
+    let name = donor.name().to_owned();
+    let address = args.at.as_deref().unwrap_or(&pledge.peer);
+    let mut observer = progress::observer(common);
+    let options = outbound::Options { ask: args.ask_timeout, ..outbound::Options::new(pledge.migration) };
+    let mut dial = || dial(common, args, pledge);
+    let report = outbound::donate(donor, address, &mut dial, &options, &cancel, observer.as_mut())?;
+    if common.json {
+        emit(
+            &serde_json::json!({"event": "donated", "name": name, "migration": pledge.migration, "post_copy": report}),
+        );
+    } else {
+        say(&format!("{name}: it runs at the destination and has all of its memory; the one here has ended"));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn dial(common: &Common, args: &Args, pledge: &Pledge) -> Result<Box<dyn Link>> {
     let keys = identity::directory(common.keys.as_deref())?;
     let identity = Identity::load(&keys)?;
     let trust = TrustStore::load(&keys)?;
     let settings = super::send::settings(args.ask_timeout);
     let address = args.at.as_deref().unwrap_or(&pledge.peer);
-    quic::dial(address, &identity, &trust, &settings, args.ask_timeout)
-        .and_then(|link| outbound::ask(Box::new(link), pledge.migration, args.ask_timeout))
+    Ok(Box::new(quic::dial(address, &identity, &trust, &settings, args.ask_timeout)?))
+}
+
+fn ask(common: &Common, args: &Args, name: &str, pledge: &Pledge) -> Result<Word> {
+    dial(common, args, pledge)
+        .and_then(|link| outbound::ask(link, pledge.migration, args.ask_timeout))
         .map_err(|error| match error {
             Error::Identity(_) => error,
             other => Error::InDoubt(format!(

@@ -1,20 +1,28 @@
 //! `migrate send`: move a running VM to another host.
 
+use super::limits::LimitArgs;
 use super::target::Target;
 use super::{cancel_on_signals, emit};
 use crate::cli::Common;
-use crate::controls::check_limits;
-use crate::converge::{Limits, OnStall, OnTimeout};
+use crate::controls::{check_bandwidth, check_limits};
+use crate::converge::Limits;
+use crate::converge::trace::Recorder;
 use crate::error::{Error, Result};
+use crate::history::History;
 use crate::identity::{self, Identity, TrustStore};
 use crate::link::Link;
 use crate::link::quic::{self, Settings};
-use crate::outbound::{self, Options};
-use crate::paths::RuntimeDir;
+use crate::outbound::{self, Options, Packs};
+use crate::paths::{self, RuntimeDir};
 use crate::progress;
+use crate::report::{Document, Event, Observer, Outcome};
 use crate::source::vm::VmSource;
+use crate::steer::{Board, Place, Server, Subject, Watched};
 use crate::units;
 use protocol::monitor::Phase;
+use protocol::steer::End;
+use std::fs::File;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -28,6 +36,19 @@ pub struct Args {
     address: String,
     #[command(flatten)]
     limits: LimitArgs,
+    /// The most to send in a second, such as 2Gbit/s or 250MB/s; 0 is no limit. It holds for the page streams together, and
+    /// not for the last pages, which are sent while the VM stands still.
+    #[arg(long, value_name = "RATE", default_value = "0", value_parser = units::bandwidth)]
+    bandwidth: u64,
+    /// How pages are packed: for comparing, and for finding faults.
+    #[arg(long, value_enum, default_value = "measured", hide = true)]
+    pack: Packs,
+    /// Write the report to this file, also when the move fails: a page, or JSON where it ends in .json.
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+    /// Write everything that each decision looks at to this file: see migrate replay.
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
     /// How long to wait for a peer that says nothing.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = units::duration)]
     link_timeout: Duration,
@@ -37,62 +58,6 @@ pub struct Args {
     /// How long to ask for the answer when the link breaks behind the commit.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = units::duration)]
     ask_timeout: Duration,
-}
-
-/// When to freeze, and how long to try.
-#[derive(Debug, clap::Args)]
-pub(super) struct LimitArgs {
-    /// The downtime to aim at.
-    #[arg(long, value_name = "TIME", default_value = "50ms", value_parser = units::duration)]
-    downtime: Duration,
-    /// The longest downtime of a move that stalled: see --on-stall.
-    #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = units::duration)]
-    max_downtime: Duration,
-    /// The most rounds before --on-timeout decides.
-    #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
-    max_rounds: u32,
-    /// The longest time before --on-timeout decides.
-    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = units::duration)]
-    timeout: Duration,
-    /// What to do when rounds or time are used up: leave the VM here, move it whatever the downtime, or move it and
-    /// let its memory follow.
-    #[arg(long, value_enum, value_name = "WHAT", default_value = "cancel")]
-    on_timeout: OnTimeout,
-    /// What to do when what remains no longer falls: the first that is possible of freezing at a minimum within
-    /// --max-downtime, slowing the VM down, letting its memory follow, and leaving the VM here.
-    #[arg(
-        long,
-        value_enum,
-        value_name = "WHAT,…",
-        value_delimiter = ',',
-        default_value = "minimum,throttle,post-copy,cancel"
-    )]
-    on_stall: Vec<OnStall>,
-    /// The most that a stalled VM is slowed down, as the share of time in which it stands still.
-    #[arg(long, value_name = "PERCENT", default_value_t = 80, value_parser = clap::value_parser!(u8).range(0..=99))]
-    max_throttle: u8,
-    /// Start the VM at the destination behind N rounds that were not enough, and let its memory follow.
-    #[arg(
-        long, value_name = "N", num_args = 0..=1, require_equals = true, default_missing_value = "1",
-        value_parser = clap::value_parser!(u32).range(1..)
-    )]
-    post_copy: Option<u32>,
-}
-
-impl LimitArgs {
-    /// As the engine takes them.
-    pub(super) fn limits(&self) -> Limits {
-        Limits {
-            downtime: self.downtime,
-            max_downtime: self.max_downtime,
-            max_rounds: self.max_rounds,
-            timeout: self.timeout,
-            on_timeout: self.on_timeout,
-            on_stall: self.on_stall.clone(),
-            max_throttle_percent: self.max_throttle,
-            post_copy_after: self.post_copy,
-        }
-    }
 }
 
 /// Runs the verb.
@@ -121,18 +86,61 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let source = VmSource::connect(&status.name, target.socket(), &args.address)?;
     let link = dial()?;
     let mut options = Options::new(outbound::new_migration_id()?);
-    let limits = args.limits.limits();
+    let limits = args.limits.over(&Limits::default());
     check_limits(&limits).map_err(Error::Usage)?;
     options.controls.change(|now| *now = limits);
+    if args.bandwidth > 0 {
+        check_bandwidth(args.bandwidth).map_err(Error::Usage)?;
+        options.controls.cap_bandwidth(Some(args.bandwidth));
+    }
+    options.packs = args.pack;
+    let peer = link.peer();
+    let history = paths::state_dir(common.state_dir.as_deref()).map(|dir| History::in_dir(&dir));
+    if let Some((fixed, moves)) = history.as_ref().and_then(|history| history.fixed(&peer)) {
+        options.fixed_cost = fixed;
+        options.fixed_cost_known_from = u32::try_from(moves).unwrap_or(u32::MAX);
+    }
     options.stall = args.link_timeout;
     options.ask = args.ask_timeout;
     options.retry = args.retry_for;
-    let mut observer = progress::observer(common);
-    let sent = outbound::send(Box::new(source), link, &mut dial, &options, &cancel, observer.as_mut());
+    let inner = progress::observer(common);
+    let mut observer = match &args.trace {
+        Some(path) => tracing_to(path, &status.name, inner)?,
+        None => inner,
+    };
+    let board = Board::new(
+        Subject {
+            end: End::Send,
+            migration: options.migration,
+            workload: status.name.clone(),
+            peer: peer.clone(),
+            memory_bytes: status.memory_bytes,
+        },
+        cancel.clone(),
+        Some(options.controls.clone()),
+    );
+    let server = Place::open(&runtime).and_then(|place| Server::start(&place, &status.name, board.clone()));
+    if let Err(error) = &server {
+        tracing::warn!("this migration cannot be steered from outside: {error}");
+    }
+    let mut watched = Watched { board, inner: observer.as_mut() };
+    let sent = outbound::send(Box::new(source), link, &mut dial, &options, &cancel, &mut watched);
+    drop(server);
     let (report, failure) = match sent {
         Ok(report) => (report, None),
         Err(failed) => (failed.report, Some(failed.error)),
     };
+    if let Some(path) = &args.report
+        && let Err(error) = Document::Sent(Box::new(report.clone())).write(path)
+    {
+        // The VM has moved or it has not: that is what the exit code is about.
+        tracing::warn!("{error}");
+    }
+    if let (Some(history), Outcome::Moved) = (history, &report.outcome) {
+        history.record(&peer, Duration::from_micros(report.fixed.actual_us)).unwrap_or_else(|error| {
+            tracing::warn!(%error, "what this move cost is not remembered");
+        });
+    }
     if common.json {
         let mut line = serde_json::to_value(&report).unwrap_or_default();
         line["event"] = "report".into();
@@ -150,4 +158,30 @@ pub(super) fn settings(link_timeout: Duration) -> Settings {
     settings.keep_alive = (link_timeout / 5).min(settings.keep_alive);
     settings.stall_timeout = link_timeout;
     settings
+}
+
+/// An observer that writes a trace besides.
+struct Traced {
+    inner: Box<dyn Observer>,
+    trace: Option<Recorder<File>>,
+}
+
+fn tracing_to(path: &Path, workload: &str, inner: Box<dyn Observer>) -> Result<Box<dyn Observer>> {
+    let trace = File::create(path)
+        .and_then(|file| Recorder::begin(file, workload))
+        .map_err(|error| Error::Host(format!("the trace {} cannot be written: {error}", path.display())))?;
+    Ok(Box::new(Traced { inner, trace: Some(trace) }))
+}
+
+impl Observer for Traced {
+    fn event(&mut self, event: &Event) {
+        self.inner.event(event);
+        if let (Event::Decided(entry), Some(trace)) = (event, &mut self.trace)
+            && let Err(error) = trace.add(entry)
+        {
+            // A move is worth more than its trace.
+            tracing::warn!(%error, "the trace ends here");
+            self.trace = None;
+        }
+    }
 }

@@ -13,6 +13,8 @@ use std::fs::File;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 use vmm::{Bytes, ExitReason, KernelSource, Ring, SerialSink};
 
@@ -69,6 +71,9 @@ pub struct RunArgs {
     /// Run it in the background and come back when it runs.
     #[arg(long)]
     detach: bool,
+    /// Set by --detach for the process that it starts.
+    #[arg(long, hide = true, conflicts_with = "detach")]
+    detached: bool,
 }
 
 /// Which VM.
@@ -104,6 +109,7 @@ pub fn run(common: &Common, verb: Verb) -> Result<ExitCode> {
         Verb::Run(args) => run_here(&runtime, args),
         Verb::Incoming(args) => {
             check_name(&args.name)?;
+            outlive_the_starter()?;
             let config = vmm::IncomingConfig {
                 name: args.name.clone(),
                 max_memory_bytes: args.max_memory,
@@ -123,7 +129,20 @@ pub fn run(common: &Common, verb: Verb) -> Result<ExitCode> {
     }
 }
 
+/// A VM must not end because the program or the terminal that it was started from does: the kernel sends SIGHUP when
+/// a terminal hangs up, and also to a process group with a stopped process in it when the last parent outside it ends
+/// (POSIX, exit(): orphaned process groups). So a VM that somebody stops for a moment while `receive` ends would die.
+fn outlive_the_starter() -> Result<()> {
+    // A flag that nobody reads: what counts is that the signal is caught.
+    signal_hook::flag::register(signal_hook::consts::SIGHUP, Arc::new(AtomicBool::new(false)))
+        .map(drop)
+        .map_err(|error| Error::Host(format!("signals cannot be caught: {error}")))
+}
+
 fn run_here(runtime: &RuntimeDir, args: RunArgs) -> Result<ExitCode> {
+    if args.detached {
+        outlive_the_starter()?;
+    }
     let target = check_free(runtime, &args)?;
     let image = args.kernel.map_or_else(|| Bytes::Inline(ledger::IMAGE.into()), Bytes::File);
     let kernel = match args.flat {
@@ -190,7 +209,7 @@ fn detach(common: &Common, runtime: &RuntimeDir, args: &RunArgs) -> Result<ExitC
         std::env::current_exe().map_err(|error| cannot("this program's own path is not known", error))?;
     let default_serial = runtime.serial(&args.name).to_string_lossy().into_owned();
     let mut command = Command::new(program);
-    command.args(["vm", "run", "--name", &args.name, "--cmdline", &args.cmdline]);
+    command.args(["vm", "run", "--detached", "--name", &args.name, "--cmdline", &args.cmdline]);
     command.args(["--memory", &args.memory.to_string(), "--vcpus", &args.vcpus.to_string()]);
     command.args(["--serial", args.serial.as_deref().unwrap_or(&default_serial)]);
     command.arg("--runtime-dir").arg(runtime.path());
@@ -287,6 +306,9 @@ fn show(common: &Common, target: &Target, vm: &Status) {
     say(&format!("  socket   {}", target.socket().display()));
     if let Some(pid) = vm.holder_pid {
         say(&format!("  held by  {} (pid {pid})", vm.holder.clone().unwrap_or_default()));
+    }
+    if let Some(percent @ 1..) = vm.throttle_percent {
+        say(&format!("  slowed   stands still {percent} % of its time, so that it can be moved"));
     }
     if let Some(migration) = vm.arrived_by {
         say(&format!("  arrived  by migration {migration}"));

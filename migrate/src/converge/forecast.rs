@@ -15,6 +15,9 @@ const PAYS_PART: f64 = 0.1;
 /// about the precision of the prediction on a busy host.
 const PAYS_AT_LEAST: Duration = Duration::from_micros(500);
 
+/// A prediction beyond every budget is as good as endless, and `Duration` must hold it. In seconds.
+const ENDLESS: f64 = 1e9;
+
 /// What the numbers say about freezing now, and about one more round. In seconds.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Forecast {
@@ -55,12 +58,17 @@ impl Forecast {
         Self { fixed, overhead, transfer: transfer_of(remaining), transfer_after_another: transfer_of(after) }
     }
 
-    /// The downtime to expect.
+    /// The downtime to expect, in whole microseconds, so that a trace has all of it.
     pub fn downtime(&self) -> Duration {
-        // A prediction beyond every budget is as good as endless, and `Duration` must hold it.
-        const ENDLESS: f64 = 1e9;
         let seconds = self.fixed + self.overhead + self.transfer;
-        Duration::from_secs_f64(if seconds.is_finite() { seconds.min(ENDLESS) } else { ENDLESS })
+        let seconds = if seconds.is_finite() { seconds.min(ENDLESS) } else { ENDLESS };
+        Duration::from_micros((seconds * 1e6).ceil() as u64)
+    }
+
+    /// What moving so many bytes takes at these rounds' bandwidth, with a round's overhead.
+    pub fn moving(&self, bytes: u64, rounds: &[Measured]) -> Duration {
+        let seconds = self.overhead + bytes as f64 / bandwidth_bytes_per_s(rounds).max(1.0);
+        Duration::from_secs_f64(seconds.min(ENDLESS))
     }
 
     /// Whether one more round lowers the downtime by a tenth and by half a millisecond.

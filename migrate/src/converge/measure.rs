@@ -9,7 +9,7 @@ const DECAY: f64 = 0.5;
 /// One round, over and acknowledged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Measured {
-    /// Bytes on the page streams.
+    /// Bytes on the page streams; packed pages count for what they stand for, as those that remain do.
     pub sent_bytes: u64,
     /// From its first page to the answer that all of it arrived.
     #[serde(rename = "duration_us", with = "super::micros")]

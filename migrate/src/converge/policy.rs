@@ -18,7 +18,6 @@ const THROTTLE_STEP: u8 = 10;
 
 /// What the operator allows.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Limits {
     /// The longest downtime that is fine.
     #[serde(rename = "downtime_us", with = "super::micros")]
@@ -106,25 +105,25 @@ pub struct Situation<'a> {
 }
 
 /// What to do now. The prediction is the downtime if the workload is frozen at once.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "decision", rename_all = "kebab-case")]
 pub enum Decision {
     /// Send what remains while the workload runs on, no slower than before.
     Round {
         /// The downtime that another round is to lower.
-        #[serde(rename = "predicted_us", serialize_with = "super::micros::serialize")]
+        #[serde(rename = "predicted_us", with = "super::micros")]
         predicted: Duration,
     },
     /// Freeze: the prediction is within the budget.
     Freeze {
         /// The downtime to expect.
-        #[serde(rename = "predicted_us", serialize_with = "super::micros::serialize")]
+        #[serde(rename = "predicted_us", with = "super::micros")]
         predicted: Duration,
     },
     /// Freeze over the budget, but within what a stalled move may cost, where little remains.
     Minimum {
         /// The downtime to expect.
-        #[serde(rename = "predicted_us", serialize_with = "super::micros::serialize")]
+        #[serde(rename = "predicted_us", with = "super::micros")]
         predicted: Duration,
     },
     /// Send what remains while the workload runs on, slowed down.
@@ -132,19 +131,19 @@ pub enum Decision {
         /// The share of its time that it stands still, in percent.
         percent: u8,
         /// The downtime that another round is to lower.
-        #[serde(rename = "predicted_us", serialize_with = "super::micros::serialize")]
+        #[serde(rename = "predicted_us", with = "super::micros")]
         predicted: Duration,
     },
     /// Start it at the destination, and let its memory follow.
     PostCopy {
         /// The downtime that freezing would cost instead.
-        #[serde(rename = "predicted_us", serialize_with = "super::micros::serialize")]
+        #[serde(rename = "predicted_us", with = "super::micros")]
         predicted: Duration,
     },
     /// Freeze although the prediction is over the budget, as the operator wants it.
     Force {
         /// The downtime to expect.
-        #[serde(rename = "predicted_us", serialize_with = "super::micros::serialize")]
+        #[serde(rename = "predicted_us", with = "super::micros")]
         predicted: Duration,
     },
     /// Give up.
@@ -152,7 +151,7 @@ pub enum Decision {
         /// Which bound was exhausted.
         bound: Bound,
         /// The downtime that freezing would cost.
-        #[serde(rename = "predicted_us", serialize_with = "super::micros::serialize")]
+        #[serde(rename = "predicted_us", with = "super::micros")]
         predicted: Duration,
     },
 }
@@ -171,6 +170,11 @@ impl Decision {
         }
     }
 
+    /// Whether there is no live round behind it.
+    pub fn ends_rounds(&self) -> bool {
+        !matches!(self, Self::Round { .. } | Self::Throttle { .. })
+    }
+
     /// The decision as one word, as in JSON.
     pub fn name(&self) -> &'static str {
         match self {
@@ -186,7 +190,7 @@ impl Decision {
 }
 
 /// A bound that was exhausted before the downtime fitted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Bound {
     /// [`Limits::max_rounds`].
@@ -259,7 +263,8 @@ fn of_stalled(choice: OnStall, now: &Situation<'_>, forecast: &Forecast) -> Opti
     }
 }
 
-fn exhausted(rounds: &[Measured], elapsed: Duration, limits: &Limits) -> Option<Bound> {
+/// The bound that was reached, if one was.
+pub(super) fn exhausted(rounds: &[Measured], elapsed: Duration, limits: &Limits) -> Option<Bound> {
     if rounds.len() as u64 >= u64::from(limits.max_rounds) {
         Some(Bound::Rounds)
     } else {

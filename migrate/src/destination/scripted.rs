@@ -1,12 +1,16 @@
 //! A destination without a VM, for tests: memory in a vector, and a record of what happened.
 
-use super::{Destination, PageMemory, Refusal};
+mod site;
+
+use super::{Destination, Incomplete, PageMemory, Refusal};
 use crate::error::{Error, Result};
 use crate::source::scripted::{Who, Witness};
 use protocol::MigrationId;
 use protocol::control::{Offer, RefuseCode};
-use protocol::page::{PAGE_SIZE, PageRun, SpaceId};
+use protocol::layout::Layout;
+use protocol::page::{PAGE_SIZE, PageRun, PageSet, SpaceId};
 use protocol::state::State;
+pub use site::Site;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// The calls a destination can get, in the order in which the engine makes them.
@@ -17,12 +21,14 @@ pub enum Call {
     Write,
     Zero,
     Load,
+    Expect,
     Start,
 }
 
 impl Call {
     /// All of them.
-    pub const ALL: [Self; 5] = [Self::Prepare, Self::Write, Self::Zero, Self::Load, Self::Start];
+    pub const ALL: [Self; 6] =
+        [Self::Prepare, Self::Write, Self::Zero, Self::Load, Self::Expect, Self::Start];
 }
 
 /// A destination that writes down what becomes of it.
@@ -31,18 +37,34 @@ pub struct Scripted {
     fail_at: Option<Call>,
     memory: Arc<Memory>,
     loaded: bool,
+    layout: Layout,
+    missing: Option<Vec<PageSet>>,
+    site: Site,
 }
 
-struct Memory {
-    spaces: Vec<Mutex<Vec<u8>>>,
+pub(super) struct Memory {
+    pub(super) spaces: Vec<Mutex<Vec<u8>>>,
     fail_at: Option<Call>,
 }
 
 impl Scripted {
     /// An empty place; the first call of the kind `fail_at` fails.
     pub fn new(witness: Witness, fail_at: Option<Call>) -> Box<Self> {
+        Self::at(Site::default(), witness, fail_at)
+    }
+
+    /// The same on a host that remembers what runs on it.
+    pub fn at(site: Site, witness: Witness, fail_at: Option<Call>) -> Box<Self> {
         let memory = Arc::new(Memory { spaces: Vec::new(), fail_at });
-        Box::new(Self { witness, fail_at, memory, loaded: false })
+        Box::new(Self {
+            witness,
+            fail_at,
+            memory,
+            loaded: false,
+            layout: Layout::default(),
+            missing: None,
+            site,
+        })
     }
 }
 
@@ -63,6 +85,7 @@ impl Destination for Scripted {
         let memory = |pages: u64| Mutex::new(vec![0; pages as usize * PAGE_SIZE]);
         let spaces = offer.layout.spaces.iter().map(|space| memory(space.pages)).collect();
         self.memory = Arc::new(Memory { spaces, fail_at: self.fail_at });
+        self.layout = offer.layout.clone();
         Ok(())
     }
 
@@ -90,11 +113,36 @@ impl Destination for Scripted {
         Ok("scripted".into())
     }
 
+    fn expect(&mut self, missing: &[PageSet]) -> Result<()> {
+        fail(self.fail_at, Call::Expect)?;
+        for (space, set) in (0..).zip(missing) {
+            for run in set.runs(SpaceId(space), 64) {
+                // Neither what came nor zeros: whoever reads it too early shall notice.
+                self.memory.change(run.space, run.offset(), run.bytes(), |memory| memory.fill(0xdb))?;
+            }
+        }
+        self.missing = Some(missing.to_vec());
+        Ok(())
+    }
+
+    fn start_incomplete(self: Box<Self>, migration: MigrationId) -> Result<Arc<dyn Incomplete>> {
+        fail(self.fail_at, Call::Start)?;
+        let Some(missing) = self.missing.filter(|_| self.loaded) else {
+            return Err(Error::Workload("no state was loaded, or nothing is missing".into()));
+        };
+        self.witness.runs(Who::Destination, true);
+        Ok(self.site.start(migration, self.layout, self.memory, missing, self.witness))
+    }
+
+    fn take_up(&self, migration: MigrationId) -> Result<Option<Arc<dyn Incomplete>>> {
+        Ok(self.site.take_up(migration))
+    }
+
     fn discard(self: Box<Self>) {}
 }
 
 impl Memory {
-    fn change(
+    pub(super) fn change(
         &self,
         space: SpaceId,
         offset: u64,

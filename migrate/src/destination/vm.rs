@@ -1,12 +1,15 @@
 //! A new VM under the `vmm` crate as a destination.
 
-use crate::destination::{Destination, PageMemory, Refusal};
+use super::faulting::FaultingVm;
+use crate::destination::{Destination, Incomplete, PageMemory, Refusal};
 use crate::error::{Error, Result};
 use crate::memory::GuestMemory;
 use crate::paths::RuntimeDir;
 use protocol::MigrationId;
 use protocol::control::{Offer, RefuseCode, WorkloadKind, check_name};
-use protocol::monitor::{ErrorCode, Role};
+use protocol::layout::Layout;
+use protocol::monitor::{ErrorCode, Role, Status};
+use protocol::page::PageSet;
 use std::fs::File;
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
@@ -42,6 +45,7 @@ pub struct VmDestination {
 
 struct Arrival {
     name: String,
+    layout: Layout,
     client: Client,
     memory: Arc<GuestMemory>,
     child: Child,
@@ -82,7 +86,9 @@ impl VmDestination {
             Ok((client, memory))
         });
         match prepared {
-            Ok((client, memory)) => Ok(Arrival { name, client, memory: Arc::new(memory), child }),
+            Ok((client, memory)) => {
+                Ok(Arrival { name, layout: offer.layout.clone(), client, memory: Arc::new(memory), child })
+            }
             Err(refusal) => {
                 end(&mut child);
                 Err(refusal)
@@ -174,6 +180,42 @@ impl Destination for VmDestination {
         // It lives on without this process: nothing is waited for, nothing is ended.
         self.arrival = None;
         Ok(name)
+    }
+
+    fn expect(&mut self, missing: &[PageSet]) -> Result<()> {
+        Ok(self.arrival()?.client.expect(missing)?)
+    }
+
+    fn start_incomplete(mut self: Box<Self>, migration: MigrationId) -> Result<Arc<dyn Incomplete>> {
+        let Some(Arrival { name, layout, client, mut child, .. }) = self.arrival.take() else {
+            return Err(Error::Workload("no VM was prepared here".into()));
+        };
+        // Everything that can fail comes before the start: behind it the VM is on its own feet.
+        let started = FaultingVm::hold(name, layout, client).and_then(|vm| vm.start(migration).map(|()| vm));
+        match started {
+            Ok(vm) => Ok(Arc::new(vm)),
+            Err(error) => {
+                end(&mut child);
+                Err(error)
+            }
+        }
+    }
+
+    fn take_up(&self, migration: MigrationId) -> Result<Option<Arc<dyn Incomplete>>> {
+        let sockets = self.place.runtime.names()?.into_iter().map(|name| self.place.runtime.socket(&name));
+        let ours = |vm: &Status| vm.arrived_by == Some(migration) && vm.awaiting_pages.is_some();
+        let found = sockets.into_iter().find_map(|socket| {
+            let vm = Client::connect(&socket, Role::Query, "migrate receive", SPAWN_LIMIT).ok()?;
+            ours(vm.welcome()).then(|| (socket, vm.welcome().clone()))
+        });
+        let Some((socket, vm)) = found else { return Ok(None) };
+        let wrong = |error: vmm::Error| {
+            Error::Workload(format!("{} misses pages still, and cannot be taken up: {error}", vm.name))
+        };
+        let mut client =
+            Client::connect(&socket, Role::Session, "migrate receive", ANSWER_LIMIT).map_err(wrong)?;
+        let layout = client.describe().map_err(wrong)?.layout;
+        Ok(Some(Arc::new(FaultingVm::hold(vm.name.clone(), layout, client)?)))
     }
 
     fn discard(mut self: Box<Self>) {

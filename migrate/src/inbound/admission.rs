@@ -7,6 +7,9 @@ use protocol::MigrationId;
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+/// The most senders that wait to go on with a workload that misses pages.
+const MAX_STRANDED: usize = 8;
+
 /// How much may arrive at once.
 #[derive(Debug, Clone)]
 pub struct Limits {
@@ -32,6 +35,8 @@ impl Limits {
 pub(super) struct Admission {
     running: Vec<Running>,
     waiting: VecDeque<(Visitor, Instant)>,
+    /// Senders of workloads that run here and miss pages, with nobody to serve them.
+    stranded: VecDeque<(MigrationId, Visitor)>,
     served: usize,
     reserved_bytes: u64,
     /// Whoever is being greeted.
@@ -113,9 +118,24 @@ impl Admission {
         overdue.into_iter().map(|(visitor, _): (Visitor, Instant)| visitor).collect()
     }
 
-    /// The offers that wait for a turn that will never come.
+    /// A sender asks about a workload that nobody serves; given back when too many do.
+    pub(super) fn strand(&mut self, migration: MigrationId, visitor: Visitor) -> Option<Visitor> {
+        if self.stranded.len() >= MAX_STRANDED {
+            return Some(visitor);
+        }
+        self.stranded.push_back((migration, visitor));
+        None
+    }
+
+    /// The next one of these.
+    pub(super) fn next_stranded(&mut self) -> Option<(MigrationId, Visitor)> {
+        self.stranded.pop_front()
+    }
+
+    /// Those who wait for a turn that will never come.
     pub(super) fn close(&mut self) -> Vec<Visitor> {
-        self.waiting.drain(..).map(|(visitor, _)| visitor).collect()
+        let stranded = self.stranded.drain(..).map(|(_, visitor)| visitor);
+        self.waiting.drain(..).map(|(visitor, _)| visitor).chain(stranded).collect()
     }
 
     /// A migration that was served is over.

@@ -146,6 +146,16 @@ impl Desk {
         }
     }
 
+    /// A sender that asks about a workload which runs here and misses pages, and which nobody serves, if one came.
+    pub fn next_stranded(&self) -> Option<Stranded> {
+        self.shared.lock().next_stranded().map(|(migration, visitor)| Stranded { migration, visitor })
+    }
+
+    /// Lets the desk answer a visitor from the ledger.
+    pub(super) fn dismiss(&self, visitor: Visitor) {
+        self.shared.clone().attend(|shared| shared.tell_outcome(visitor));
+    }
+
     /// What became of migrations.
     pub(super) fn ledger(&self) -> &dyn Ledger {
         self.shared.ledger.as_ref()
@@ -167,15 +177,26 @@ impl Desk {
     /// # Errors
     /// What to tell the sender: one of its id or its name is under way.
     pub(super) fn begin(&self, offer: &Offer, key: Fingerprint) -> std::result::Result<Visitors, Refusal> {
+        self.begin_as(offer.migration, &offer.name, key)
+    }
+
+    /// The same for one that is taken up, under the name that its workload has here.
+    ///
+    /// # Errors
+    /// As [`Desk::begin`].
+    pub(super) fn begin_as(
+        &self,
+        migration: MigrationId,
+        name: &str,
+        key: Fingerprint,
+    ) -> std::result::Result<Visitors, Refusal> {
         let (send, visitors) = bounded(MAX_VISITORS);
-        let migration = offer.migration;
         let refusal = |code, reason: String| Refusal { code, reason };
-        self.shared.lock().begin(migration, key, &offer.name, send).map_err(|taken| match taken {
+        self.shared.lock().begin(migration, key, name, send).map_err(|taken| match taken {
             Taken::Id => refusal(RefuseCode::BadOffer, "a migration of this id is under way".into()),
-            Taken::Name => refusal(
-                RefuseCode::NameTaken,
-                format!("another workload named {} is arriving here", offer.name),
-            ),
+            Taken::Name => {
+                refusal(RefuseCode::NameTaken, format!("another workload named {name} is arriving here"))
+            }
         })?;
         Ok(Visitors { shared: self.shared.clone(), migration, visitors })
     }
@@ -282,7 +303,24 @@ impl Shared {
     }
 
     /// Answers a visitor whose migration is not under way.
-    fn answer(&self, mut visitor: Visitor) {
+    fn answer(&self, visitor: Visitor) {
+        if let Wish::Ask(migration) = visitor.wish
+            && visitor.post_copy
+            && self.ledger.is_incomplete(migration)
+        {
+            match self.lock().strand(migration, visitor) {
+                None => self.changed.notify_all(),
+                Some(visitor) => {
+                    self.refuse(visitor, RefuseCode::Busy, "too many wait there: try again in a minute");
+                }
+            }
+            return;
+        }
+        self.tell_outcome(visitor);
+    }
+
+    /// Tells a visitor what became of its migration.
+    fn tell_outcome(&self, mut visitor: Visitor) {
         let Wish::Ask(migration) = visitor.wish else {
             let reason = "what arrived of this migration is not there any more (the receiver was started anew, or its \
                           --keep is over): send it again";
@@ -343,6 +381,12 @@ pub struct Offered {
     pub(super) machine: Vec<u8>,
     /// Its place, until the migration is over.
     pub(super) place: Place,
+}
+
+/// A sender whose workload runs here and misses pages, and which nobody serves: [`take_up`](super::take_up) does.
+pub struct Stranded {
+    pub(super) migration: MigrationId,
+    pub(super) visitor: Visitor,
 }
 
 /// Keeps a place at the desk.

@@ -16,6 +16,9 @@ pub trait Ledger: Send + Sync {
     /// What became of it.
     fn outcome(&self, migration: MigrationId) -> Outcome;
 
+    /// Whether its workload runs here and misses pages that only the source has.
+    fn is_incomplete(&self, migration: MigrationId) -> bool;
+
     /// Notes what became of it. Must not wait for whoever is asking: a workload that has just started stands behind
     /// this call.
     fn record(&self, migration: MigrationId, outcome: Outcome);
@@ -32,6 +35,11 @@ impl Ledger for MemoryLedger {
         let outcomes = self.outcomes.lock().unwrap_or_else(PoisonError::into_inner);
         let newest = outcomes.iter().rev().find(|(known, _)| *known == migration);
         newest.map_or(Outcome::Unknown, |(_, outcome)| *outcome)
+    }
+
+    /// Whoever serves such a workload answers for it; this ledger sees no further.
+    fn is_incomplete(&self, _: MigrationId) -> bool {
+        false
     }
 
     fn record(&self, migration: MigrationId, outcome: Outcome) {

@@ -1,7 +1,8 @@
 //! The bytes of one page stream, in whatever pieces they arrive, checked before anything is done with them.
 //!
-//! Payload is passed on as it comes, without being gathered: a frame whose checksum turns out wrong has been written
-//! in part by then. That is sound, because a destination whose stream failed is discarded as a whole.
+//! Raw payload is passed on as it comes, without being gathered: a frame whose checksum turns out wrong has been written
+//! in part by then. That is sound, because a destination whose stream failed is discarded as a whole. Any other payload is
+//! gathered, and handed out only once its checksum was right.
 
 use protocol::frame::{
     Frame, FrameSum, HEADER_BYTES, PREAMBLE_BYTES, STRIPE_PAGES, StreamPreamble, stream_of,
@@ -21,6 +22,8 @@ pub(super) enum Item<'a> {
     Bytes { space: SpaceId, offset: u64, bytes: &'a [u8] },
     /// These pages are zero.
     Zeros(PageRun),
+    /// These pages stand in [`Parser::payload`], written so.
+    Coded(PageRun, Encoding),
     /// This stream has no more pages of this round.
     RoundEnd(u32),
 }
@@ -34,6 +37,8 @@ pub(super) struct Parser {
     /// The raw run whose payload came last.
     raw: Option<PageRun>,
     stage: Stage,
+    /// The payload of a frame that can only be decoded whole, as far as it came.
+    payload: Vec<u8>,
 }
 
 #[allow(
@@ -44,12 +49,21 @@ enum Stage {
     Preamble(Gather<PREAMBLE_BYTES>),
     Header(Gather<HEADER_BYTES>),
     Payload { space: SpaceId, offset: u64, left: usize, sum: FrameSum },
+    Coded { run: PageRun, encoding: Encoding, length: usize, sum: FrameSum },
 }
 
 impl Parser {
     /// A stream out of `streams`, carrying pages of `layout`.
     pub(super) fn new(layout: Arc<Layout>, streams: u16) -> Self {
-        Self { layout, streams, stream: 0, round: 0, raw: None, stage: Stage::Preamble(Gather::new()) }
+        Self {
+            layout,
+            streams,
+            stream: 0,
+            round: 0,
+            raw: None,
+            stage: Stage::Preamble(Gather::new()),
+            payload: Vec::new(),
+        }
     }
 
     /// The same stream of a link that was taken up in this round.
@@ -61,6 +75,11 @@ impl Parser {
     /// The run that the last [`Item::Bytes`] completed: all of it was handed out, and its sum was right.
     pub(super) fn completed(&self) -> Option<PageRun> {
         self.raw.filter(|_| matches!(self.stage, Stage::Header(_)))
+    }
+
+    /// What the last [`Item::Coded`] came with: whole, and as it was sent. Less than 1 MiB.
+    pub(super) fn payload(&self) -> &[u8] {
+        &self.payload
     }
 
     /// The next item, taken off the front of `chunk`; `None` when more bytes are needed.
@@ -93,6 +112,20 @@ impl Parser {
                     }
                     return Ok(Some(item));
                 }
+                Stage::Coded { run, encoding, length, sum } => {
+                    // Gathered as it arrives, not as it is announced.
+                    let missing = *length - self.payload.len();
+                    let (bytes, rest) = chunk.split_at(chunk.len().min(missing));
+                    *chunk = rest;
+                    sum.update(bytes);
+                    self.payload.extend_from_slice(bytes);
+                    if self.payload.len() == *length {
+                        sum.verify()?;
+                        let item = Item::Coded(*run, *encoding);
+                        self.stage = Stage::Header(Gather::new());
+                        return Ok(Some(item));
+                    }
+                }
             }
         }
         Ok(None)
@@ -105,6 +138,7 @@ impl Parser {
             Stage::Header(gather) if gather.filled == 0 => return Ok(()),
             Stage::Header(gather) => ("a page frame's header", gather.filled, HEADER_BYTES),
             Stage::Payload { left, .. } => ("a page frame's payload", 0, *left),
+            Stage::Coded { length, .. } => ("a page frame's payload", self.payload.len(), *length),
         };
         Err(ProtocolError::Truncated { what, found: found as u64, needed: needed as u64 })
     }
@@ -143,6 +177,11 @@ impl Parser {
                 let (space, offset, left) = (run.space, run.offset(), payload_bytes as usize);
                 self.raw = Some(run);
                 self.stage = Stage::Payload { space, offset, left, sum };
+                Ok(None)
+            }
+            Encoding::Zstd | Encoding::Lz4 | Encoding::Delta | Encoding::Known => {
+                self.payload.clear();
+                self.stage = Stage::Coded { run, encoding, length: payload_bytes as usize, sum };
                 Ok(None)
             }
         }
@@ -193,6 +232,13 @@ mod tests {
         bytes
     }
 
+    fn coded(first: u64, count: u32, round: u32, encoding: Encoding, payload: &[u8]) -> Vec<u8> {
+        let run = PageRun { space: SpaceId(0), first, count };
+        let payload_bytes = payload.len() as u32;
+        let header = Frame::Pages { run, encoding, payload_bytes, round }.encode(payload);
+        [&header, payload].concat()
+    }
+
     fn round_end(round: u32) -> Vec<u8> {
         Frame::RoundEnd { round }.encode(&[]).to_vec()
     }
@@ -217,6 +263,9 @@ mod tests {
                         memory[offset as usize..][..bytes.len()].copy_from_slice(bytes);
                     }
                     Item::Zeros(run) => memory[run.offset() as usize..][..run.bytes()].fill(0),
+                    // Not decoded here: what was gathered is what matters.
+                    Item::Coded(run, _) => memory[run.offset() as usize..][..parser.payload().len()]
+                        .copy_from_slice(parser.payload()),
                     Item::RoundEnd(round) => rounds.push(round),
                 }
             }
@@ -232,6 +281,8 @@ mod tests {
             pages(600, 256, 0, 0),
             round_end(0),
             pages(513, 1, 1, 9),
+            coded(520, 2, 1, Encoding::Lz4, &[7; 3000]),
+            coded(524, 1, 1, Encoding::Zstd, &[8]),
             pages(1536 + 511, 1, 1, 4),
             round_end(1),
         ]

@@ -101,6 +101,7 @@ impl Inbound<'_> {
         let arrived = self.streams.take_arrived();
         self.received_before_bytes += self.streams.bytes();
         self.streams = Streams::none();
+        self.missing = None;
         self.talk = visitor.talk;
         self.talk.allow_blobs(MAX_BLOB_BYTES);
         let mut blob = sparse::encode(&arrived);

@@ -37,6 +37,9 @@ impl Inbound<'_> {
 
     /// Committed: the workload runs here, or it never will.
     pub(super) fn start(&mut self, destination: Box<dyn Destination>, migration: MigrationId) -> Result<()> {
+        if self.missing.is_some() {
+            return self.start_incomplete(destination, migration);
+        }
         let started = destination.start(migration).map_err(|error| error.during(Phase::Commit));
         match &started {
             Ok(name) => {
@@ -45,13 +48,16 @@ impl Inbound<'_> {
                 tell(&mut self.talk, &Upstream::Started { migration });
                 self.settle(self.options.linger);
             }
-            Err(error) => {
-                self.desk.ledger().record(migration, Outcome::Discarded);
-                tell(&mut self.talk, &Upstream::Failed { reason: clean(&error.to_string()) });
-                self.settle(self.options.forget);
-            }
+            Err(error) => self.never_starts(migration, error),
         }
         started.map(drop)
+    }
+
+    /// It could not be started, and never will be.
+    pub(super) fn never_starts(&mut self, migration: MigrationId, error: &Error) {
+        self.desk.ledger().record(migration, Outcome::Discarded);
+        tell(&mut self.talk, &Upstream::Failed { reason: clean(&error.to_string()) });
+        self.settle(self.options.forget);
     }
 
     /// Loaded, and it shall not start: first it cannot any more, then the sender is told so.
@@ -93,7 +99,7 @@ impl Inbound<'_> {
     }
 
     /// The outcome is known here: sees to it that the sender knows it too, for as long as it may be without a link.
-    fn settle(&mut self, without_link: Duration) {
+    pub(super) fn settle(&mut self, without_link: Duration) {
         let until = Instant::now() + self.options.linger;
         loop {
             match self.next_word("the sender to know the outcome", until, without_link) {
@@ -155,7 +161,7 @@ impl Inbound<'_> {
     }
 
     /// A new connection of the peer that made the offer. If it asks about it, it takes the place of the old one.
-    fn visit(&mut self, visitor: Visitor) -> Option<Downstream> {
+    pub(super) fn visit(&mut self, visitor: Visitor) -> Option<Downstream> {
         match visitor.wish {
             Wish::Ask(migration) => {
                 self.talk.hang_up("taken up on another connection");

@@ -1,5 +1,6 @@
 //! The page streams of the receiver, each with a thread that writes to the destination's memory.
 
+use super::decode::Decoder;
 use super::parse::{Item, Parser};
 use crate::conversation::MOVED_BYTES;
 use crate::destination::PageMemory;
@@ -235,6 +236,7 @@ fn run(
     shared: &Shared,
 ) -> Result<()> {
     let mut number = 0;
+    let mut decoder = Decoder::new();
     while let Some(bytes) = stream.read()? {
         shared.bytes.fetch_add(bytes.len() as u64, Relaxed);
         let mut chunk = bytes.as_ref();
@@ -252,6 +254,10 @@ fn run(
                 }
                 Item::Zeros(run) => {
                     memory.zero(run)?;
+                    shared.arrived(run);
+                }
+                Item::Coded(run, encoding) => {
+                    decoder.write(memory, run, encoding, parser.payload())?;
                     shared.arrived(run);
                 }
                 Item::RoundEnd(round) => shared.change(|state| state.streams[number].rounds = round + 1),

@@ -6,7 +6,7 @@ use crate::identity::Fingerprint;
 use crate::link::Link;
 use protocol::MigrationId;
 use protocol::control::{Downstream, Offer, RefuseCode, Upstream};
-use protocol::handshake::Hello;
+use protocol::handshake::{Hello, POST_COPY};
 use std::time::{Duration, Instant};
 
 /// The longest blob of a first word, in bytes: a machine's description has some kilobytes, and the desk may hold a few
@@ -63,6 +63,8 @@ pub(super) struct Visitor {
     /// What both ends can do.
     pub(super) capabilities: Vec<&'static str>,
     pub(super) wish: Wish,
+    /// Both ends can do post-copy.
+    pub(super) post_copy: bool,
     /// How long it took until the wish was heard.
     pub(super) greeted_in: Duration,
 }
@@ -83,7 +85,8 @@ impl Visitor {
         let mut talk = Receiver::new(link, MAX_MACHINE_BYTES);
         match Self::first_word(&mut talk, limit, watch) {
             Ok((capabilities, wish)) => {
-                Ok(Self { talk, peer, key, capabilities, wish, greeted_in: begun.elapsed() })
+                let post_copy = capabilities.contains(&POST_COPY);
+                Ok(Self { talk, peer, key, capabilities, wish, post_copy, greeted_in: begun.elapsed() })
             }
             Err(error) => {
                 talk.hang_up("the greeting failed");

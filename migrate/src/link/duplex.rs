@@ -356,6 +356,11 @@ impl Link for Duplex {
         Ok(Box::new(Pages { wire: self.wire.clone(), stream }))
     }
 
+    /// Every stream has a queue of its own here, so none stands behind another.
+    fn open_urgent_stream(&mut self) -> Result<Box<dyn PageSender>> {
+        self.open_page_stream()
+    }
+
     fn accept_page_stream(&mut self, timeout: Duration) -> Result<Box<dyn PageReceiver>> {
         let stream = self.wire.wait("a page stream", Some(timeout), |state| {
             if state.accepted < state.pages.len() {

@@ -44,8 +44,10 @@ const LINGER: Duration = Duration::from_secs(1);
 /// How long to wait for the packet that says "closed" to leave this process.
 const FAREWELL: Duration = Duration::from_millis(100);
 
-/// The control stream goes before page streams, which have priority 0.
+/// The control stream goes before page streams, and pages that somebody waits for before all others.
 const CONTROL_PRIORITY: i32 = 10;
+const URGENT_PRIORITY: i32 = 5;
+const PAGE_PRIORITY: i32 = 0;
 
 /// The code in a close frame: a clean end.
 const CLEAN: u32 = 0;
@@ -125,6 +127,24 @@ impl QuicLink {
             self.control = Some(streams);
         }
         self.control.as_mut().ok_or_else(|| Error::Link("the control stream is not open".into()))
+    }
+
+    fn open_stream(&mut self, priority: i32) -> Result<Box<dyn PageSender>> {
+        let after = self.settings.stall_timeout;
+        let stream = self
+            .runtime
+            .block_on(async { timeout(after, self.connection.open_uni()).await })
+            .map_err(|_| Error::TimedOut { what: "the peer to allow another page stream", after })?
+            .map_err(|error| self.ends.lost(&error))?;
+        // It fails only for a closed stream, and then the first write tells.
+        let _ = stream.set_priority(priority);
+        Ok(Box::new(Sender {
+            stream,
+            runtime: self.runtime.clone(),
+            ends: self.ends.clone(),
+            stall_timeout: after,
+            deliveries: self.deliveries.clone(),
+        }))
     }
 
     /// Delivers what was written and tells the peer, within [`LINGER`] and [`FAREWELL`].
@@ -208,19 +228,11 @@ impl Link for QuicLink {
     }
 
     fn open_page_stream(&mut self) -> Result<Box<dyn PageSender>> {
-        let after = self.settings.stall_timeout;
-        let stream = self
-            .runtime
-            .block_on(async { timeout(after, self.connection.open_uni()).await })
-            .map_err(|_| Error::TimedOut { what: "the peer to allow another page stream", after })?
-            .map_err(|error| self.ends.lost(&error))?;
-        Ok(Box::new(Sender {
-            stream,
-            runtime: self.runtime.clone(),
-            ends: self.ends.clone(),
-            stall_timeout: after,
-            deliveries: self.deliveries.clone(),
-        }))
+        self.open_stream(PAGE_PRIORITY)
+    }
+
+    fn open_urgent_stream(&mut self) -> Result<Box<dyn PageSender>> {
+        self.open_stream(URGENT_PRIORITY)
     }
 
     fn accept_page_stream(&mut self, after: Duration) -> Result<Box<dyn PageReceiver>> {

@@ -7,7 +7,7 @@ use crate::link::Link;
 use crate::report::micros;
 use crate::source::Committed;
 use protocol::MigrationId;
-use protocol::control::{self, Downstream, Upstream};
+use protocol::control::{self, Downstream, MAX_BLOB_BYTES, Upstream};
 use protocol::handshake::Hello;
 use std::time::{Duration, Instant};
 
@@ -47,12 +47,13 @@ impl Outbound<'_> {
         loop {
             let left = self.options.ask.saturating_sub(begun.elapsed());
             match self.ask_once(left.min(PATIENCE)) {
-                Ok(control::Outcome::Started) => return Ok(self.started()),
-                Ok(control::Outcome::Discarded) => {
+                Ok(Word::Incomplete) => return Ok(self.started_incomplete()),
+                Ok(Word::Outcome(control::Outcome::Started)) => return Ok(self.started()),
+                Ok(Word::Outcome(control::Outcome::Discarded)) => {
                     let reason = format!("it discarded the workload because the link failed ({lost})");
                     return Ok(Answer::Discarded(Error::PeerFailed { reason }));
                 }
-                Ok(control::Outcome::Unknown) => {
+                Ok(Word::Outcome(control::Outcome::Unknown)) => {
                     let why = "the destination does not know this migration; it may have been restarted";
                     return Err(self.in_doubt(why));
                 }
@@ -67,16 +68,24 @@ impl Outbound<'_> {
         }
     }
 
-    fn ask_once(&mut self, limit: Duration) -> Result<control::Outcome> {
-        let (outcome, talk) = question((self.dial)()?, self.options.migration, limit)?;
+    fn ask_once(&mut self, limit: Duration) -> Result<Word> {
+        let (word, talk) = question((self.dial)()?, self.options.migration, limit)?;
         self.talk = talk;
-        Ok(outcome)
+        Ok(word)
     }
 
     /// The only place where the proof is made: the destination's word was read right before.
     fn started(&mut self) -> Answer {
-        self.report.downtime_us = self.frozen_at.map_or(0, |frozen_at| micros(frozen_at.elapsed()));
+        let downtime = self.frozen_at.map_or(Duration::ZERO, |frozen_at| frozen_at.elapsed());
+        self.report.downtime_us = micros(downtime);
+        self.learn_fixed_part(downtime);
         Answer::Started(Committed::new(self.options.migration))
+    }
+
+    /// It runs, and its pages are to follow over a connection that is made for them.
+    fn started_incomplete(&mut self) -> Answer {
+        self.talk.hang_up("asked");
+        self.started()
     }
 
     fn in_doubt(&self, why: &str) -> Error {
@@ -93,22 +102,32 @@ impl Outbound<'_> {
 ///
 /// # Errors
 /// `Link`, `TimedOut`, `Refused`, or `Protocol`: nothing is known then.
-pub fn ask(link: Box<dyn Link>, migration: MigrationId, limit: Duration) -> Result<control::Outcome> {
-    let (outcome, mut talk) = question(link, migration, limit)?;
-    if outcome != control::Outcome::Unknown {
+pub fn ask(link: Box<dyn Link>, migration: MigrationId, limit: Duration) -> Result<Word> {
+    let (word, mut talk) = question(link, migration, limit)?;
+    if !matches!(word, Word::Incomplete | Word::Outcome(control::Outcome::Unknown)) {
         talk.say(&Downstream::Done { migration }, &[], limit)?;
     }
     talk.hang_up("answered");
-    Ok(outcome)
+    Ok(word)
 }
 
-fn question(
+/// What a destination says of a migration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Word {
+    /// How it ended.
+    Outcome(control::Outcome),
+    /// It runs there and misses pages that only the source has.
+    Incomplete,
+}
+
+pub(super) fn question(
     link: Box<dyn Link>,
     migration: MigrationId,
     limit: Duration,
-) -> Result<(control::Outcome, Sender)> {
+) -> Result<(Word, Sender)> {
     let nothing = &mut || Ok(0);
-    let mut talk = Sender::new(link, 0);
+    // Which pages are missing may come over the same connection.
+    let mut talk = Sender::new(link, MAX_BLOB_BYTES);
     talk.introduce(&Downstream::Hello(Hello::ours()), limit)?;
     talk.preamble(limit, nothing)?;
     match talk.hear("the destination's greeting", limit, nothing)?.0 {
@@ -117,7 +136,8 @@ fn question(
     };
     talk.say(&Downstream::Ask { migration }, &[], limit)?;
     match talk.hear("the destination to say what became of the workload", limit, nothing)?.0 {
-        Upstream::Outcome { migration: of, outcome } if of == migration => Ok((outcome, talk)),
+        Upstream::Outcome { migration: of, outcome } if of == migration => Ok((Word::Outcome(outcome), talk)),
+        Upstream::Incomplete { migration: of } if of == migration => Ok((Word::Incomplete, talk)),
         Upstream::Refuse { code, reason } => Err(Error::Refused { code, reason: clean(&reason) }),
         other => Err(out_of_order("Outcome", other.name())),
     }

@@ -4,13 +4,14 @@
 //! hands them to its stream without copying. So reading overlaps with encoding and with sending. How much is read
 //! ahead is bounded for all lanes together, by [`BUFFERS`], whatever their number and the guest's size.
 
+use super::encode::{Encoder, Packs, Plan, Work};
+use crate::cap::Cap;
 use crate::error::{Error, Result};
 use crate::link::{Link, PageSender};
 use bytes::Bytes;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
-use protocol::frame::{Frame, HEADER_BYTES, StreamPreamble, stream_of};
-use protocol::page::{PAGE_SIZE, PageRun};
-use protocol::payload::{Encoding, is_zero};
+use protocol::frame::{Frame, StreamPreamble, stream_of};
+use protocol::page::PageRun;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -18,13 +19,6 @@ use std::time::{Duration, Instant};
 
 /// The most pieces that were read and not yet taken by the link: 16 MiB at 1 MiB each.
 const BUFFERS: usize = 16;
-
-/// Below a half of its buffer, what is not zero is copied out of it: a link keeps what it has sent until it is
-/// acknowledged, and a megabyte kept for the sake of one page, a thousand times, would be a gigabyte.
-const KEPT_PART: usize = 2;
-
-/// The longest payload that is copied in any case, to stand with its neighbours: 64 KiB, the most a packet carries.
-const COPIED_BYTES: usize = 64 << 10;
 
 /// What one write is filled up to, in bytes, as long as more is waiting.
 const WRITE_BYTES: u64 = 1 << 20;
@@ -41,6 +35,7 @@ pub(super) struct Lanes {
     threads: Vec<JoinHandle<()>>,
     free_buffers: Receiver<()>,
     shared: Arc<Shared>,
+    plan: Plan,
 }
 
 /// What the lanes handed to the link so far.
@@ -48,6 +43,8 @@ pub(super) struct Lanes {
 pub(super) struct Sent {
     pub(super) pages: u64,
     pub(super) zero_pages: u64,
+    /// Those of `pages` that went as less than they are.
+    pub(super) packed_pages: u64,
     pub(super) bytes: u64,
 }
 
@@ -55,12 +52,13 @@ pub(super) struct Sent {
 struct Shared {
     pages: AtomicU64,
     zero_pages: AtomicU64,
+    packed_pages: AtomicU64,
     bytes: AtomicU64,
     failure: Mutex<Option<Error>>,
 }
 
 enum Job {
-    Pages { round: u32, runs: Vec<PageRun>, contents: Contents },
+    Pages { round: u32, frozen: bool, runs: Vec<PageRun>, contents: Contents },
     RoundEnd { round: u32 },
 }
 
@@ -76,13 +74,19 @@ impl Lanes {
     /// Before the destination accepted there are none.
     pub(super) fn none() -> Self {
         let (_, free_buffers) = bounded(0);
-        Self { jobs: Vec::new(), threads: Vec::new(), free_buffers, shared: Arc::default() }
+        Self {
+            jobs: Vec::new(),
+            threads: Vec::new(),
+            free_buffers,
+            shared: Arc::default(),
+            plan: Plan::new(Packs::Never, &[]),
+        }
     }
 
-    /// Opens `streams` page streams.
-    pub(super) fn open(link: &mut dyn Link, streams: u16) -> Result<Self> {
+    /// Opens `streams` page streams, which together send no faster than `cap`.
+    pub(super) fn open(link: &mut dyn Link, streams: u16, plan: Plan, cap: &Cap) -> Result<Self> {
         let (free, free_buffers) = bounded(BUFFERS);
-        let mut lanes = Self { free_buffers, ..Self::none() };
+        let mut lanes = Self { free_buffers, plan, ..Self::none() };
         for _ in 0..BUFFERS {
             // There is room for exactly as many.
             let _ = free.try_send(());
@@ -91,10 +95,21 @@ impl Lanes {
             let stream = link.open_page_stream()?;
             let (jobs, todo) = unbounded();
             let (free, shared) = (free.clone(), lanes.shared.clone());
+            let (plan, cap) = (lanes.plan.clone(), cap.clone());
             let thread = std::thread::Builder::new()
                 .name(format!("pages-out-{number}"))
                 .stack_size(STACK_BYTES)
-                .spawn(move || shared.note(run(number, stream, &todo, &free, &shared)))
+                .spawn(move || {
+                    let lane = Lane {
+                        stream,
+                        encoder: Encoder::new(plan.clone()),
+                        plan,
+                        cap,
+                        free,
+                        shared: &shared,
+                    };
+                    shared.note(lane.run(number, &todo));
+                })
                 .map_err(|error| Error::Host(format!("could not start a thread: {error}")))?;
             lanes.jobs.push(jobs);
             lanes.threads.push(thread);
@@ -104,7 +119,8 @@ impl Lanes {
 
     /// Counts on from what earlier lanes of the same migration sent.
     pub(super) fn counting_from(self, sent: Sent) -> Self {
-        self.shared.count(sent);
+        self.shared.count_pages(sent);
+        self.shared.bytes.fetch_add(sent.bytes, Relaxed);
         self
     }
 
@@ -133,13 +149,18 @@ impl Lanes {
     }
 
     /// Sends the runs of one piece, for which a buffer was reserved.
-    pub(super) fn send(&self, round: u32, runs: Vec<PageRun>, contents: Contents) {
+    pub(super) fn send(&self, round: u32, frozen: bool, runs: Vec<PageRun>, contents: Contents) {
         let Some(first) = runs.first() else { return };
         let lane = stream_of(first.first, self.jobs.len() as u16);
         if let Some(jobs) = self.jobs.get(usize::from(lane)) {
             // A lane that ended has noted why, and that is found at the next check.
-            let _ = jobs.send(Job::Pages { round, runs, contents });
+            let _ = jobs.send(Job::Pages { round, frozen, runs, contents });
         }
+    }
+
+    /// Pages of a new round follow.
+    pub(super) fn begin_round(&self) {
+        self.plan.round_begins();
     }
 
     /// No more pages of this round.
@@ -157,8 +178,13 @@ impl Lanes {
 
     /// What was handed to the link so far.
     pub(super) fn sent(&self) -> Sent {
-        let Shared { pages, zero_pages, bytes, .. } = &*self.shared;
-        Sent { pages: pages.load(Relaxed), zero_pages: zero_pages.load(Relaxed), bytes: bytes.load(Relaxed) }
+        let Shared { pages, zero_pages, packed_pages, bytes, .. } = &*self.shared;
+        Sent {
+            pages: pages.load(Relaxed),
+            zero_pages: zero_pages.load(Relaxed),
+            packed_pages: packed_pages.load(Relaxed),
+            bytes: bytes.load(Relaxed),
+        }
     }
 
     /// Whether every lane is well.
@@ -191,37 +217,80 @@ impl Shared {
         }
     }
 
-    fn count(&self, sent: Sent) {
+    /// Pages are counted once all of them are on their way.
+    fn count_pages(&self, sent: Sent) {
         self.pages.fetch_add(sent.pages, Relaxed);
         self.zero_pages.fetch_add(sent.zero_pages, Relaxed);
-        self.bytes.fetch_add(sent.bytes, Relaxed);
+        self.packed_pages.fetch_add(sent.packed_pages, Relaxed);
     }
 }
 
-/// One lane, from the first byte of its stream to the last.
-fn run(
-    number: u16,
-    mut stream: Box<dyn PageSender>,
-    todo: &Receiver<Job>,
-    free: &Sender<()>,
-    shared: &Shared,
-) -> Result<()> {
-    stream.write(&mut [Bytes::copy_from_slice(&StreamPreamble { stream: number }.encode())])?;
-    for job in todo {
-        // A write costs the same for a page as for a megabyte, so what waits already goes along.
-        let (mut load, mut next) = (Load::default(), Some(job));
-        while let Some(job) = next {
-            load.add(job);
-            next = if load.sent.bytes < WRITE_BYTES { todo.try_recv().ok() } else { None };
+/// One lane.
+struct Lane<'a> {
+    stream: Box<dyn PageSender>,
+    encoder: Encoder,
+    plan: Plan,
+    cap: Cap,
+    free: Sender<()>,
+    shared: &'a Shared,
+}
+
+impl Lane<'_> {
+    /// From the first byte of its stream to the last.
+    fn run(mut self, number: u16, todo: &Receiver<Job>) -> Result<()> {
+        self.stream.write(&mut [Bytes::copy_from_slice(&StreamPreamble { stream: number }.encode())])?;
+        for job in todo {
+            // A write costs the same for a page as for a megabyte, so what waits already goes along.
+            let (mut load, mut next) = (Load::default(), Some(job));
+            while let Some(job) = next {
+                load.add(job, &mut self.encoder);
+                next = if load.sent.bytes < WRITE_BYTES { todo.try_recv().ok() } else { None };
+            }
+            let begun = Instant::now();
+            self.write(&mut load)?;
+            self.plan.sent(&load.work, begun.elapsed());
+            self.shared.count_pages(load.sent);
+            for _ in 0..load.pieces {
+                // There is room for as many as were reserved.
+                let _ = self.free.try_send(());
+            }
         }
-        stream.write(&mut load.chunks)?;
-        shared.count(load.sent);
-        for _ in 0..load.pieces {
-            // There is room for as many as were reserved.
-            let _ = free.try_send(());
-        }
+        Ok(())
     }
-    Ok(())
+
+    /// Writes a load, in portions where there is a limit. The last pages of a workload that stands still are not held back:
+    /// they are what the downtime was predicted for.
+    fn write(&mut self, load: &mut Load) -> Result<()> {
+        let mut rest = std::mem::take(&mut load.chunks);
+        while !rest.is_empty() {
+            let portion = if load.frozen { None } else { self.cap.portion_bytes() };
+            let mut now = match portion {
+                Some(bytes) => split_off_front(&mut rest, bytes),
+                None => std::mem::take(&mut rest),
+            };
+            let bytes = now.iter().map(Bytes::len).sum::<usize>();
+            if portion.is_some() {
+                self.cap.take(bytes);
+            }
+            self.stream.write(&mut now)?;
+            self.shared.bytes.fetch_add(bytes as u64, Relaxed);
+        }
+        Ok(())
+    }
+}
+
+/// The first `bytes` of some chunks, or all there are.
+fn split_off_front(chunks: &mut Vec<Bytes>, bytes: usize) -> Vec<Bytes> {
+    let (mut whole, mut left) = (0, bytes);
+    while let Some(chunk) = chunks.get(whole).filter(|chunk| chunk.len() <= left) {
+        left -= chunk.len();
+        whole += 1;
+    }
+    let mut front: Vec<Bytes> = chunks.drain(..whole).collect();
+    if let Some(chunk) = chunks.first_mut().filter(|_| left > 0) {
+        front.push(chunk.split_to(left));
+    }
+    front
 }
 
 /// What one write carries.
@@ -229,16 +298,21 @@ fn run(
 struct Load {
     chunks: Vec<Bytes>,
     sent: Sent,
+    work: Work,
+    /// Some of it is of the last round.
+    frozen: bool,
     /// Buffers that were reserved for it.
     pieces: usize,
 }
 
 impl Load {
-    fn add(&mut self, job: Job) {
+    fn add(&mut self, job: Job, encoder: &mut Encoder) {
         let sent = match job {
-            Job::Pages { round, runs, contents } => {
-                let (chunks, sent) = encode(round, &runs, &contents);
+            Job::Pages { round, frozen, runs, contents } => {
+                let (chunks, sent, work) = encoder.encode(round, frozen, &runs, &contents);
                 self.chunks.extend(chunks);
+                self.work = self.work.and(work);
+                self.frozen |= frozen;
                 self.pieces += 1;
                 sent
             }
@@ -250,121 +324,26 @@ impl Load {
         };
         self.sent.pages += sent.pages;
         self.sent.zero_pages += sent.zero_pages;
+        self.sent.packed_pages += sent.packed_pages;
         self.sent.bytes += sent.bytes;
     }
-}
-
-/// The frames for some runs, as chunks of bytes in their order on the stream.
-fn encode(round: u32, runs: &[PageRun], contents: &Contents) -> (Vec<Bytes>, Sent) {
-    let mut frames: Vec<(PageRun, Option<Bytes>)> = Vec::new();
-    match contents {
-        Contents::Zeros => frames.extend(runs.iter().map(|run| (*run, None))),
-        Contents::Bytes(buffer) => {
-            let mut rest = buffer.clone();
-            for run in runs {
-                let bytes = rest.split_to(run.bytes().min(rest.len()));
-                split_zeros(*run, &bytes, &mut frames);
-            }
-        }
-    }
-    let buffer_bytes = if let Contents::Bytes(buffer) = contents { buffer.len() } else { 0 };
-    let mut sent = Sent::default();
-    for (run, bytes) in &frames {
-        let pages = if bytes.is_some() { &mut sent.pages } else { &mut sent.zero_pages };
-        *pages += u64::from(run.count);
-    }
-    let payload_bytes = sent.pages as usize * PAGE_SIZE;
-    sent.bytes = (frames.len() * HEADER_BYTES + payload_bytes) as u64;
-    let kept = payload_bytes >= buffer_bytes / KEPT_PART;
-    (chunks(round, frames, if kept { COPIED_BYTES } else { usize::MAX }), sent)
-}
-
-/// Splits a run where its pages begin or cease to be zero.
-fn split_zeros(run: PageRun, bytes: &Bytes, frames: &mut Vec<(PageRun, Option<Bytes>)>) {
-    let pages: Vec<bool> = bytes.chunks(PAGE_SIZE).map(is_zero).collect();
-    let mut at = 0;
-    for same in pages.chunk_by(|left, right| left == right) {
-        let part = PageRun { first: run.first + at as u64, count: same.len() as u32, ..run };
-        let payload = bytes.slice(at * PAGE_SIZE..(at + same.len()) * PAGE_SIZE);
-        frames.push((part, (!same[0]).then_some(payload)));
-        at += same.len();
-    }
-}
-
-/// Headers and payloads in turn. Payloads of up to `copied_bytes` are copied to stand in one chunk with their headers: a
-/// transport walks over its chunks for every packet.
-fn chunks(round: u32, frames: Vec<(PageRun, Option<Bytes>)>, copied_bytes: usize) -> Vec<Bytes> {
-    let (mut chunks, mut gathered) = (Vec::new(), Vec::new());
-    for (run, bytes) in frames {
-        let encoding = if bytes.is_some() { Encoding::Raw } else { Encoding::Zero };
-        let payload: &[u8] = bytes.as_deref().unwrap_or(&[]);
-        let payload_bytes = payload.len() as u32;
-        let frame = Frame::Pages { run, encoding, payload_bytes, round };
-        gathered.extend_from_slice(&frame.encode(payload));
-        match bytes {
-            Some(bytes) if bytes.len() > copied_bytes => {
-                chunks.push(std::mem::take(&mut gathered).into());
-                chunks.push(bytes);
-            }
-            _ => gathered.extend_from_slice(payload),
-        }
-    }
-    if !gathered.is_empty() {
-        chunks.push(gathered.into());
-    }
-    chunks
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use protocol::page::SpaceId;
 
-    const SPACE: SpaceId = SpaceId(0);
-
-    fn frames_of(mut bytes: &[u8]) -> Vec<(Frame, Vec<u8>)> {
-        let mut frames = vec![];
-        while let Some((header, rest)) = bytes.split_first_chunk::<HEADER_BYTES>() {
-            let (frame, mut sum) = Frame::decode(header).unwrap();
-            let (payload, rest) = rest.split_at(frame.payload_bytes());
-            sum.update(payload);
-            sum.verify().unwrap();
-            frames.push((frame, payload.to_vec()));
-            bytes = rest;
+    #[test]
+    fn a_load_is_cut_anywhere_and_nothing_of_it_is_lost() {
+        for portion in 1..12 {
+            let mut rest = vec![Bytes::from("abc"), Bytes::from("defgh"), Bytes::from("i")];
+            let mut found = vec![];
+            while !rest.is_empty() {
+                let front = split_off_front(&mut rest, portion).concat();
+                assert!(front.len() == portion || rest.is_empty());
+                found.extend(front);
+            }
+            assert_eq!(found, b"abcdefghi");
         }
-        assert!(bytes.is_empty());
-        frames
-    }
-
-    #[test]
-    fn zero_pages_cost_a_header_and_the_others_are_sent_whole() {
-        let runs =
-            [PageRun { space: SPACE, first: 5, count: 3 }, PageRun { space: SPACE, first: 20, count: 2 }];
-        let mut memory = vec![0; 5 * PAGE_SIZE];
-        memory[PAGE_SIZE + 7] = 1; // page 6
-        memory[3 * PAGE_SIZE..].fill(2); // pages 20 and 21
-        let (chunks, sent) = encode(9, &runs, &Contents::Bytes(memory.clone().into()));
-        assert_eq!(sent, Sent { pages: 3, zero_pages: 2, bytes: (4 * HEADER_BYTES + 3 * PAGE_SIZE) as u64 });
-        let frames = frames_of(&chunks.concat());
-        let shape: Vec<_> = frames
-            .iter()
-            .map(|(frame, payload)| match frame {
-                Frame::Pages { run, round: 9, .. } => (run.first, run.count, payload.len() / PAGE_SIZE),
-                other => panic!("{other:?}"),
-            })
-            .collect();
-        assert_eq!(shape, [(5, 1, 0), (6, 1, 1), (7, 1, 0), (20, 2, 2)]);
-        assert_eq!(frames[1].1, memory[PAGE_SIZE..2 * PAGE_SIZE]);
-        assert_eq!(frames[3].1, memory[3 * PAGE_SIZE..]);
-    }
-
-    #[test]
-    fn a_buffer_is_not_kept_for_the_sake_of_one_page() {
-        let run = PageRun { space: SPACE, first: 0, count: 256 };
-        let mut memory = vec![0; run.bytes()];
-        memory[0] = 1;
-        let buffer = Bytes::from(memory);
-        let (chunks, _) = encode(0, &[run], &Contents::Bytes(buffer.clone()));
-        assert!(chunks.iter().all(|chunk| !buffer.as_ptr_range().contains(&chunk.as_ptr())));
     }
 }

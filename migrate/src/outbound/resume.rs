@@ -29,7 +29,7 @@ const SLICE: Duration = Duration::from_millis(50);
 impl Outbound<'_> {
     /// Whether an error before `Commit` is one behind which the rounds may go on over another link.
     pub(super) fn may_resume(&self, error: &Error) -> bool {
-        is_lost(error) && self.capabilities.contains(&handshake::RESUME) && !self.options.retry.is_zero()
+        is_lost(error) && self.agreed.contains(&handshake::RESUME) && !self.options.retry.is_zero()
     }
 
     /// Goes back into the rounds over another link. `lost` is why it must.
@@ -67,8 +67,14 @@ impl Outbound<'_> {
         }
     }
 
-    /// Lets a frozen workload go on.
+    /// Lets a workload that is frozen or slowed down go on.
     fn thaw(&mut self) -> Result<()> {
+        if self.throttle_percent > 0 {
+            self.source.throttle(0)?;
+            self.throttle_percent = 0;
+        }
+        // What was to follow behind the start is decided anew.
+        self.missing = None;
         let Some(frozen_at) = self.frozen_at else { return Ok(()) };
         self.source.thaw()?;
         self.frozen_at = None;
@@ -122,14 +128,21 @@ impl Outbound<'_> {
             other => return Err(out_of_order("Resumed", other.name())),
         }
         talk.allow_blobs(0);
+        // What was taken and not sent, whichever round it was meant for.
+        let unsent = self.hot.abandon();
+        if self.owed.is_empty() {
+            self.owed = unsent;
+        } else {
+            self.owed.iter_mut().zip(&unsent).for_each(|(owed, unsent)| owed.union(unsent));
+        }
         // Before anything else can fail: from here on only the dirty log knows what the destination lacks.
         let missing_pages: u64 = self.owed.iter().map(PageSet::count).sum();
         if missing_pages > 0 {
             self.source.redirty(&self.owed)?;
         }
         self.owed.clear();
-        self.lanes = Lanes::open(talk.link()?, self.options.page_streams)?.counting_from(sent);
         self.talk = talk;
+        self.lanes = self.open_lanes()?.counting_from(sent);
         self.report.resumes += 1;
         self.report.peer = self.talk.link()?.peer();
         self.ticker.event(&Event::Resumed {

@@ -11,6 +11,8 @@
 
 use super::lanes::{Contents, Sent};
 use super::{Outbound, check_deadline};
+use crate::converge::forecast::Forecast;
+use crate::converge::trace::Entry;
 use crate::converge::{Bound, Decision, Limits, Measured, Situation, bandwidth_bytes_per_s, decide};
 use crate::conversation::out_of_order;
 use crate::error::{Error, Result};
@@ -18,7 +20,8 @@ use crate::report::{Event, RoundReport, micros, rate};
 use crate::select::{Batch, Piece, Selector, Window, batches};
 use protocol::ProtocolError;
 use protocol::control::{Downstream, MAX_BLOB_BYTES, Upstream};
-use protocol::page::{PAGE_SIZE, PageSet};
+use protocol::page::{PAGE_SIZE, PageSet, SpaceId};
+use protocol::sparse;
 use std::time::{Duration, Instant};
 
 impl Outbound<'_> {
@@ -26,33 +29,36 @@ impl Outbound<'_> {
     pub(super) fn rounds(&mut self) -> Result<()> {
         let begun = *self.rounds_begun.get_or_insert_with(Instant::now);
         self.rounds_since = Some(begun);
-        let mut selector = Selector::Precopy;
         let mut harvested_at = Instant::now();
-        let mut harvest = self.source.harvest()?;
-        if self.round == 0 {
-            selector = self.first(&mut harvest);
-        }
+        let mut dirty = self.first_harvest()?;
         loop {
-            let plan = selector.plan(&self.source.workload().layout, harvest)?;
-            let mut round = self.live_round(plan, harvested_at)?;
+            let live = self.hot.begin(dirty);
+            self.probe(&live.probes)?;
+            let mut round = self.live_round(live.sends, harvested_at)?;
             harvested_at = Instant::now();
-            harvest = self.source.harvest()?;
-            selector = Selector::Precopy;
+            dirty = self.harvest(Selector::Precopy)?;
+            self.hot.end(&dirty);
 
-            round.remaining_pages = harvest.iter().map(PageSet::count).sum();
+            round.remaining_pages = self.hot.remaining(&dirty).iter().map(PageSet::count).sum();
+            round.held_pages = self.hot.held_pages();
             self.measured.push(Measured {
-                sent_bytes: round.sent_bytes,
+                // What remains is counted in pages, so what was sent is too: packed ones for what they are.
+                sent_bytes: round.sent_bytes.max(round.sent_pages * PAGE_SIZE as u64),
                 duration: Duration::from_micros(round.duration_us),
                 remaining_pages: round.remaining_pages,
-                ..Measured::default()
+                held_pages: round.held_pages,
+                throttle_percent: self.throttle_percent,
             });
-            let decision = self.decide(begun.elapsed());
+            let entry = self.decide(begun.elapsed());
+            let decision = entry.decided;
             let predicted = decision.predicted();
             round.predicted_downtime_us = micros(predicted);
             self.ticker.predict(predicted);
             self.round_is_over(round);
+            self.ticker.event(&Event::Decided(Box::new(entry)));
             match decision {
-                Decision::Round { .. } | Decision::Throttle { .. } => {}
+                Decision::Round { .. } => {}
+                Decision::Throttle { percent, .. } => self.throttle(percent)?,
                 Decision::Freeze { .. } => return Ok(()),
                 Decision::Minimum { .. } => {
                     self.report.warnings.push(format!(
@@ -69,23 +75,53 @@ impl Outbound<'_> {
                     ));
                     return Ok(());
                 }
-                Decision::PostCopy { predicted } => return self.post_copy(predicted),
+                Decision::PostCopy { .. } => {
+                    self.post_copy();
+                    return Ok(());
+                }
                 Decision::GiveUp { bound, predicted } => return Err(self.not_converged(bound, predicted)),
             }
         }
     }
 
-    /// What the first round sends: everything; or, where it was cut off, what it had not come to.
-    fn first(&self, harvest: &mut [PageSet]) -> Selector {
+    /// What is dirty when the rounds begin; and where they begin again in the first round, what it had not come to.
+    fn first_harvest(&mut self) -> Result<Vec<PageSet>> {
         if self.taken.iter().all(PageSet::is_empty) {
-            return Selector::Full;
+            return self.harvest(Selector::Full);
         }
-        for (harvest, taken) in harvest.iter_mut().zip(&self.taken) {
-            let mut left = PageSet::full(taken.pages());
-            left.subtract(taken);
-            harvest.union(&left);
+        let mut dirty = self.harvest(Selector::Precopy)?;
+        if self.round == 0 {
+            for (dirty, taken) in dirty.iter_mut().zip(&self.taken) {
+                let mut left = PageSet::full(taken.pages());
+                left.subtract(taken);
+                dirty.union(&left);
+            }
         }
-        Selector::Precopy
+        Ok(dirty)
+    }
+
+    /// What is dirty now.
+    fn harvest(&mut self, selector: Selector) -> Result<Vec<PageSet>> {
+        let harvest = self.source.harvest()?;
+        selector.plan(&self.source.workload().layout, harvest)
+    }
+
+    /// Takes pages without sending them: they are owed, unless they are written again.
+    fn probe(&mut self, pages: &[PageSet]) -> Result<()> {
+        for Batch { space, first, count, .. } in batches(pages) {
+            self.take(space, first, count)?;
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, space: SpaceId, first: u64, count: u64) -> Result<()> {
+        // Noted before it is done: a call that fails may have taken some of them.
+        let index = usize::from(space.0);
+        if let Some(taken) = self.taken.get_mut(index) {
+            taken.insert(first, count);
+        }
+        self.hot.taken(index, first, count);
+        self.source.take(space, first, count)
     }
 
     /// What the operator allows, as it is now: read anew for every decision.
@@ -93,26 +129,38 @@ impl Outbound<'_> {
         self.options.limits()
     }
 
-    /// What to do behind the round that was just measured.
-    fn decide(&self, elapsed: Duration) -> Decision {
-        decide(&Situation {
-            rounds: &self.measured,
-            fixed: self.fixed_cost(),
-            elapsed,
-            can_throttle: false,
-            can_post_copy: self.can_post_copy(),
-            limits: &self.limits(),
-        })
+    /// What to do behind the round that was just measured, and on what grounds.
+    fn decide(&self, elapsed: Duration) -> Entry {
+        // In whole microseconds, as a trace keeps them: what is replayed must be what was decided.
+        let whole = |time| Duration::from_micros(micros(time));
+        let (fixed, elapsed) = (whole(self.fixed_cost()), whole(elapsed));
+        let (rounds, limits) = (&self.measured, self.limits());
+        let (can_throttle, can_post_copy) = (self.source.can_throttle(), self.can_post_copy());
+        let now = Situation { rounds, fixed, elapsed, can_throttle, can_post_copy, limits: &limits };
+        let decided = decide(&now);
+        let round = rounds.last().copied().unwrap_or_default();
+        Entry { round, fixed, elapsed, can_throttle, can_post_copy, decided, limits }
+    }
+
+    /// Slows the workload down. It is the source that lets it run again, whatever ends the rounds.
+    fn throttle(&mut self, percent: u8) -> Result<()> {
+        if percent != self.throttle_percent {
+            tracing::info!(percent, "throttled");
+            self.source.throttle(percent)?;
+            self.throttle_percent = percent;
+        }
+        Ok(())
     }
 
     /// Whether both ends can do post-copy.
     fn can_post_copy(&self) -> bool {
-        false
+        self.peer_can_post_copy
     }
 
-    /// Goes on with the memory behind the workload instead of before it.
-    fn post_copy(&mut self, predicted: Duration) -> Result<()> {
-        Err(self.not_converged(Bound::Stall, predicted))
+    /// Goes on with the memory behind the workload instead of before it: from now on what is missing is noted, and not
+    /// sent.
+    fn post_copy(&mut self) {
+        self.missing = Some(Vec::new());
     }
 
     /// Stops the workload and sends what it wrote since the last round.
@@ -122,11 +170,15 @@ impl Outbound<'_> {
         let frozen_at = Instant::now();
         self.source.freeze()?;
         self.frozen_at = Some(frozen_at);
+        self.report.fixed.pause_us = micros(frozen_at.elapsed());
         // Again, now that nothing writes: devices had writes in flight until this call.
-        let harvest = self.source.harvest()?;
-        let plan = Selector::Precopy.plan(&self.source.workload().layout, harvest)?;
+        let dirty = self.harvest(Selector::Precopy)?;
+        let plan = self.hot.remaining(&dirty);
         let round = self.last_round();
-        let mut report = self.send_pages(round, plan)?;
+        let mut report = match self.missing {
+            Some(_) => self.announce(round, plan)?,
+            None => self.send_pages(round, true, plan)?,
+        };
         self.lanes.end_round(round);
         self.lanes.finish();
         (report.frozen, report.duration_us) = (true, micros(frozen_at.elapsed()));
@@ -136,7 +188,9 @@ impl Outbound<'_> {
 
     /// Saves the state, while the lanes still send the last pages, and sends it behind them.
     pub(super) fn state(&mut self) -> Result<()> {
+        let saving = Instant::now();
         let state = self.source.state()?;
+        self.report.fixed.save_us = micros(saving.elapsed());
         self.report.state_bytes = state.len() as u64;
         if state.len() as u64 > u64::from(MAX_BLOB_BYTES) {
             let (found, limit) = (state.len() as u64, u64::from(MAX_BLOB_BYTES));
@@ -145,7 +199,35 @@ impl Outbound<'_> {
             );
         }
         let last_round = self.last_round();
+        if let Some(missing) = &self.missing {
+            let pages = missing.iter().map(PageSet::count).sum();
+            let message = Downstream::Missing { pages };
+            self.talk.say(&message, &sparse::encode(missing), self.options.stall)?;
+        }
         self.talk.say(&Downstream::State { last_round }, &state, self.options.stall)
+    }
+
+    /// Instead of the last pages: notes which they are. Nothing is taken, because nothing is delivered. Pages that are
+    /// dirty and were given back to the host are zeros, which cost nothing to send now.
+    fn announce(&mut self, round: u32, plan: Vec<PageSet>) -> Result<RoundReport> {
+        let dirty_pages = plan.iter().map(PageSet::count).sum();
+        self.ticker.round_begins(round, dirty_pages, self.lanes.sent());
+        let (mut missing, mut absent) = (plan.clone(), plan);
+        let spaces = self.source.workload().layout.spaces.clone();
+        for ((space, missing), absent) in spaces.iter().zip(&mut missing).zip(&mut absent) {
+            self.source.present(space.id, 0, space.pages, missing)?;
+            absent.subtract(missing);
+        }
+        for batch in batches(&absent).collect::<Vec<_>>() {
+            let Some(pages) = absent.get(usize::from(batch.space.0)) else { continue };
+            for piece in Window::of(pages, &batch)?.pieces() {
+                self.reserve()?;
+                self.lanes.send(round, true, piece.runs, Contents::Zeros);
+            }
+        }
+        let remaining_pages = missing.iter().map(PageSet::count).sum();
+        self.missing = Some(missing);
+        Ok(RoundReport { round, dirty_pages, remaining_pages, ..RoundReport::default() })
     }
 
     /// Waits until the destination has everything and has checked it.
@@ -174,10 +256,21 @@ impl Outbound<'_> {
         self.options.fixed_cost + if measured.is_zero() { self.round_trip } else { measured }
     }
 
+    /// What of the downtime is left when round trips, the overhead of a round and the last pages are taken away: the
+    /// same as [`Options::fixed_cost`](super::Options::fixed_cost) stands for, so that the next move can count with it.
+    pub(super) fn learn_fixed_part(&mut self, downtime: Duration) {
+        let trips = self.fixed_cost().saturating_sub(self.options.fixed_cost);
+        let last_bytes = self.report.rounds.last().map_or(0, |round| round.sent_bytes);
+        let explained =
+            trips + Forecast::of(&self.measured, Duration::ZERO).moving(last_bytes, &self.measured);
+        let fixed = &mut self.report.fixed;
+        fixed.actual_us = micros(downtime.saturating_sub(explained));
+    }
+
     /// A round from its harvest to the answer that all of it arrived.
     fn live_round(&mut self, plan: Vec<PageSet>, harvested_at: Instant) -> Result<RoundReport> {
         let round = self.round;
-        let mut report = self.send_pages(round, plan)?;
+        let mut report = self.send_pages(round, false, plan)?;
         self.lanes.end_round(round);
         self.talk.say(&Downstream::RoundSent { round }, &[], self.options.stall)?;
         match self.hear("the destination to have a round in memory", self.options.stall)? {
@@ -192,15 +285,17 @@ impl Outbound<'_> {
     }
 
     /// Takes, reads and sends the pages of a plan, batch by batch.
-    fn send_pages(&mut self, round: u32, mut plan: Vec<PageSet>) -> Result<RoundReport> {
+    fn send_pages(&mut self, round: u32, frozen: bool, mut plan: Vec<PageSet>) -> Result<RoundReport> {
         let dirty_pages = plan.iter().map(PageSet::count).sum();
         // All of it at once: what is not taken when the link is lost is dirty still, and may be called dirty again.
         self.owed.clone_from(&plan);
-        let mut report = RoundReport { round, dirty_pages, ..RoundReport::default() };
+        let throttle_percent = if self.frozen_at.is_none() { self.throttle_percent } else { 0 };
+        let mut report = RoundReport { round, dirty_pages, throttle_percent, ..RoundReport::default() };
+        self.lanes.begin_round();
         self.ticker.round_begins(round, dirty_pages, self.lanes.sent());
         for batch in batches(&plan).collect::<Vec<_>>() {
             if let Some(pages) = plan.get_mut(usize::from(batch.space.0)) {
-                report.skipped_pages += self.send_batch(round, &batch, pages)?;
+                report.skipped_pages += self.send_batch(round, frozen, &batch, pages)?;
             }
             self.ticker.done(batch.dirty_pages);
             self.ticker.tick(self.lanes.sent());
@@ -209,17 +304,12 @@ impl Outbound<'_> {
     }
 
     /// Sends the pages of one batch; answers how many need not be sent.
-    fn send_batch(&mut self, round: u32, batch: &Batch, pages: &mut PageSet) -> Result<u64> {
+    fn send_batch(&mut self, round: u32, frozen: bool, batch: &Batch, pages: &mut PageSet) -> Result<u64> {
         let Batch { space, first, count, .. } = *batch;
         let wanted = Window::of(pages, batch)?;
-        // Noted before it is done: a call that fails may have taken some of them.
         let at = usize::from(space.0);
-        let mut before = None;
-        if let Some(taken) = self.taken.get_mut(at) {
-            before = Some(Window::of(taken, batch)?);
-            taken.insert(first, count);
-        }
-        self.source.take(space, first, count)?;
+        let before = self.taken.get(at).map(|taken| Window::of(taken, batch)).transpose()?;
+        self.take(space, first, count)?;
         self.source.present(space, first, count, pages)?;
         let present = Window::of(pages, batch)?;
         let absent = wanted.without(&present);
@@ -237,12 +327,12 @@ impl Outbound<'_> {
         self.report.skipped_pages += fresh.count();
         for piece in absent.without(&fresh).pieces() {
             self.reserve()?;
-            self.lanes.send(round, piece.runs, Contents::Zeros);
+            self.lanes.send(round, frozen, piece.runs, Contents::Zeros);
         }
         for piece in present.pieces() {
             self.reserve()?;
             let bytes = self.read(&piece)?;
-            self.lanes.send(round, piece.runs, Contents::Bytes(bytes.into()));
+            self.lanes.send(round, frozen, piece.runs, Contents::Bytes(bytes.into()));
         }
         Ok(fresh.count())
     }
@@ -271,13 +361,15 @@ impl Outbound<'_> {
 
     /// Fills in what the lanes sent since the last round, once it is known, and adds it to the totals.
     fn count(&mut self, round: &mut RoundReport) {
-        let Sent { pages, zero_pages, bytes } = self.lanes.sent();
+        let Sent { pages, zero_pages, packed_pages, bytes } = self.lanes.sent();
         let total = &mut self.report;
         round.sent_pages = pages - total.sent_pages;
         round.zero_pages = zero_pages - total.zero_pages;
+        round.packed_pages = packed_pages - total.packed_pages;
         round.sent_bytes = bytes - total.sent_bytes;
         round.rate_bytes_per_s = rate(round.sent_bytes, Duration::from_micros(round.duration_us));
         (total.sent_pages, total.zero_pages, total.sent_bytes) = (pages, zero_pages, bytes);
+        total.packed_pages = packed_pages;
     }
 
     fn round_is_over(&mut self, round: RoundReport) {

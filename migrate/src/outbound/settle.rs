@@ -1,11 +1,13 @@
 //! The four ways in which a migration ends for its source.
 
 use super::lanes::Lanes;
+use super::postcopy::Donation;
 use super::ticker::Ticker;
 use super::{Failed, Outbound};
 use crate::conversation::Sender;
 use crate::error::{Error, Result, clean};
-use crate::report::{Event, Outcome, Phase, PhaseTime, Report, micros};
+use crate::link::Link;
+use crate::report::{Event, Outcome, Phase, PhaseTime, PostCopyReport, Report, micros};
 use crate::source::{Committed, Source};
 use protocol::control::{Downstream, Upstream};
 use protocol::page::PageSet;
@@ -25,7 +27,7 @@ impl<'a> Outbound<'a> {
     /// comes first.
     pub(super) fn give_up(self, error: Error) -> Box<Failed> {
         let frozen_at = self.frozen_at;
-        let (source, taken, mut ending) = self.part();
+        let (source, taken, mut ending) = self.part(Phase::Settle);
         let resumed = give_back(source, &taken);
         ending.report.downtime_us = frozen_at.map_or(0, |frozen_at| micros(frozen_at.elapsed()));
         let error = ending.last_word(error);
@@ -38,7 +40,7 @@ impl<'a> Outbound<'a> {
     /// Behind `Commit`, by the destination's word that it will never start: the workload goes on at the source.
     pub(super) fn take_back(self, error: Error) -> Box<Failed> {
         let (frozen_at, migration) = (self.frozen_at, self.options.migration);
-        let (source, taken, mut ending) = self.part();
+        let (source, taken, mut ending) = self.part(Phase::Settle);
         let resumed = give_back(source, &taken);
         ending.report.downtime_us = frozen_at.map_or(0, |frozen_at| micros(frozen_at.elapsed()));
         ending.tell(&Downstream::Done { migration });
@@ -48,19 +50,63 @@ impl<'a> Outbound<'a> {
     /// Behind `Commit`, by the destination's word that it started: the workload ends here.
     pub(super) fn hand_over(self, committed: Committed) -> Report {
         let migration = committed.migration();
-        let (source, _, mut ending) = self.part();
+        let (source, _, mut ending) = self.part(Phase::Settle);
         if let Err(error) = source.hand_over(committed) {
-            ending.report.warnings.push(format!(
-                "the workload runs at the destination, but what is left of it here could not be ended: {error}"
-            ));
+            ending.report.warnings.push(not_ended(&error));
         }
         ending.tell(&Downstream::Done { migration });
         ending.close(Outcome::Moved)
     }
 
+    /// Behind `Commit`, by the destination's word that it started without its last pages: they follow, and only then the
+    /// workload ends here. It left `missing` over a link that may be gone.
+    pub(super) fn donate(
+        self,
+        committed: Committed,
+        missing: Vec<PageSet>,
+    ) -> std::result::Result<Report, Box<Failed>> {
+        let (options, cancel) = (self.options, self.cancel);
+        let migration = committed.migration();
+        let begun = Instant::now();
+        let peer = self.report.peer.clone();
+        let (source, _, mut ending) = self.part(Phase::PostCopy);
+        let donor = source.donate(committed);
+        let missing = ending.talk.link().is_ok().then_some(missing);
+        let mut donation = Donation {
+            donor: donor.as_ref(),
+            migration,
+            peer,
+            dial: ending.dial,
+            stall: options.stall,
+            ask: options.ask,
+            cancel,
+            ticker: &mut ending.ticker,
+            report: PostCopyReport::default(),
+        };
+        let served = donation.serve(&mut ending.talk, missing);
+        ending.report.post_copy = Some(donation.report);
+        ending.report.phases.push(PhaseTime { phase: Phase::PostCopy, duration_us: micros(begun.elapsed()) });
+        ending.settling_since = Instant::now();
+        match served {
+            Ok(completed) => {
+                if let Err(error) = donor.finish(completed) {
+                    ending.report.warnings.push(not_ended(&error));
+                }
+                ending.tell(&Downstream::Done { migration });
+                Ok(ending.close(Outcome::Moved))
+            }
+            Err(error) => {
+                // Dropping it leaves it pledged and whole.
+                drop(donor);
+                let report = ending.close(Outcome::InDoubt { reason: error.to_string() });
+                Err(Box::new(Failed { error, report }))
+            }
+        }
+    }
+
     /// Behind `Commit`, without any word: the workload stands still until an operator knows more.
     pub(super) fn leave_in_doubt(self, error: Error) -> Box<Failed> {
-        let (source, _, ending) = self.part();
+        let (source, _, ending) = self.part(Phase::Settle);
         source.leave_frozen();
         let error = match error {
             Error::During { error, .. } => *error,
@@ -70,10 +116,11 @@ impl<'a> Outbound<'a> {
         Box::new(Failed { error, report })
     }
 
-    fn part(mut self) -> (Box<dyn Source>, Vec<PageSet>, Ending<'a>) {
-        self.ticker.event(&Event::Phase { phase: Phase::Settle });
+    fn part(mut self, phase: Phase) -> (Box<dyn Source>, Vec<PageSet>, Ending<'a>) {
+        self.ticker.event(&Event::Phase { phase });
         let ending = Ending {
             talk: self.talk,
+            dial: self.dial,
             lanes: self.lanes,
             ticker: self.ticker,
             report: self.report,
@@ -82,6 +129,10 @@ impl<'a> Outbound<'a> {
         };
         (self.source, self.taken, ending)
     }
+}
+
+fn not_ended(error: &Error) -> String {
+    format!("the workload runs at the destination, but what is left of it here could not be ended: {error}")
 }
 
 /// Gives back the dirty bits that were taken, and resumes. Both are tried, whatever comes of the other.
@@ -98,6 +149,7 @@ fn give_back(mut source: Box<dyn Source>, taken: &[PageSet]) -> Result<()> {
 /// What is left of the engine once the source has gone its way.
 struct Ending<'a> {
     talk: Sender,
+    dial: &'a mut dyn FnMut() -> Result<Box<dyn Link>>,
     lanes: Lanes,
     ticker: Ticker<'a>,
     report: Report,

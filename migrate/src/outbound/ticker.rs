@@ -16,6 +16,7 @@ pub(super) struct Ticker<'a> {
     done_pages: u64,
     bytes_before: u64,
     predicted: Option<Duration>,
+    warned: bool,
 }
 
 impl<'a> Ticker<'a> {
@@ -30,7 +31,13 @@ impl<'a> Ticker<'a> {
             done_pages: 0,
             bytes_before: 0,
             predicted: None,
+            warned: false,
         }
+    }
+
+    /// Whether the operator was told before what stopping means; from now on it is so.
+    pub(super) fn warned(&mut self) -> bool {
+        std::mem::replace(&mut self.warned, true)
     }
 
     pub(super) fn event(&mut self, event: &Event) {

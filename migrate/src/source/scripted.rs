@@ -7,7 +7,7 @@
 
 mod witness;
 
-use super::{Committed, Source, Workload};
+use super::{Committed, Completed, Donor, Source, Workload};
 use crate::error::{Error, Result};
 use protocol::MigrationId;
 use protocol::control::WorkloadKind;
@@ -27,10 +27,12 @@ pub enum Call {
     Take,
     Present,
     Read,
+    Throttle,
     Freeze,
     State,
     Pledge,
     HandOver,
+    Donate,
     Redirty,
     Thaw,
     Resume,
@@ -38,16 +40,18 @@ pub enum Call {
 
 impl Call {
     /// All of them.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 14] = [
         Self::Track,
         Self::Harvest,
         Self::Take,
         Self::Present,
         Self::Read,
+        Self::Throttle,
         Self::Freeze,
         Self::State,
         Self::Pledge,
         Self::HandOver,
+        Self::Donate,
         Self::Redirty,
         Self::Thaw,
         Self::Resume,
@@ -76,6 +80,9 @@ struct Vm {
     stage: Stage,
     random: u64,
     pages_per_call: u64,
+    throttle_percent: u64,
+    /// Hundredths of a page that a throttled guest has left to write.
+    spare: u64,
     calls: BTreeMap<Call, u32>,
     hook: Option<Hook>,
 }
@@ -102,6 +109,8 @@ impl Machine {
             stage: Stage::Running,
             random: seed,
             pages_per_call,
+            throttle_percent: 0,
+            spare: 0,
             calls: BTreeMap::new(),
             hook: None,
         };
@@ -137,6 +146,11 @@ impl Machine {
         self.lock().hook = Some(Box::new(hook));
     }
 
+    /// Its memory, for a workload that this migration moved and that misses pages.
+    pub fn donor(&self, migration: MigrationId) -> Box<dyn Donor> {
+        Box::new(ScriptedDonor { machine: self.clone(), migration })
+    }
+
     /// Lets every call succeed again.
     pub fn heal(&self) {
         self.lock().hook = None;
@@ -164,6 +178,11 @@ impl Machine {
     /// Whether it waits for the outcome of a migration.
     pub fn is_pledged(&self) -> bool {
         matches!(self.lock().stage, Stage::Pledged(_))
+    }
+
+    /// How much it is slowed down now, in percent.
+    pub fn throttle_percent(&self) -> u64 {
+        self.lock().throttle_percent
     }
 
     /// Whether it was handed over.
@@ -208,7 +227,10 @@ impl Vm {
         if self.stage != Stage::Running {
             return;
         }
-        for _ in 0..self.pages_per_call {
+        self.spare += self.pages_per_call * (100 - self.throttle_percent.min(100));
+        let writes = self.spare / 100;
+        self.spare %= 100;
+        for _ in 0..writes {
             let space = self.random() as usize % self.memory.len();
             let page = self.random() % self.touched[space].pages();
             if !self.random().is_multiple_of(8) {
@@ -251,7 +273,7 @@ impl Scripted {
     }
 
     fn resumes(&self, vm: &mut Vm) {
-        vm.stage = Stage::Running;
+        (vm.stage, vm.throttle_percent) = (Stage::Running, 0);
         self.machine.witness.runs(Who::Source, true);
     }
 }
@@ -317,8 +339,18 @@ impl Source for Scripted {
         Ok(())
     }
 
+    fn can_throttle(&self) -> bool {
+        true
+    }
+
+    fn throttle(&mut self, percent: u8) -> Result<()> {
+        self.called(Call::Throttle)?.throttle_percent = percent.into();
+        Ok(())
+    }
+
     fn freeze(&mut self) -> Result<()> {
         let mut vm = self.called(Call::Freeze)?;
+        vm.throttle_percent = 0;
         vm.stage = Stage::Frozen;
         self.machine.witness.runs(Who::Source, false);
         self.machine.witness.frozen_with(&vm.memory);
@@ -367,6 +399,11 @@ impl Source for Scripted {
         Ok(())
     }
 
+    fn donate(mut self: Box<Self>, committed: Committed) -> Box<dyn Donor> {
+        self.settled = true;
+        Box::new(ScriptedDonor { machine: self.machine.clone(), migration: committed.migration() })
+    }
+
     fn leave_frozen(mut self: Box<Self>) {
         self.settled = true;
     }
@@ -375,8 +412,48 @@ impl Source for Scripted {
 impl Drop for Scripted {
     fn drop(&mut self) {
         let mut vm = self.machine.lock();
+        vm.throttle_percent = 0;
         if !self.settled && vm.stage == Stage::Frozen {
             self.resumes(&mut vm);
         }
+    }
+}
+
+/// A machine that runs elsewhere and whose memory is needed still.
+struct ScriptedDonor {
+    machine: Machine,
+    migration: MigrationId,
+}
+
+impl ScriptedDonor {
+    fn vm(&self) -> Result<MutexGuard<'_, Vm>> {
+        let vm = self.machine.lock();
+        if vm.stage == Stage::Pledged(self.migration) {
+            return Ok(vm);
+        }
+        Err(Error::Workload("only a pledged workload can be a donor".into()))
+    }
+}
+
+impl Donor for ScriptedDonor {
+    fn name(&self) -> &str {
+        &self.machine.workload.name
+    }
+
+    fn layout(&self) -> &Layout {
+        &self.machine.workload.layout
+    }
+
+    fn read(&self, run: PageRun, buffer: &mut [u8]) -> Result<()> {
+        let mut vm = self.vm()?;
+        vm.called(Call::Donate)?;
+        let at = run.offset() as usize;
+        buffer.copy_from_slice(&vm.memory[usize::from(run.space.0)][at..at + run.bytes()]);
+        Ok(())
+    }
+
+    fn finish(self: Box<Self>, _: Completed) -> Result<()> {
+        self.vm()?.stage = Stage::Gone;
+        Ok(())
     }
 }

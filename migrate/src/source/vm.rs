@@ -2,10 +2,11 @@
 
 use crate::error::{Error, Result};
 use crate::memory::GuestMemory;
-use crate::source::{Committed, Source, Workload};
+use crate::source::{Committed, Completed, Donor, Source, Workload};
 use protocol::MigrationId;
 use protocol::control::WorkloadKind;
-use protocol::monitor::Role;
+use protocol::layout::Layout;
+use protocol::monitor::{Phase, Role};
 use protocol::page::{PageRun, PageSet, SpaceId};
 use std::path::Path;
 use std::time::Duration;
@@ -91,6 +92,14 @@ impl Source for VmSource {
         Ok(self.client.redirty(pages)?)
     }
 
+    fn can_throttle(&self) -> bool {
+        self.client.welcome().throttle_percent.is_some()
+    }
+
+    fn throttle(&mut self, percent: u8) -> Result<()> {
+        Ok(self.client.throttle(percent)?)
+    }
+
     fn freeze(&mut self) -> Result<()> {
         self.client.freeze()?;
         self.frozen = true;
@@ -135,8 +144,60 @@ impl Source for VmSource {
         Ok(client.hand_over(committed.migration())?)
     }
 
+    fn donate(self: Box<Self>, _: Committed) -> Box<dyn Donor> {
+        let Self { client, workload, memory, .. } = *self;
+        Box::new(VmDonor { client, name: workload.name, layout: workload.layout, memory })
+    }
+
     fn leave_frozen(self: Box<Self>) {
         // The VMM keeps a pledged VM frozen when its session ends: dropping the client is all there is to do.
         tracing::warn!(vm = self.workload.name, "left frozen");
+    }
+}
+
+/// A frozen VM whose guest runs elsewhere and misses pages of it. Dropping it closes the session: a pledged VM stays as
+/// it is then.
+pub struct VmDonor {
+    client: Client,
+    name: String,
+    layout: Layout,
+    memory: GuestMemory,
+}
+
+impl VmDonor {
+    /// Takes hold of a VM that was pledged to a migration, whose engine is gone.
+    ///
+    /// # Errors
+    /// `Workload` when there is none, or it is not pledged to this migration.
+    pub fn of(mut client: Client, migration: MigrationId) -> Result<Self> {
+        let status = client.status()?;
+        if status.phase != Phase::Pledged || status.pledged_to.is_none_or(|to| to.migration != migration) {
+            return Err(Error::Workload(format!("{} is not pledged to migration {migration}", status.name)));
+        }
+        let description = client.describe()?;
+        description.layout.validate(u64::MAX)?;
+        let memory = GuestMemory::open(&description.layout, description.memory)?;
+        Ok(Self { client, name: description.name, layout: description.layout, memory })
+    }
+}
+
+impl Donor for VmDonor {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    fn read(&self, run: PageRun, buffer: &mut [u8]) -> Result<()> {
+        self.memory.read(run.space, run.offset(), buffer)
+    }
+
+    fn finish(self: Box<Self>, completed: Completed) -> Result<()> {
+        let Self { mut client, memory, .. } = *self;
+        // As in `hand_over`: freeing it is for the VMM.
+        drop(memory);
+        Ok(client.hand_over(completed.migration())?)
     }
 }

@@ -147,7 +147,7 @@ fn without_an_answer_the_source_stays_frozen_and_can_be_settled() {
         let desk = desk(&network, &world.ledger);
         let answer = outbound::ask(network.dial().unwrap(), options.migration, SECOND).unwrap();
         drop(desk);
-        assert_eq!(answer, expected, "{cut:?}");
+        assert_eq!(answer, outbound::Word::Outcome(expected), "{cut:?}");
     }
 }
 

@@ -7,7 +7,7 @@ use migrate::destination::scripted as place;
 use migrate::identity::Fingerprint;
 use migrate::inbound::{self, Desk, Ledger as _, Limits, MemoryLedger};
 use migrate::link::duplex::{Network, Profile};
-use migrate::outbound;
+use migrate::outbound::{self, Word};
 use migrate::report::Quiet;
 use migrate::source::scripted::{Who, Witness};
 use protocol::MigrationId;
@@ -69,7 +69,7 @@ fn those_who_dawdle_or_crowd_keep_nobody_waiting() {
     let _silent: Vec<_> = (0..40).map(|_| network.dial_as(ALICE).unwrap()).collect();
     let begun = Instant::now();
     let link = network.dial_as(BOB).unwrap();
-    assert_eq!(outbound::ask(link, MigrationId(5), 3 * SECOND).unwrap(), Outcome::Unknown);
+    assert_eq!(outbound::ask(link, MigrationId(5), 3 * SECOND).unwrap(), Word::Outcome(Outcome::Unknown));
     Peer(network.dial_as(BOB).unwrap()).offer(offer());
     assert!(desk.next_offer(3 * SECOND).unwrap().is_some());
     assert!(begun.elapsed() < 4 * SECOND, "{:?}", begun.elapsed());
@@ -153,12 +153,15 @@ fn a_migration_that_is_loaded_answers_nobody_but_the_peer_that_offered_it() {
         first.ready();
         let id = offer().migration;
         let theirs = outbound::ask(network.dial_as(BOB).unwrap(), id, SECOND).unwrap();
-        assert_eq!((theirs, ledger.outcome(id)), (Outcome::Unknown, Outcome::Unknown));
+        assert_eq!((theirs, ledger.outcome(id)), (Word::Outcome(Outcome::Unknown), Outcome::Unknown));
         let ours = outbound::ask(network.dial_as(ALICE).unwrap(), id, SECOND).unwrap();
-        assert_eq!(ours, Outcome::Discarded);
+        assert_eq!(ours, Word::Outcome(Outcome::Discarded));
         served.join().unwrap().unwrap_err();
         // Now that it is decided, it is no secret from whoever knows the id.
-        assert_eq!(outbound::ask(network.dial_as(BOB).unwrap(), id, SECOND).unwrap(), Outcome::Discarded);
+        assert_eq!(
+            outbound::ask(network.dial_as(BOB).unwrap(), id, SECOND).unwrap(),
+            Word::Outcome(Outcome::Discarded)
+        );
     });
 }
 

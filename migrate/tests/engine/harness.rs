@@ -80,6 +80,8 @@ pub(crate) struct World {
     pub(crate) witness: Witness,
     pub(crate) machine: Machine,
     pub(crate) ledger: Arc<MemoryLedger>,
+    /// Where it arrives.
+    pub(crate) site: place::Site,
 }
 
 /// Sets a flag when it goes.
@@ -99,7 +101,7 @@ impl World {
     pub(crate) fn named(name: &str, seed: u64, pages_per_call: u64) -> Self {
         let witness = Witness::default();
         let machine = Machine::new(layout(), seed, pages_per_call, witness.clone()).named(name);
-        Self { name: name.into(), witness, machine, ledger: Arc::default() }
+        Self { name: name.into(), witness, machine, ledger: Arc::default(), site: place::Site::default() }
     }
 
     /// One attempt over a network without faults, to a place without faults.
@@ -142,7 +144,7 @@ impl World {
                     received.push(inbound::receive(
                         offered,
                         &desk,
-                        place::Scripted::new(self.witness.clone(), fail_at),
+                        place::Scripted::at(self.site.clone(), self.witness.clone(), fail_at),
                         receiving,
                         &CancelFlag::default(),
                         at_receiver,

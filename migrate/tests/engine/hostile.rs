@@ -129,6 +129,14 @@ fn page(first: u64, round: u32) -> Vec<u8> {
     [header.as_slice(), &payload].concat()
 }
 
+/// Two pages that this payload is said to stand for.
+fn coded(encoding: Encoding, payload: &[u8]) -> Vec<u8> {
+    let run = PageRun { space: SpaceId(0), first: 0, count: 2 };
+    let payload_bytes = payload.len() as u32;
+    let header = Frame::Pages { run, encoding, payload_bytes, round: 0 }.encode(payload);
+    [header.as_slice(), payload].concat()
+}
+
 fn state() -> Vec<u8> {
     let mut state = State::default();
     state.push("scripted", 1, vec![]);
@@ -329,6 +337,30 @@ fn senders_that_break_the_protocol_are_told_apart_and_start_nothing() {
             }),
         ),
         (
+            "the zstd payload of pages 0+2 of space 0 cannot be decoded",
+            Box::new(|peer| {
+                pages(peer, &[&preamble(0), &coded(Encoding::Zstd, &[0x28; 90])], &[&preamble(1)]);
+            }),
+        ),
+        (
+            "the lz4 payload of pages 0+2 of space 0 cannot be decoded",
+            // A literal of one byte, then a match that is longer than all pages.
+            Box::new(|peer| {
+                let bomb = [&[0x1f, 7, 1, 0][..], &[0xff; 4000], &[0]].concat();
+                pages(peer, &[&preamble(0), &coded(Encoding::Lz4, &bomb)], &[&preamble(1)]);
+            }),
+        ),
+        (
+            "it stands for 3 bytes",
+            Box::new(|peer| {
+                pages(peer, &[&preamble(0), &coded(Encoding::Lz4, &[0x30, 1, 2, 3])], &[&preamble(1)]);
+            }),
+        ),
+        (
+            "the payload length of a page frame",
+            Box::new(|peer| pages(peer, &[&preamble(0), &coded(Encoding::Lz4, &[1; 8192])], &[&preamble(1)])),
+        ),
+        (
             "a page frame's payload ends",
             Box::new(|peer| {
                 peer.accepted();
@@ -439,10 +471,10 @@ fn while_a_sender_is_waited_for_others_are_answered_or_told_to_come_again() {
             stranger.offer(Offer { migration: MigrationId(1), ..offer() });
             assert!(matches!(stranger.hear(), Some(Upstream::Refuse { code: RefuseCode::Busy, .. })));
             let unknown = outbound::ask(network.dial().unwrap(), MigrationId(1), SECOND).unwrap();
-            assert_eq!(unknown, Outcome::Unknown);
+            assert_eq!(unknown, outbound::Word::Outcome(Outcome::Unknown));
             Peer(network.dial().unwrap()).bytes(b"nonsense").stop();
             let ours = outbound::ask(network.dial().unwrap(), OURS, SECOND).unwrap();
-            assert_eq!(ours, Outcome::Discarded);
+            assert_eq!(ours, outbound::Word::Outcome(Outcome::Discarded));
         });
         let desk = desk(&network, &Arc::default());
         let offered = desk.next_offer(20 * SECOND).unwrap().unwrap();

@@ -3,6 +3,7 @@
 use crate::harness::{World, sending};
 use migrate::cancel::CancelFlag;
 use migrate::link::duplex::{Network, Profile};
+use migrate::outbound::Packs;
 use migrate::report::{Event, Observer, Outcome, Phase};
 use proptest::prelude::*;
 use std::time::Duration;
@@ -19,11 +20,14 @@ proptest! {
         window_bytes in prop_oneof![Just(16usize << 10), Just(1 << 20)],
         bytes_per_s in prop_oneof![Just(0u64), Just(200_000_000)],
         loss_one_in in prop_oneof![Just(0u32), Just(20)],
+        packs in prop_oneof![
+            2 => Just(Packs::Measured), 1 => Just(Packs::Never), 1 => Just(Packs::Lz4), 1 => Just(Packs::Zstd)
+        ],
     ) {
         let world = World::new(seed, pages_per_call);
         let latency = Duration::from_micros(latency_us);
         let profile = Profile { latency, window_bytes, bytes_per_s, loss_one_in, seed, ..Profile::default() };
-        let options = migrate::outbound::Options { page_streams, ..sending() };
+        let options = migrate::outbound::Options { page_streams, packs, ..sending() };
         let network = Network::new(profile, None);
         let ended =
             world.attempt(&network, None, &options, &CancelFlag::default(), &mut migrate::report::Quiet);
@@ -90,4 +94,41 @@ fn an_idle_workload_needs_one_round_and_then_nothing() {
     world.assert_moved(&ended);
     let rounds: Vec<u64> = ended.sent.unwrap().rounds.iter().map(|round| round.dirty_pages).collect();
     assert_eq!(rounds, [1170, 0]);
+}
+
+#[test]
+fn pages_are_sent_as_less_than_they_are_and_arrive_as_they_were() {
+    let bytes = [Packs::Never, Packs::Lz4, Packs::Zstd].map(|packs| {
+        let world = World::new(3, 3);
+        let options = migrate::outbound::Options { packs, ..sending() };
+        let network = Network::new(Profile::default(), None);
+        let ended =
+            world.attempt(&network, None, &options, &CancelFlag::default(), &mut migrate::report::Quiet);
+        world.assert_moved(&ended);
+        let report = ended.sent.unwrap();
+        assert_eq!(report.packed_pages > 0, packs != Packs::Never);
+        (report.sent_bytes as f64, report.sent_pages)
+    });
+    let [(raw, pages), (lz4, _), (zstd, _)] = bytes;
+    assert!(raw > pages as f64 * 4096.0);
+    assert!(lz4 < raw / 3.0 && zstd < raw / 3.0, "{bytes:?}");
+}
+
+/// The rate of the first round, in bytes a second.
+fn rate_under(bandwidth: Option<u64>) -> f64 {
+    let world = World::new(3, 0);
+    let options = migrate::outbound::Options { packs: Packs::Never, ..sending() };
+    options.controls.cap_bandwidth(bandwidth);
+    let network = Network::new(Profile::default(), None);
+    let ended = world.attempt(&network, None, &options, &CancelFlag::default(), &mut migrate::report::Quiet);
+    world.assert_moved(&ended);
+    ended.sent.unwrap().rounds[0].rate_bytes_per_s as f64
+}
+
+#[test]
+fn the_page_streams_together_send_no_faster_than_the_bandwidth() {
+    let limit = 1_500_000;
+    let rate = rate_under(Some(limit)) / limit as f64;
+    assert!((0.9..=1.1).contains(&rate), "{rate} of the limit");
+    assert!(rate_under(None) > 2.0 * limit as f64);
 }

@@ -124,7 +124,8 @@ fn a_link_that_is_lost_in_a_later_round_costs_that_round_at_most() {
     });
     // Everything of that round was on its way, and a cut lets arrive what was written before it.
     let dirty = report.rounds[0].remaining_pages;
-    assert!(resumed.unwrap() <= dirty && dirty < 1170, "{resumed:?} of {dirty}");
+    // A few were written between the count and the freeze, if it was frozen then.
+    assert!(resumed.unwrap() <= dirty + 32 && dirty < 1000, "{resumed:?} of {dirty}");
     assert!(report.rounds.iter().any(|round| round.round == 1));
 }
 

@@ -6,7 +6,7 @@ use protocol::envelope;
 use protocol::frame::{Frame, StreamPreamble};
 use protocol::handshake::{Hello, MINOR, Preamble};
 use protocol::page::{PageRun, SpaceId};
-use protocol::payload::Encoding;
+use protocol::payload::{Encoding, KnownPage};
 use protocol::state::State;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -57,6 +57,48 @@ fn pages(space: u16, first: u64, count: u32, encoding: Encoding, round: u32) -> 
     Frame::Pages { run, encoding, payload_bytes, round }
 }
 
+/// Two pages of zeros as one LZ4 block, as a writer might: a literal 0, a match of 8175 bytes one byte back, and the last
+/// 16 bytes as literals, of which the format wants five or more.
+pub(crate) fn lz4_payload() -> Vec<u8> {
+    // 19 + 31 * 255 + 251 = 8175
+    [&[0x1f, 0, 1, 0][..], &[255; 31], &[251, 0xf0, 1], &[0; 16]].concat()
+}
+
+/// Two pages of zeros as one Zstandard frame: magic, a descriptor with a content size of two bytes (less 256), and one last
+/// block of 8192 times the byte 0.
+pub(crate) fn zstd_payload() -> Vec<u8> {
+    let block = (8192_u32 << 3 | 1 << 1 | 1).to_le_bytes();
+    [&[0x28, 0xb5, 0x2f, 0xfd, 0x60, 0x00, 0x1f][..], &block[..3], &[0]].concat()
+}
+
+/// A delta of two pages that did not change.
+pub(crate) fn delta_payload() -> Vec<u8> {
+    let base = twox_hash::XxHash3_64::oneshot(&samples::page().repeat(2));
+    [&base.to_le_bytes()[..], &lz4_payload()].concat()
+}
+
+/// Two pages that equal one: the page in front of them.
+pub(crate) fn known_payload() -> Vec<u8> {
+    let known = KnownPage { page: 7 * 512 + 8, digest: *b"0123456789abcdef0123456789abcdef" };
+    known.encode().repeat(2)
+}
+
+/// A frame of two pages with that payload.
+pub(crate) fn coded_frame(encoding: Encoding, payload: &[u8]) -> Frame {
+    let run = PageRun { space: SpaceId(1), first: 7 * 512 + 9, count: 2 };
+    Frame::Pages { run, encoding, payload_bytes: payload.len() as u32, round: 1 }
+}
+
+/// The frames that stand for their pages by less: file, encoding, payload.
+pub(crate) fn coded() -> [(&'static str, Encoding, Vec<u8>); 4] {
+    [
+        ("frame/zstd.bin", Encoding::Zstd, zstd_payload()),
+        ("frame/lz4.bin", Encoding::Lz4, lz4_payload()),
+        ("frame/delta.bin", Encoding::Delta, delta_payload()),
+        ("frame/known.bin", Encoding::Known, known_payload()),
+    ]
+}
+
 /// The frames of `page-stream/two-rounds.bin`.
 pub(crate) fn two_rounds() -> Vec<Frame> {
     vec![zero_frame(), round_end(0), raw_frame(), round_end(1)]
@@ -98,6 +140,10 @@ pub(crate) fn all() -> BTreeMap<String, Vec<u8>> {
     add("frame/zero.bin", frame_bytes(&zero_frame()));
     add("frame/raw.bin", frame_bytes(&raw_frame()));
     add("frame/round-end.bin", frame_bytes(&round_end(1)));
+    for (name, encoding, payload) in coded() {
+        let header = coded_frame(encoding, &payload).encode(&payload);
+        add(name, [&header[..], &payload].concat());
+    }
     let mut stream = STREAM.encode().to_vec();
     stream.extend(two_rounds().iter().flat_map(frame_bytes));
     add("page-stream/two-rounds.bin", stream);
@@ -114,6 +160,7 @@ pub(crate) fn all() -> BTreeMap<String, Vec<u8>> {
     let mut set = Vec::new();
     samples::page_set().write_to(&mut set);
     add("page-set/70-pages.bin", set);
+    add("sparse/two-spaces.bin", protocol::sparse::encode(&samples::missing()));
     add("layout/two-spaces.json", json(&samples::layout()));
 
     for message in samples::downstream() {

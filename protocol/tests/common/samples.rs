@@ -40,7 +40,7 @@ pub(crate) const UPSTREAM_TYPES: [&str; 13] = [
     "incomplete",
     "resumed",
 ];
-pub(crate) const REQUEST_TYPES: [&str; 21] = [
+pub(crate) const REQUEST_TYPES: [&str; 22] = [
     "hello",
     "status",
     "describe",
@@ -62,6 +62,7 @@ pub(crate) const REQUEST_TYPES: [&str; 21] = [
     "expect",
     "page-faults",
     "complete",
+    "throttle",
 ];
 pub(crate) const REPLY_TYPES: [&str; 10] = [
     "welcome",
@@ -92,10 +93,10 @@ pub(crate) fn downstream_type(message: &Downstream) -> &'static str {
         Downstream::Cancel { .. } => 5,
         Downstream::Ask { .. } => 6,
         Downstream::RoundSent { .. } => 7,
-        Downstream::Join { .. } => 10,
-        Downstream::Resume { .. } => 11,
         Downstream::Missing { .. } => 8,
         Downstream::Recover { .. } => 9,
+        Downstream::Join { .. } => 10,
+        Downstream::Resume { .. } => 11,
     }]
 }
 
@@ -140,6 +141,7 @@ pub(crate) fn request_type(message: &Request) -> &'static str {
         Request::Expect => 18,
         Request::PageFaults => 19,
         Request::Complete => 20,
+        Request::Throttle { .. } => 21,
     }]
 }
 
@@ -201,10 +203,10 @@ pub(crate) fn downstream() -> Vec<Downstream> {
         Downstream::Cancel { reason: "stopped by the operator".into() },
         Downstream::Ask { migration: MIGRATION },
         Downstream::RoundSent { round: 0 },
-        Downstream::Join { migration: MIGRATION, connection: 1 },
-        Downstream::Resume { migration: MIGRATION },
         Downstream::Missing { pages: 5 },
         Downstream::Recover { migration: MIGRATION },
+        Downstream::Join { migration: MIGRATION, connection: 1 },
+        Downstream::Resume { migration: MIGRATION },
     ]
 }
 
@@ -243,6 +245,7 @@ pub(crate) fn requests() -> Vec<Request> {
         Request::Take { space: 1, first: 4096, count: 512 },
         Request::Redirty,
         Request::TrackStop,
+        Request::Throttle { percent: 40 },
         Request::Freeze,
         Request::Save,
         Request::Pledge { migration: MIGRATION, peer: "192.0.2.7:4242".into() },
@@ -273,6 +276,7 @@ pub(crate) fn status() -> Status {
         arrived_by: None,
         pledged_to: Some(Pledge { migration: MIGRATION, peer: "192.0.2.7:4242".into() }),
         awaiting_pages: None,
+        throttle_percent: None,
     }
 }
 
@@ -349,6 +353,7 @@ pub(crate) fn answers() -> Vec<Answer> {
                 on_timeout: Some("cancel".into()),
                 on_stall: Some(vec!["minimum".into(), "throttle".into()]),
                 max_throttle_percent: Some(80),
+                post_copy_after: None,
                 bandwidth_bytes_per_s: None,
             },
         })),
@@ -375,6 +380,15 @@ pub(crate) fn page_set() -> PageSet {
         set.insert(first, count);
     }
     set
+}
+
+/// Pages 0, 1 and 200 of the first space of the sample layout, and page 4096 of the second.
+pub(crate) fn missing() -> Vec<PageSet> {
+    let mut sets: Vec<_> = layout().spaces.iter().map(|space| PageSet::empty(space.pages)).collect();
+    for (space, first, count) in [(0, 0, 2), (0, 200, 1), (1, 4096, 1)] {
+        sets[space].insert(first, count);
+    }
+    sets
 }
 
 /// A page whose byte `i` is `i` modulo 251.

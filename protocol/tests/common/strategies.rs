@@ -13,7 +13,7 @@ use protocol::handshake::Hello;
 use protocol::layout::{Layout, MAX_SPACE_PAGES, Space};
 use protocol::monitor::{Pledge, Reply, Request, Status};
 use protocol::page::{PageRun, SpaceId};
-use protocol::payload::Encoding;
+use protocol::payload::{DELTA_SUM_BYTES, Encoding, KNOWN_PAGE_BYTES};
 use protocol::state::{Section, State};
 use protocol::steer::{self, Answer, Order};
 
@@ -63,11 +63,11 @@ pub(crate) fn downstream() -> impl Strategy<Value = Downstream> {
         text().prop_map(|reason| Downstream::Cancel { reason }),
         migration().prop_map(|migration| Downstream::Ask { migration }),
         any::<u32>().prop_map(|round| Downstream::RoundSent { round }),
+        any::<u64>().prop_map(|pages| Downstream::Missing { pages }),
+        migration().prop_map(|migration| Downstream::Recover { migration }),
         (migration(), any::<u16>())
             .prop_map(|(migration, connection)| Downstream::Join { migration, connection }),
         migration().prop_map(|migration| Downstream::Resume { migration }),
-        any::<u64>().prop_map(|pages| Downstream::Missing { pages }),
-        migration().prop_map(|migration| Downstream::Recover { migration }),
     ]
 }
 
@@ -116,6 +116,7 @@ pub(crate) fn request() -> impl Strategy<Value = Request> {
             first,
             count
         }),
+        any::<u8>().prop_map(|percent| Request::Throttle { percent }),
         (migration(), text()).prop_map(|(migration, peer)| Request::Pledge { migration, peer }),
         option::of(migration()).prop_map(|migration| Request::Resume { migration }),
         migration().prop_map(|migration| Request::HandOver { migration }),
@@ -128,10 +129,10 @@ fn status() -> impl Strategy<Value = Status> {
     let numbers = (any::<u32>(), any::<u64>(), any::<u32>(), any::<u64>());
     let pledge = (migration(), text()).prop_map(|(migration, peer)| Pledge { migration, peer });
     let options = (option::of(any::<u32>()), option::of(text()), option::of(migration()), option::of(pledge));
-    let options = (options, option::of(any::<u64>()));
+    let options = (options, option::of(any::<u64>()), option::of(any::<u8>()));
     (text(), select(&samples::PHASES[..]), numbers, text(), options).prop_map(
         |(name, phase, (pid, memory_bytes, vcpus, uptime_ms), serial, options)| {
-            let ((holder_pid, holder, arrived_by, pledged_to), awaiting_pages) = options;
+            let ((holder_pid, holder, arrived_by, pledged_to), awaiting_pages, throttle_percent) = options;
             Status {
                 name,
                 phase,
@@ -145,6 +146,7 @@ fn status() -> impl Strategy<Value = Status> {
                 arrived_by,
                 pledged_to,
                 awaiting_pages,
+                throttle_percent,
             }
         },
     )
@@ -184,6 +186,7 @@ fn limits() -> impl Strategy<Value = steer::Limits> {
         on_timeout,
         on_stall,
         max_throttle_percent: small.1,
+        post_copy_after: small.0,
         bandwidth_bytes_per_s: small.2,
     })
 }
@@ -249,18 +252,27 @@ pub(crate) fn state() -> impl Strategy<Value = State> {
     })
 }
 
+const ENCODINGS: [Encoding; 6] =
+    [Encoding::Zero, Encoding::Raw, Encoding::Zstd, Encoding::Lz4, Encoding::Delta, Encoding::Known];
+
 /// Any frame that can be sent, with its payload.
 pub(crate) fn frame() -> impl Strategy<Value = (Frame, Vec<u8>)> {
     let stripes = MAX_SPACE_PAGES / STRIPE_PAGES;
     let place = (0..stripes, 0..STRIPE_PAGES, 1..=MAX_FRAME_PAGES);
-    let pages = (any::<u16>(), place, any::<bool>(), any::<u32>(), any::<u64>());
-    let pages = pages.prop_map(|(space, (stripe, offset, count), zero, round, seed)| {
+    let pages = (any::<u16>(), place, select(&ENCODINGS[..]), any::<u32>(), any::<u64>());
+    let pages = pages.prop_map(|(space, (stripe, offset, count), encoding, round, seed)| {
+        let zero = encoding == Encoding::Zero;
         let count = count.min((STRIPE_PAGES - offset) as u32);
         // Payloads of a few pages are enough to find what there is to find.
         let count = if zero { count } else { count.min(3) };
         let run = PageRun { space: SpaceId(space), first: stripe * STRIPE_PAGES + offset, count };
-        let encoding = if zero { Encoding::Zero } else { Encoding::Raw };
-        let bytes = if zero { 0 } else { run.bytes() };
+        let bytes = match encoding {
+            Encoding::Zero => 0,
+            Encoding::Raw => run.bytes(),
+            Encoding::Zstd | Encoding::Lz4 => 1 + seed as usize % (run.bytes() - 1),
+            Encoding::Delta => DELTA_SUM_BYTES + 1 + seed as usize % (run.bytes() - DELTA_SUM_BYTES - 1),
+            Encoding::Known => run.count as usize * KNOWN_PAGE_BYTES,
+        };
         let payload: Vec<u8> =
             (0..bytes as u64).map(|i| (seed.rotate_left((i % 64) as u32) ^ i) as u8).collect();
         (Frame::Pages { run, encoding, payload_bytes: bytes as u32, round }, payload)

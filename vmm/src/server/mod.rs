@@ -15,7 +15,7 @@ use std::{
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags};
 
-pub(crate) use socket::Socket;
+pub use socket::Socket;
 
 use crate::{
     error::{Error, Result},

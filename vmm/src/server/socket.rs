@@ -24,7 +24,7 @@ const BACKLOG: i32 = 16;
 
 /// A listening control socket. Its file goes when it is dropped.
 #[derive(Debug)]
-pub(crate) struct Socket {
+pub struct Socket {
     path: PathBuf,
     listener: UnixListener,
 }
@@ -35,7 +35,7 @@ impl Socket {
     ///
     /// # Errors
     /// [`Error::Socket`] that says whether a living VM, another file or the host is in the way.
-    pub(crate) fn bind(path: &Path) -> Result<Self> {
+    pub fn bind(path: &Path) -> Result<Self> {
         let wrong = |reason: String| Error::Socket { path: path.to_owned(), reason };
         let directory = match path.parent() {
             Some(parent) if parent != Path::new("") => parent,
@@ -60,7 +60,8 @@ impl Socket {
         Ok(Self { path: path.to_owned(), listener: fd.into() })
     }
 
-    pub(crate) fn listener(&self) -> &UnixListener {
+    /// What listens.
+    pub fn listener(&self) -> &UnixListener {
         &self.listener
     }
 }

@@ -15,6 +15,7 @@
 #[allow(unsafe_code, reason = "a signal handler writes one byte of the shared kvm_run page")]
 mod kick;
 mod run;
+mod throttle;
 
 use std::{
     sync::{
@@ -37,6 +38,8 @@ use crate::{
 /// The longest a vCPU may take to answer a command. A pause takes microseconds; more than this means
 /// that the host is stuck.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+pub(crate) use throttle::Throttle;
 
 /// How a vCPU ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -67,9 +70,10 @@ pub(crate) enum Event {
     End(ExitReason),
 }
 
-/// What the VM tells a vCPU thread. Each answers on its own channel.
+/// What the VM tells a vCPU thread. Those that are answered are so on a channel of their own.
 enum Command {
     Run,
+    Stand(Instant),
     Pause(Sender<bool>),
     Save(Sender<Result<VcpuState>>),
     Load(Box<VcpuState>, Catchup, Sender<Result<()>>),
@@ -131,6 +135,11 @@ impl Vcpu {
     /// Lets it run. It starts within microseconds.
     pub(crate) fn resume(&self) {
         self.send(Command::Run);
+    }
+
+    /// Lets it stand still until then, if it runs; the next command ends that.
+    fn stand(&self, until: Instant) {
+        self.send(Command::Stand(until));
     }
 
     /// Asks it to stop; the answer says whether the guest could go on (`false`: it ended).

@@ -127,6 +127,7 @@ impl Thread {
         // An asker that is gone does not want the answer any more.
         match command {
             Command::Run => self.running = !self.ended,
+            Command::Stand(until) => self.parked_until = self.running.then_some(until),
             Command::Pause(answer) => {
                 self.finish();
                 self.running = false;

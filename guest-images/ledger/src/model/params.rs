@@ -30,6 +30,15 @@ pub enum Serial {
     None,
 }
 
+/// How the guest waits for what is due.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Park {
+    /// At the pad, if there is one.
+    Pad,
+    /// By spinning, as it must where there is no pad: so that it costs the same in every VMM.
+    Spin,
+}
+
 /// Everything the command line can say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Params {
@@ -57,6 +66,8 @@ pub struct Params {
     pub stop_after: u64,
     /// Where lines are printed.
     pub serial: Serial,
+    /// How the guest waits.
+    pub park: Park,
 }
 
 /// `tick_us=` and `scrub=` of a guest that writes, if it is not told others.
@@ -82,6 +93,7 @@ impl Default for Params {
             tsc_khz: 0,
             stop_after: 0,
             serial: Serial::Mmio,
+            park: Park::Pad,
         }
     }
 }
@@ -212,6 +224,16 @@ impl FromStr for Params {
                         }
                     }
                 }
+                "park" => {
+                    params.park = match value {
+                        "pad" => Park::Pad,
+                        "spin" => Park::Spin,
+                        _ => {
+                            let problem = Problem::NotAChoice("pad, spin");
+                            return Err(ParamError { key: "park", problem });
+                        }
+                    }
+                }
                 _ => {}
             }
         }
@@ -262,7 +284,11 @@ impl fmt::Display for Params {
             Serial::Port => "port",
             Serial::None => "none",
         };
-        write!(f, " tsc_khz={} stop_after={} serial={serial}", self.tsc_khz, self.stop_after)
+        let park = match self.park {
+            Park::Pad => "pad",
+            Park::Spin => "spin",
+        };
+        write!(f, " tsc_khz={} stop_after={} serial={serial} park={park}", self.tsc_khz, self.stop_after)
     }
 }
 

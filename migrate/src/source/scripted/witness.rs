@@ -1,5 +1,6 @@
 //! Who ran when: the judge of a test with scripted ends.
 
+use protocol::page::PAGE_SIZE;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// An end of a migration.
@@ -20,6 +21,7 @@ struct Seen {
     source: bool,
     destination: bool,
     both_ran: bool,
+    misread: bool,
     at_freeze: Vec<Vec<u8>>,
     arrived: Vec<Vec<u8>>,
 }
@@ -53,6 +55,22 @@ impl Witness {
     pub fn memory_arrived(&self) -> bool {
         let seen = self.lock();
         !seen.at_freeze.is_empty() && seen.at_freeze == seen.arrived
+    }
+
+    /// The bytes of a page as the source froze with it.
+    pub(crate) fn frozen_page(&self, space: usize, page: u64) -> Vec<u8> {
+        let at = page as usize * PAGE_SIZE;
+        self.lock().at_freeze[space][at..at + PAGE_SIZE].to_vec()
+    }
+
+    /// A guest at the destination read something else than what the source froze with.
+    pub(crate) fn misread(&self) {
+        self.lock().misread = true;
+    }
+
+    /// Whether a guest at the destination ever read what was not there at the freeze.
+    pub fn saw_wrong_bytes(&self) -> bool {
+        self.lock().misread
     }
 
     /// The source froze with this memory.

@@ -1,0 +1,148 @@
+//! `migrate status`: how the migrations of this host are.
+
+use super::{emit, say};
+use crate::cli::Common;
+use crate::error::{Error, Result};
+use crate::paths::RuntimeDir;
+use crate::steer::{Client, Place};
+use crate::units::{self, show_bytes, show_rate, show_us};
+use protocol::page::PAGE_SIZE;
+use protocol::steer::{End, Limits, Outcome, Status};
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// Which migrations.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example: migrate status web --watch
+
+Without a name it shows all migrations that are under way on this host, those that leave and those that arrive.")]
+pub struct Args {
+    /// The VM that moves.
+    #[arg(id = "name", value_name = "VM")]
+    vm: Option<String>,
+    /// Show it again and again until it has ended.
+    #[arg(short, long, requires = "name")]
+    watch: bool,
+    /// How often to show it.
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = units::duration, requires = "watch")]
+    interval: Duration,
+}
+
+/// Runs the verb.
+///
+/// # Errors
+/// `Workload` when the VM that was named does not move.
+pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
+    let place = Place::open(&RuntimeDir::open(common.runtime_dir.as_deref())?)?;
+    let Some(name) = &args.vm else { return all(common, &place) };
+    let mut client = connect(&place, name)?;
+    let mut status = client.status()?;
+    show(common, &status);
+    while args.watch && status.outcome.is_none() {
+        status = client.status_at_end(args.interval.max(Duration::from_millis(20)))?;
+        show(common, &status);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn all(common: &Common, place: &Place) -> Result<ExitCode> {
+    let mut found = false;
+    for name in place.names()? {
+        // One that ends meanwhile, or does not answer, is no reason not to show the others.
+        let status = match Client::connect(place, &name) {
+            Ok(Some(mut client)) => client.status(),
+            Ok(None) => continue,
+            Err(error) => Err(error),
+        };
+        match status {
+            Ok(status) => {
+                found = true;
+                show(common, &status);
+            }
+            Err(error) => tracing::warn!(%error, "one is not shown"),
+        }
+    }
+    if !found && !common.json {
+        say("no migration is under way here");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The running migration of a VM.
+///
+/// # Errors
+/// `Workload` when there is none.
+pub(super) fn connect(place: &Place, name: &str) -> Result<Client> {
+    super::check_name(name)?;
+    Client::connect(place, name)?.ok_or_else(|| {
+        Error::Workload(format!(
+            "no migration of {name} is under way here; migrate status shows those that are"
+        ))
+    })
+}
+
+/// Prints a status.
+pub(super) fn show(common: &Common, status: &Status) {
+    if common.json {
+        let mut line = serde_json::to_value(status).unwrap_or_default();
+        line["event"] = "status".into();
+        emit(&line);
+        return;
+    }
+    for line in lines(status) {
+        say(&line);
+    }
+}
+
+fn lines(status: &Status) -> Vec<String> {
+    let direction = match status.end {
+        End::Send => "to",
+        End::Receive => "from",
+    };
+    let how = match status.outcome {
+        None => format!("{}, round {}", status.phase, status.round),
+        Some(Outcome::Moved) => "moved".into(),
+        Some(Outcome::Failed) => "failed".into(),
+        Some(Outcome::InDoubt) => "in doubt".into(),
+    };
+    let elapsed = show_us(status.elapsed_us);
+    let mut lines = vec![format!("{} {direction} {}: {how}, {elapsed}", status.workload, status.peer)];
+    let mut line = |what: &str, text: String| lines.push(format!("  {what:<9} {text}"));
+    if let Some(reason) = &status.reason {
+        line("reason", reason.clone());
+    }
+    line("moved", format!("{} at {}", show_bytes(status.moved_bytes), show_rate(status.rate_bytes_per_s)));
+    if status.end == End::Send && status.outcome.is_none() {
+        let pages = |pages: u64| show_bytes(pages.saturating_mul(PAGE_SIZE as u64));
+        line("round", format!("{} of {}", pages(status.done_pages), pages(status.dirty_pages)));
+        if let Some(dirty) = status.dirty_bytes_per_s {
+            line("dirtied", show_rate(dirty));
+        }
+        if let Some(us) = status.predicted_downtime_us {
+            line("downtime", format!("{} if it stopped now", show_us(us)));
+        }
+        if let Some(percent) = status.throttle_percent {
+            line("throttle", format!("{percent} %"));
+        }
+        line("left", status.eta_us.map_or_else(|| "not known".into(), |us| format!("about {}", show_us(us))));
+        line("limits", limits(&status.limits));
+    }
+    if status.outcome.is_none() && !status.cancellable {
+        line("cancel", "too late: it will be finished".into());
+    }
+    lines
+}
+
+fn limits(limits: &Limits) -> String {
+    let mut parts = Vec::new();
+    let mut part = |text: Option<String>| parts.extend(text);
+    part(limits.downtime_us.map(|us| format!("downtime {}", show_us(us))));
+    part(limits.max_downtime_us.map(|us| format!("at most {} on a stall", show_us(us))));
+    part(limits.max_rounds.map(|rounds| format!("{rounds} rounds")));
+    part(limits.timeout_us.map(|us| format!("{} in all", show_us(us))));
+    part(limits.on_timeout.as_ref().map(|word| format!("then {word}")));
+    part(limits.on_stall.as_ref().map(|words| format!("stall: {}", words.join(", "))));
+    part(limits.max_throttle_percent.map(|percent| format!("throttle up to {percent} %")));
+    part(limits.bandwidth_bytes_per_s.map(|rate| format!("{} of the link", show_rate(rate))));
+    parts.join(", ")
+}

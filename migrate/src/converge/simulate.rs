@@ -1,0 +1,213 @@
+//! A migration in numbers alone: what a policy makes of a workload and a path.
+//!
+//! The workload is some groups of pages, each written at random at its own rate, all the time or in pulses. A round
+//! sends what is dirty; a page that is sent is cleared when its turn comes, so on average halfway through. Nothing here
+//! has a clock: the same seed gives the same numbers.
+
+use super::forecast::PAGE_BYTES;
+use super::measure::Measured;
+use super::policies::Policy;
+use super::policy::{Decision, Limits, Situation};
+use std::time::Duration;
+
+/// Pages that are written at random, all equally likely.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Group {
+    /// How many.
+    pub pages: f64,
+    /// Writes to all of them together, a second.
+    pub writes_per_s: f64,
+}
+
+/// A workload that works and rests in turn.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Pulse {
+    /// Work and rest together.
+    pub period_s: f64,
+    /// The part of it that is work, which comes first.
+    pub busy_part: f64,
+}
+
+/// What writes to memory.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Workload {
+    /// All pages that are ever written.
+    pub groups: Vec<Group>,
+    /// When it writes; all the time if nothing is said.
+    pub pulse: Option<Pulse>,
+}
+
+/// What pages have to go through.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Path {
+    /// Bytes a second.
+    pub bandwidth_bytes_per_s: f64,
+    /// What a round takes without bytes.
+    pub overhead_s: f64,
+    /// What freezing costs without bytes, besides one overhead.
+    pub fixed_s: f64,
+}
+
+/// One simulated migration.
+#[derive(Debug, Clone, Copy)]
+pub struct Plan<'a> {
+    /// What writes.
+    pub workload: &'a Workload,
+    /// Pages that the first round sends.
+    pub memory_pages: f64,
+    /// Where they go.
+    pub path: Path,
+    /// What is allowed.
+    pub limits: &'a Limits,
+    /// Whether the workload can be slowed down.
+    pub can_throttle: bool,
+    /// Who decides.
+    pub policy: Policy,
+    /// Decides how bandwidth and rates stray, each by at most [`STRAYS`] around its mean.
+    pub seed: u64,
+}
+
+/// How far bandwidth and rates stray from their mean, as a part of it.
+const STRAYS: f64 = 0.05;
+
+/// What became of it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Came {
+    /// The word that ended the rounds.
+    pub decision: Decision,
+    /// Live rounds.
+    pub rounds: Vec<Measured>,
+    /// Bytes that were sent in all, the frozen ones too.
+    pub bytes: f64,
+    /// From the first page on.
+    pub total_s: f64,
+    /// How long the workload stood still; 0 when it stayed.
+    pub downtime_s: f64,
+    /// Time that the workload lost by being slowed down.
+    pub throttled_s: f64,
+}
+
+impl Came {
+    /// Whether the workload moved.
+    pub fn moved(&self) -> bool {
+        matches!(self.decision, Decision::Freeze { .. } | Decision::Minimum { .. } | Decision::Force { .. })
+    }
+}
+
+/// Lets a policy move a workload.
+pub fn simulate(plan: &Plan<'_>) -> Came {
+    let Plan { workload, path, limits, can_throttle, policy, .. } = *plan;
+    let mut random = Random(plan.seed);
+    let mut dirty: Vec<f64> = workload.groups.iter().map(|group| group.pages).collect();
+    let idle_pages = (plan.memory_pages - dirty.iter().sum::<f64>()).max(0.0);
+    let mut to_send = idle_pages + dirty.iter().sum::<f64>();
+    let (mut rounds, mut bytes, mut now, mut throttled_s, mut throttle) = (Vec::new(), 0.0, 0.0, 0.0, 0);
+    loop {
+        let bandwidth = path.bandwidth_bytes_per_s * random.around_one();
+        let takes = path.overhead_s + to_send * PAGE_BYTES / bandwidth;
+        let runs = 1.0 - f64::from(throttle) / 100.0;
+        let busy_s = workload.busy(now, now + takes) * runs * random.around_one();
+        for (dirty, group) in dirty.iter_mut().zip(&workload.groups) {
+            *dirty = group.dirtied(*dirty, busy_s);
+        }
+        let remaining: f64 = dirty.iter().sum();
+        now += takes;
+        bytes += to_send * PAGE_BYTES;
+        throttled_s += takes * (1.0 - runs);
+        rounds.push(Measured {
+            sent_bytes: (to_send * PAGE_BYTES) as u64,
+            duration: Duration::from_secs_f64(takes),
+            remaining_pages: remaining as u64,
+            held_pages: 0,
+            throttle_percent: throttle,
+        });
+        let (fixed, elapsed) = (Duration::from_secs_f64(path.fixed_s), Duration::from_secs_f64(now));
+        let situation =
+            Situation { rounds: &rounds, fixed, elapsed, can_throttle, can_post_copy: false, limits };
+        let decision = policy.decide(&situation);
+        to_send = remaining;
+        match decision {
+            Decision::Round { .. } => throttle = 0,
+            Decision::Throttle { percent, .. } => throttle = percent,
+            Decision::GiveUp { .. } | Decision::PostCopy { .. } => {
+                return Came { decision, rounds, bytes, total_s: now, downtime_s: 0.0, throttled_s };
+            }
+            Decision::Freeze { .. } | Decision::Minimum { .. } | Decision::Force { .. } => {
+                let bandwidth = path.bandwidth_bytes_per_s * random.around_one();
+                let downtime_s = path.fixed_s + path.overhead_s + remaining * PAGE_BYTES / bandwidth;
+                bytes += remaining * PAGE_BYTES;
+                return Came { decision, rounds, bytes, total_s: now + downtime_s, downtime_s, throttled_s };
+            }
+        }
+    }
+}
+
+impl Group {
+    /// Dirty pages behind a round that sends `sent` of them, within which the workload writes for `busy_s`.
+    fn dirtied(&self, sent: f64, busy_s: f64) -> f64 {
+        if self.pages < 1.0 {
+            return 0.0;
+        }
+        // How often each page is written; the times between are exponentially distributed.
+        let writes = self.writes_per_s * busy_s / self.pages;
+        let since_start = 1.0 - (-writes).exp();
+        // The mean of 1 - exp(-x) for x from 0 to `writes`: a page that is sent is cleared some time in the round.
+        let since_sent = if writes > 1e-6 { 1.0 - since_start / writes } else { writes / 2.0 };
+        let sent = sent.min(self.pages);
+        sent * since_sent + (self.pages - sent) * since_start
+    }
+}
+
+impl Workload {
+    /// How long of the time between two moments it works.
+    fn busy(&self, from_s: f64, to_s: f64) -> f64 {
+        let Some(Pulse { period_s, busy_part }) = self.pulse else { return to_s - from_s };
+        let until = |time: f64| {
+            let periods = (time / period_s).floor();
+            let within = (time - periods * period_s).min(period_s * busy_part);
+            periods * period_s * busy_part + within
+        };
+        until(to_s) - until(from_s)
+    }
+}
+
+/// Knuth's MMIX generator; the upper bits are the good ones.
+struct Random(u64);
+
+impl Random {
+    fn around_one(&mut self) -> f64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let unit = (self.0 >> 33) as f64 / f64::from(1u32 << 31);
+        1.0 + (unit * 2.0 - 1.0) * STRAYS
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_group_never_has_more_dirty_pages_than_pages_nor_than_writes() {
+        let group = Group { pages: 1000.0, writes_per_s: 500.0 };
+        for busy_s in [0.0, 1e-9, 0.1, 1.0, 100.0] {
+            for sent in [0.0, 500.0, 1000.0] {
+                let dirty = group.dirtied(sent, busy_s);
+                assert!(
+                    (0.0..=1000.0).contains(&dirty) && dirty <= 500.0 * busy_s + 1e-6,
+                    "{dirty} after {busy_s} s"
+                );
+            }
+        }
+        assert!(group.dirtied(1000.0, 1.0) < group.dirtied(0.0, 1.0), "what was sent late is dirtied less");
+    }
+
+    #[test]
+    fn a_pulse_works_its_part_of_any_time() {
+        let workload = Workload { groups: vec![], pulse: Some(Pulse { period_s: 5.0, busy_part: 0.4 }) };
+        for (from, to, busy) in
+            [(0.0, 5.0, 2.0), (0.0, 1.0, 1.0), (2.0, 5.0, 0.0), (1.0, 11.0, 4.0), (4.0, 6.0, 1.0)]
+        {
+            assert!((workload.busy(from, to) - busy).abs() < 1e-9, "{from} to {to}");
+        }
+    }
+}

@@ -1,0 +1,174 @@
+//! What became of the VM: exactly one, and sound.
+
+use super::case::{Case, Expected, Fault, Process, Side};
+use super::scene::{Scene, VM};
+use crate::guest::Window;
+use crate::process::{Finished, STEP_LIMIT};
+use crate::{Host, Running};
+use rustix::process::Signal;
+use std::fmt;
+use std::time::{Duration, Instant};
+
+/// Where the VM is in the end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Survivor {
+    Source,
+    Destination,
+    /// Its own VMM died.
+    Nobody,
+}
+
+/// How a case ended, as the summary counts it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Ended {
+    pub survivor: Survivor,
+    /// `migrate recover` was needed.
+    pub recovered: bool,
+}
+
+impl fmt::Display for Ended {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let recovered = if self.recovered { ", by recover" } else { "" };
+        write!(f, "{:?}{recovered}", self.survivor)
+    }
+}
+
+/// Judges a case whose fault is over and whose sender has ended.
+///
+/// # Panics
+/// If there are two VMs, or none that could have been avoided, or one that is not sound.
+pub(super) fn judge(case: &Case, scene: Scene<'_>) -> Ended {
+    let Scene { a, b, sender, mut receiver, address, source, .. } = scene;
+    let sent = sender.finish();
+    check_words(case, "the sender", &sent);
+    let at_source = wait_settled(&a, &["running", "pledged"]);
+    let recovered = at_source.as_deref() == Some("pledged");
+    if recovered {
+        receiver = recover(&a, &b, receiver, &address);
+    }
+    // A receiver that still waits, or that misses a sender which is gone, ends now.
+    if recovered || case.fault != Fault::Interrupt(Side::Receive) {
+        receiver.signal(Signal::INT);
+    }
+    let received = receiver.finish();
+    check_words(case, "the receiver", &received);
+    let at_source = wait_settled(&a, &["running"]);
+    let at_destination = wait_settled(&b, &["running"]);
+    let survivor = match (at_source.is_some(), at_destination.is_some()) {
+        (true, true) => panic!("TWO VMs run\n{sent:#?}\n{received:#?}"),
+        (true, false) => Survivor::Source,
+        (false, true) => Survivor::Destination,
+        (false, false) => Survivor::Nobody,
+    };
+    let expected = case.expected();
+    let right = match expected {
+        Expected::OnlyOne => survivor != Survivor::Nobody,
+        Expected::Source => survivor == Survivor::Source,
+        Expected::Destination => survivor == Survivor::Destination,
+        Expected::DestinationOrNone => survivor != Survivor::Source,
+        Expected::SourceOrNone => survivor != Survivor::Destination,
+    };
+    assert!(
+        right,
+        "the VM is at {survivor:?}, expected {expected:?}\n{sent:#?}\n{received:#?}\nsource: {}\ndestination: {}",
+        a.log(VM),
+        b.log(VM)
+    );
+    if !recovered && matches!(sent.code, 0 | 4 | 6 | 7 | 8 | 9 | 130) {
+        let moved = survivor == Survivor::Destination;
+        let died = matches!(case.fault, Fault::Kill(Process::SourceVmm | Process::DestinationVmm));
+        assert!(died || moved == (sent.code == 0), "the sender says {sent:#?}, the VM is at {survivor:?}");
+    }
+    match survivor {
+        Survivor::Source => {
+            a.assert_sound(VM);
+            if case.seed.is_multiple_of(4) {
+                next_attempt_is_correct(&a, &b);
+            }
+        }
+        Survivor::Destination => {
+            b.assert_sound(VM);
+            never_two(&source, &b);
+        }
+        Survivor::Nobody => {}
+    }
+    Ended { survivor, recovered }
+}
+
+/// What a program said and how it ended: by one of its documented exit codes, or by the signal that the case sent it. A
+/// process that gets no memory is ended by its allocator.
+fn check_words(case: &Case, who: &str, finished: &Finished) {
+    let killed = match finished.code {
+        -9 => matches!(case.fault, Fault::Kill(_)),
+        -6 => matches!(case.fault, Fault::MemoryShort(_)),
+        // A second interrupt ends a program at once.
+        -2 => matches!(case.fault, Fault::Interrupt(_)),
+        _ => false,
+    };
+    let documented = matches!(finished.code, 0 | 2..=10 | 130);
+    assert!(documented || killed, "{who} ended with {}: {finished:#?}", finished.code);
+    assert!(!finished.stderr.contains("panicked"), "{who} panicked: {finished:#?}");
+}
+
+/// Waits until the VM of this host is in one of these phases, or gone: all others are on the way to somewhere.
+fn wait_settled(host: &Host, lasting: &[&str]) -> Option<String> {
+    let until = Instant::now() + STEP_LIMIT;
+    loop {
+        let phase = host.phase(VM);
+        if phase.as_deref().is_none_or(|phase| lasting.contains(&phase)) {
+            return phase;
+        }
+        assert!(Instant::now() < until, "the VM stays {phase:?}\n{}", host.log(VM));
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Settles a pledged source as an operator would: asks the receiver, or one started anew; and where nobody knows, looks.
+fn recover(a: &Host, b: &Host, mut receiver: Running, address: &str) -> Running {
+    let mut address = address.to_owned();
+    if !receiver.is_running() {
+        (receiver, address) = b.receive(&["--link-timeout", "2s", "--ask-timeout", "2s"]);
+    }
+    let asked = a.run(&["recover", VM, "--at", &address]);
+    if asked.code != 0 {
+        assert_eq!(asked.code, 10, "{asked:#?}");
+        // Nobody may start it any more while the operator looks.
+        receiver.signal(Signal::INT);
+        let ended = Instant::now() + STEP_LIMIT;
+        while receiver.is_running() {
+            assert!(Instant::now() < ended, "the receiver does not end when it is interrupted");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let word = if wait_settled(b, &["running"]).is_some() { "--discard" } else { "--resume" };
+        a.run(&["recover", VM, word]).success();
+    }
+    receiver
+}
+
+/// The source's last tick is a tick of the guest at the destination, too, or else both ran. On one host they share the
+/// TSC, so a gap at the destination that has the source's last tick *inside* it proves two: the source went on after
+/// the freeze.
+fn never_two(source: &Window, destination: &Host) {
+    let Some(last) = source.stats().map(|stats| stats.tsc_last) else { return };
+    let Some(there) = destination.find_vm_pid(VM).and_then(Window::open).and_then(|window| window.stats())
+    else {
+        return;
+    };
+    for gap in &there.gaps {
+        let begun = gap.tsc_end - gap.cycles;
+        assert!(
+            !(begun < last && last < gap.tsc_end),
+            "the source ticked at {last}, while the VM that went on stood still from {begun} to {}",
+            gap.tsc_end
+        );
+    }
+}
+
+/// The next attempt, with fresh processes, moves the VM, and it is sound at the other end.
+fn next_attempt_is_correct(a: &Host, b: &Host) {
+    let (receiver, address) = b.receive(&[]);
+    a.run(&["send", VM, &address]).success();
+    receiver.finish().success();
+    assert_eq!(wait_settled(a, &["running"]), None, "the source is still there");
+    b.assert_sound(VM);
+}
