@@ -2,7 +2,7 @@
 
 use crate::commands;
 use crate::error::Result;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -54,6 +54,8 @@ enum Verb {
     Send(commands::send::Args),
     /// Take a VM that another host sends.
     Receive(commands::receive::Args),
+    /// Forecast what moving a VM would take, without moving it.
+    Estimate(commands::estimate::Args),
     /// Show the migrations that are under way on this host.
     Status(commands::status::Args),
     /// Stop a running migration; the VM goes on where it is.
@@ -70,19 +72,33 @@ enum Verb {
     Recover(commands::recover::Args),
     /// Ask a ledger guest for its account of itself, and check its memory from outside.
     Ledger(commands::ledger::Args),
+    /// Print what a shell needs to complete the words of this program.
+    Completions(commands::completions::Args),
+    /// Print the manual, or write a page for each verb.
+    Man(commands::man::Args),
     /// Measure the QUIC pipe with no guest behind it.
     #[command(hide = true)]
     BenchPipe(commands::bench_pipe::Args),
 }
 
+/// The command line as a tree, for completions and manual pages.
+pub(crate) fn command() -> clap::Command {
+    let mut command = Cli::command();
+    // So that options that hold for every verb stand with each.
+    command.build();
+    command
+}
+
 /// Runs the command line of this process.
 pub fn run() -> ExitCode {
     let cli = Cli::parse();
-    commands::init_logging(&cli.common);
+    let daemon = matches!(&cli.verb, Verb::Receive(args) if args.is_daemon());
+    commands::init_logging(&cli.common, daemon);
     let result: Result<ExitCode> = match cli.verb {
         Verb::Vm(verb) => commands::vm::run(&cli.common, verb),
         Verb::Send(args) => commands::send::run(&cli.common, &args),
         Verb::Receive(args) => commands::receive::run(&cli.common, &args),
+        Verb::Estimate(args) => commands::estimate::run(&cli.common, &args),
         Verb::Status(args) => commands::status::run(&cli.common, &args),
         Verb::Cancel(args) => commands::cancel::run(&cli.common, &args),
         Verb::Set(args) => commands::set::run(&cli.common, &args),
@@ -91,7 +107,83 @@ pub fn run() -> ExitCode {
         Verb::Keys(args) => commands::keys::run(&cli.common, &args),
         Verb::Recover(args) => commands::recover::run(&cli.common, &args),
         Verb::Ledger(args) => commands::ledger::run(&cli.common, &args),
+        Verb::Completions(args) => commands::completions::run(&cli.common, &args),
+        Verb::Man(args) => commands::man::run(&cli.common, &args),
         Verb::BenchPipe(args) => commands::bench_pipe::run(&cli.common, &args),
     };
     result.unwrap_or_else(|error| commands::fail(&cli.common, &error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every verb that does something, with the words that lead to it.
+    fn verbs(command: &clap::Command, above: &str) -> Vec<(String, clap::Command)> {
+        let below: Vec<_> =
+            command.get_subcommands().filter(|one| !one.is_hide_set() && one.get_name() != "help").collect();
+        let words = |name: &str| format!("{above} {name}").trim().to_owned();
+        let leaf = |one: &clap::Command| one.get_subcommands().all(|one| one.get_name() == "help");
+        let mut found = Vec::new();
+        for one in below {
+            if leaf(one) {
+                found.push((words(one.get_name()), one.clone()));
+            } else {
+                found.extend(verbs(one, &words(one.get_name())));
+            }
+        }
+        found
+    }
+
+    fn scripting() -> String {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/scripting.md");
+        std::fs::read_to_string(path).unwrap()
+    }
+
+    #[test]
+    fn every_verb_has_an_example_and_json_and_every_option_a_word_about_it() {
+        let all = verbs(&command(), "");
+        assert!(all.len() >= 18, "{}", all.len());
+        for (words, mut verb) in all {
+            let help = verb.render_long_help().to_string();
+            assert!(
+                help.contains(&format!("Example: migrate {words}")),
+                "migrate {words} shows no example:\n{help}"
+            );
+            assert!(help.contains("--json"), "migrate {words} does not offer --json");
+            for option in verb.get_arguments() {
+                assert!(
+                    option.get_help().is_some(),
+                    "migrate {words}: nothing is said of {}",
+                    option.get_id()
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn the_document_for_scripts_names_every_verb_and_every_exit_code() {
+        let text = scripting();
+        for (words, _) in verbs(&command(), "") {
+            assert!(text.contains(&format!("\n| `{words}` |")), "docs/scripting.md has no row for `{words}`");
+        }
+        // The list at the end of the help is the document's.
+        let listed = EXAMPLE.split("Exit codes:").nth(1).unwrap();
+        let codes: Vec<u8> = listed.split([',', ' ', '\n']).filter_map(|word| word.parse().ok()).collect();
+        assert!(codes.len() >= 11, "{codes:?}");
+        for code in codes {
+            assert!(
+                text.contains(&format!("\n| {code} |")),
+                "docs/scripting.md does not explain exit code {code}"
+            );
+        }
+        for number in 1..=u8::MAX {
+            if text.contains(&format!("\n| {number} | ")) {
+                assert!(
+                    EXAMPLE.contains(&format!(" {number} ")),
+                    "the help does not name exit code {number}"
+                );
+            }
+        }
+    }
 }

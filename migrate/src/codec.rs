@@ -3,6 +3,9 @@
 //! A frame has at most 1 MiB of pages, so neither end ever holds more than that of one: what does not decode to exactly its
 //! pages is an error before a byte of it is used.
 
+pub(crate) mod delta;
+pub(crate) mod known;
+
 use protocol::frame::MAX_FRAME_PAGES;
 use protocol::page::{PAGE_SIZE, PageRun};
 use protocol::payload::Encoding;

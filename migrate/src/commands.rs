@@ -10,9 +10,12 @@ pub mod cancel;
 pub mod set;
 pub mod report;
 pub mod replay;
+pub mod estimate;
 pub mod keys;
 pub mod recover;
 pub mod ledger;
+pub mod completions;
+pub mod man;
 pub mod bench_pipe;
 
 use crate::cancel::CancelFlag;
@@ -20,15 +23,16 @@ use crate::cli::Common;
 use crate::error::{Error, Result};
 use crate::exit;
 use serde::Serialize;
-use std::io::Write as _;
+use std::io::{IsTerminal as _, Write as _};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use tracing_subscriber::EnvFilter;
 
-/// Logs go to stderr: warnings, more with `-v`, or what `RUST_LOG` says.
-pub fn init_logging(common: &Common) {
-    let level = match common.verbose {
+/// Logs go to stderr: warnings (of a daemon what it does, too), more with `-v`, or what `RUST_LOG` says. One line an event;
+/// the journal has its own clock and no colours.
+pub fn init_logging(common: &Common, daemon: bool) {
+    let level = match common.verbose + u8::from(daemon) {
         0 => "warn,migrate=warn,vmm=warn",
         1 => "warn,migrate=info,vmm=info",
         2 => "info,migrate=debug,vmm=debug",
@@ -38,7 +42,37 @@ pub fn init_logging(common: &Common) {
     let built =
         tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
     // Only a second call in one process can fail, and then the first one's choice stands.
-    built.try_init().ok();
+    if is_journal() {
+        built.without_time().with_ansi(false).try_init().ok();
+    } else {
+        built.with_ansi(std::io::stderr().is_terminal()).try_init().ok();
+    }
+}
+
+/// Whether stderr is the journal: `JOURNAL_STREAM` names its device and inode (systemd.exec(5)).
+fn is_journal() -> bool {
+    let Ok(stream) = std::env::var("JOURNAL_STREAM") else { return false };
+    rustix::fs::fstat(std::io::stderr())
+        .is_ok_and(|stat| stream == format!("{}:{}", stat.st_dev, stat.st_ino))
+}
+
+/// Serves the figures of this process's migrations, and says where.
+///
+/// # Errors
+/// `Host` when it cannot listen there.
+pub(crate) fn serve_metrics(
+    common: &Common,
+    address: std::net::SocketAddr,
+    fleet: &crate::metrics::Fleet,
+) -> Result<crate::metrics::Server> {
+    let server = crate::metrics::Server::start(address, fleet.clone())?;
+    let url = format!("http://{}/metrics", server.address());
+    if common.json {
+        emit(&serde_json::json!({"event": "metrics", "url": url}));
+    } else {
+        say(&format!("metrics at {url}"));
+    }
+    Ok(server)
 }
 
 /// Says on stderr (and, with `--json`, on stdout) what went wrong, and gives the exit code for it.

@@ -37,6 +37,7 @@ pub mod policy;
 pub mod policies;
 pub mod trace;
 pub mod simulate;
+pub mod fit;
 #[cfg(test)]
 mod compare;
 

@@ -110,13 +110,19 @@ pub struct Refusal {
     pub reason: String,
 }
 
-/// Memory that is written by page streams. Ranges were checked against the layout by the caller.
+/// Memory that is written, and read again, by page streams. Ranges were checked against the layout by the caller.
 pub trait PageMemory: Send + Sync {
     /// Writes `bytes` at a byte offset of a space.
     ///
     /// # Errors
     /// `Host`.
     fn write(&self, space: SpaceId, offset: u64, bytes: &[u8]) -> Result<()>;
+
+    /// Copies `buffer.len()` bytes from a byte offset of a space: what was written there last.
+    ///
+    /// # Errors
+    /// `Host`.
+    fn read(&self, space: SpaceId, offset: u64, buffer: &mut [u8]) -> Result<()>;
 
     /// Makes every byte of the run zero, without allocating pages that were never written.
     ///

@@ -4,7 +4,6 @@
 //! guesses as it does for a host it has never seen, and the next move writes the file anew.
 
 use crate::error::{Error, Result};
-use crate::identity::Fingerprint;
 use crate::report::micros;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -25,9 +24,6 @@ const MAX_MOVES: usize = 8;
 
 /// The most bytes that are read: 256 peers of about 200 bytes, with room.
 const MAX_FILE_BYTES: u64 = 256 << 10;
-
-/// The longest text that names a peer, in bytes.
-const MAX_KEY_BYTES: usize = 256;
 
 /// The longest fixed part that is believed: a host that took longer once was ill.
 const MAX_FIXED: Duration = Duration::from_secs(2);
@@ -58,27 +54,27 @@ impl History {
         Self { path: dir.join("history.json") }
     }
 
-    /// What freezing costs with this peer when nothing remains, and from how many moves that is known: so much that
+    /// What freezing costs with the peer of this key when nothing remains, and from how many moves that is known: so much that
     /// three of four of them cost no more. Nothing when it is not known.
     pub fn fixed(&self, peer: &str) -> Option<(Duration, usize)> {
         let contents = self.load().unwrap_or_else(|why| {
             tracing::warn!(file = %self.path.display(), why, "the memory of earlier moves cannot be used");
             Contents::default()
         });
-        let mut moves = contents.peers.get(key(peer))?.fixed_us.clone();
+        let mut moves = contents.peers.get(peer)?.fixed_us.clone();
         moves.sort_unstable();
         let at = (moves.len() * 3).div_ceil(4).checked_sub(1)?;
         Some((Duration::from_micros(*moves.get(at)?).min(MAX_FIXED), moves.len()))
     }
 
-    /// Remembers what a move cost.
+    /// Remembers what a move to the peer of this key cost.
     ///
     /// # Errors
     /// `Host` when the file cannot be written.
     pub fn record(&self, peer: &str, fixed: Duration) -> Result<()> {
         let mut contents = self.load().unwrap_or_default();
         contents.version = VERSION;
-        let past = contents.peers.entry(key(peer).to_owned()).or_default();
+        let past = contents.peers.entry(peer.to_owned()).or_default();
         past.used_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         past.fixed_us.push(micros(fixed.min(MAX_FIXED)));
         past.fixed_us.drain(..past.fixed_us.len().saturating_sub(MAX_MOVES));
@@ -130,13 +126,6 @@ impl History {
     }
 }
 
-/// A peer as it is remembered: by its key where its description has one, because addresses change.
-fn key(peer: &str) -> &str {
-    let words = peer.split_whitespace().map(|word| word.trim_matches(['(', ')']));
-    let key = words.into_iter().find(|word| word.parse::<Fingerprint>().is_ok()).unwrap_or(peer);
-    key.get(..MAX_KEY_BYTES).unwrap_or(key)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -159,15 +148,6 @@ mod tests {
         assert_eq!(history.fixed("b"), Some((MS, MAX_MOVES)), "old moves are forgotten");
         history.record("b", Duration::from_secs(3600)).unwrap();
         assert!(history.load().unwrap().peers["b"].fixed_us.iter().all(|us| *us <= micros(MAX_FIXED)));
-    }
-
-    #[test]
-    fn a_peer_is_known_by_its_key_wherever_it_is() {
-        let fingerprint = format!("SHA256:{}", "A".repeat(43));
-        assert!(fingerprint.parse::<Fingerprint>().is_ok());
-        assert_eq!(key(&format!("b at 192.0.2.1:7700 ({fingerprint})")), fingerprint);
-        assert_eq!(key(&format!("192.0.2.9:1 ({fingerprint})")), fingerprint);
-        assert_eq!(key("192.0.2.9:1"), "192.0.2.9:1");
     }
 
     #[test]

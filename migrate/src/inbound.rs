@@ -32,6 +32,7 @@
 //! that names what came: the sender is told, the destination discarded.
 
 mod visitor;
+mod probed;
 mod admission;
 mod desk;
 mod parse;
@@ -270,7 +271,11 @@ impl Inbound<'_> {
             missing.as_deref().map_or(Ok(()), |missing| destination.expect(missing))
         })?;
         self.missing = missing;
-        self.phase(Phase::Ready, |me| me.talk.say(&Upstream::Ready, &[], me.options.idle))
+        self.phase(Phase::Ready, |me| {
+            // Behind this the sender may commit, and its word counts.
+            me.cancel.pass()?;
+            me.talk.say(&Upstream::Ready, &[], me.options.idle)
+        })
     }
 
     /// One phase: told, timed, logged, and named in its error.

@@ -155,6 +155,10 @@ impl PageMemory for GuestMemory {
         space.file.write_all_at(bytes, offset).map_err(|error| refused("written", &error))
     }
 
+    fn read(&self, space: SpaceId, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        Self::read(self, space, offset, buffer)
+    }
+
     fn zero(&self, run: PageRun) -> Result<()> {
         const ZEROS: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
         let space = self.range(run.space, run.offset(), run.bytes())?;

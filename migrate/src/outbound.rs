@@ -30,6 +30,7 @@
 //! meant for a destination that is gone, so all of it is given back, whichever rounds had arrived there.
 
 mod ticker;
+mod buffers;
 mod encode;
 mod lanes;
 mod rounds;
@@ -50,6 +51,7 @@ use crate::report::{
 };
 use crate::select::hot::{HotPages, HotRule};
 use crate::source::{Donor, Source};
+use buffers::Buffers;
 use commit::Answer;
 pub use commit::{Word, ask};
 pub use encode::Packs;
@@ -204,6 +206,7 @@ struct Outbound<'a> {
     source: Box<dyn Source>,
     talk: conversation::Sender,
     lanes: Lanes,
+    buffers: Buffers,
     dial: &'a mut dyn FnMut() -> Result<Box<dyn Link>>,
     options: &'a Options,
     cancel: &'a CancelFlag,
@@ -287,6 +290,7 @@ impl<'a> Outbound<'a> {
             source,
             talk: conversation::Sender::new(link, 0),
             lanes: Lanes::none(),
+            buffers: Buffers::default(),
             dial,
             options,
             cancel,

@@ -18,6 +18,11 @@ pub fn observer(common: &Common) -> Box<dyn Observer> {
     } else {
         Box::new(Lines)
     };
+    held(inner)
+}
+
+/// An observer with the test hook around it where the environment asks for it.
+pub(crate) fn held(inner: Box<dyn Observer>) -> Box<dyn Observer> {
     match std::env::var("MIGRATE_TEST_HOLD") {
         Ok(points) if !points.is_empty() => Box::new(Hold { inner, points }),
         _ => inner,

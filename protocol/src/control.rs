@@ -49,6 +49,9 @@ pub const MAX_BLOB_BYTES: u32 = 64 << 20;
 /// The longest name of a workload in bytes.
 pub const MAX_NAME_BYTES: usize = 64;
 
+/// The most bytes with which a path is measured: 1.5 s of a link of 25 Gbit/s.
+pub const MAX_PROBE_BYTES: u64 = 4 << 30;
+
 /// Checks a workload's name: 1 to [`MAX_NAME_BYTES`] letters, digits, `.`, `_` and `-`, the first one a
 /// letter or a digit. It becomes part of a file name and a word on a command line, so it can be neither a path nor an
 /// option.
@@ -125,6 +128,11 @@ pub enum Downstream {
         /// Which migration.
         migration: MigrationId,
     },
+    /// How fast is the path? One page stream of bytes without meaning follows. Needs the capability `probe`.
+    Probe {
+        /// The most that will come, at most [`MAX_PROBE_BYTES`].
+        bytes: u64,
+    },
 }
 
 impl Downstream {
@@ -143,6 +151,7 @@ impl Downstream {
             Self::Recover { .. } => "Recover",
             Self::Join { .. } => "Join",
             Self::Resume { .. } => "Resume",
+            Self::Probe { .. } => "Probe",
         }
     }
 }
@@ -250,6 +259,13 @@ pub enum Upstream {
         /// The first round that is not in memory whole.
         round: u32,
     },
+    /// The answer to `Probe`, behind the end of its stream.
+    Probed {
+        /// Bytes that came.
+        bytes: u64,
+        /// From the first of them to the last, in microseconds.
+        duration_us: u64,
+    },
     /// The answer to `Ask`.
     Outcome {
         /// Which migration.
@@ -276,6 +292,7 @@ impl Upstream {
             Self::Failed { .. } => "Failed",
             Self::Resumed { .. } => "Resumed",
             Self::Outcome { .. } => "Outcome",
+            Self::Probed { .. } => "Probed",
         }
     }
 }

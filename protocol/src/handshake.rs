@@ -44,12 +44,14 @@ pub const PACKED_PAGES: &str = "packed-pages";
 /// The capability to send and take pages as [`Delta`](crate::payload::Encoding::Delta).
 pub const DELTA_PAGES: &str = "delta-pages";
 
-/// The capability to send and take pages as [`Known`](crate::payload::Encoding::Known), and to say in `round-done` which of
-/// them were not there.
+/// The capability to send and take pages as [`Known`](crate::payload::Encoding::Known).
 pub const KNOWN_PAGES: &str = "known-pages";
 
+/// The receiver counts and drops the bytes of a [`Probe`](crate::control::Downstream::Probe).
+pub const PROBE: &str = "probe";
+
 /// The capabilities of this release. All of version 1.0 is the base.
-pub const CAPABILITIES: &[&str] = &[POST_COPY, PACKED_PAGES, RESUME];
+pub const CAPABILITIES: &[&str] = &[POST_COPY, PACKED_PAGES, DELTA_PAGES, KNOWN_PAGES, PROBE, RESUME];
 
 /// First bytes of a control stream, decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -28,6 +28,7 @@ const NOT_LIMITS: [&str; 7] = [
     "handshake::PACKED_PAGES",
     "handshake::DELTA_PAGES",
     "handshake::KNOWN_PAGES",
+    "handshake::PROBE",
 ];
 
 fn document(name: &str) -> String {
@@ -41,6 +42,7 @@ fn limits() -> BTreeMap<&'static str, String> {
     let number = |value: u64| value.to_string();
     BTreeMap::from([
         ("control::MAX_BLOB_BYTES", number(control::MAX_BLOB_BYTES.into())),
+        ("control::MAX_PROBE_BYTES", number(control::MAX_PROBE_BYTES)),
         ("control::MAX_NAME_BYTES", number(control::MAX_NAME_BYTES as u64)),
         ("envelope::HEADER_BYTES", number(envelope::HEADER_BYTES as u64)),
         ("envelope::MAX_JSON_BYTES", number(envelope::MAX_JSON_BYTES.into())),

@@ -4,7 +4,11 @@ use ledger::Stats;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 
-/// The first memfd of a VMM: guest memory from address 0 to 3 GiB, where the ledger keeps its stats.
+/// Where memory above the hole below 4 GiB begins, in QEMU's memory file: its microvm machine has 3 GiB below it
+/// (hw/i386/microvm.c).
+const LOW_BYTES: u64 = 3 << 30;
+
+/// The first memfd of a VMM: guest memory from address 0 to 3 GiB, where the ledger keeps its stats; in QEMU all of it.
 pub struct Window {
     memory: File,
 }
@@ -25,5 +29,22 @@ impl Window {
     /// The ledger's account of itself, if one is there yet. Each field is whole, but they may be of different moments.
     pub fn stats(&self) -> Option<Stats> {
         Stats::read(|gpa, buffer: &mut [u8]| self.memory.read_exact_at(buffer, gpa)).ok()
+    }
+
+    /// Computes what every page of a guest in QEMU must hold and compares; the guest must stand still.
+    ///
+    /// # Errors
+    /// What is wrong with it, also by its own account.
+    pub fn verify(&self) -> Result<(), String> {
+        let read = |gpa: u64, buffer: &mut [u8]| {
+            let above = gpa.checked_sub(4 << 30).map(|above| above + LOW_BYTES);
+            self.memory.read_exact_at(buffer, above.unwrap_or(gpa))
+        };
+        let stats = Stats::read(read).map_err(|error| error.to_string())?;
+        if stats.error_count() != 0 {
+            return Err(format!("it found {} errors: {:?}", stats.error_count(), stats.first_errors));
+        }
+        let verdict = ledger::verify(&stats, read).map_err(|error| error.to_string())?;
+        if verdict.is_sound() { Ok(()) } else { Err(verdict.to_string()) }
     }
 }

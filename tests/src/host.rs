@@ -47,6 +47,12 @@ impl Host {
         host
     }
 
+    /// Puts this host, before anything runs on it, at a place on the network.
+    pub fn moved_to(mut self, place: Place) -> Self {
+        self.place = Some(place);
+        self
+    }
+
     /// Gives this host, before anything runs on it, a runtime directory on a disk of this size.
     ///
     /// # Panics

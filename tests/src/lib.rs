@@ -18,6 +18,7 @@ pub mod relay;
 pub mod host;
 pub mod guest;
 pub mod matrix;
+pub mod bench;
 
 pub use host::{Host, trusting_pair};
 pub use process::{Finished, Running};

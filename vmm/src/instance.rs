@@ -91,6 +91,8 @@ pub(crate) struct Instance {
     vm: Option<Vm>,
     /// What a VM that came without all of its memory waits for.
     awaited: Option<Awaited>,
+    /// Loading its state took registers from its memory.
+    read_memory: bool,
     expectation: Option<Expectation>,
     events: Sender<Event>,
     holder: Option<Holder>,
@@ -108,6 +110,7 @@ impl Instance {
             phase: Phase::Running,
             vm: Some(vm),
             awaited: None,
+            read_memory: false,
             expectation: None,
             events,
             holder: None,
@@ -125,6 +128,7 @@ impl Instance {
             phase: Phase::Incoming,
             vm: None,
             awaited: None,
+            read_memory: false,
             serial: expectation.serial.describe(),
             expectation: Some(expectation),
             events,
@@ -473,7 +477,7 @@ impl Instance {
 
     fn load(&mut self, blob: &[u8]) -> Result<Answer> {
         let started = Instant::now();
-        self.in_phase(Phase::Prepared, "load")?.load(blob)?;
+        self.read_memory = self.in_phase(Phase::Prepared, "load")?.load(blob)?;
         tracing::debug!(took = ?started.elapsed(), "loaded");
         self.phase = Phase::Loaded;
         Ok(Reply::Done.into())
@@ -511,6 +515,11 @@ impl Instance {
             return Err(self.wrong("expect pages twice"));
         }
         self.in_phase(Phase::Loaded, "expect pages")?;
+        if self.read_memory {
+            return Err(Error::Config(
+                "a guest in 32-bit PAE mode cannot be started without all of its memory: move it without post-copy".into(),
+            ));
+        }
         let missing = self.sets_of(blob)?;
         let started = Instant::now();
         let vm = self.in_phase(Phase::Loaded, "expect pages")?;

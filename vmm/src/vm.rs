@@ -184,12 +184,13 @@ impl Vm {
         saved.encode().map_err(|error| Error::State(error.to_string()))
     }
 
-    /// Loads a state into a prepared VM; everything is checked before the first part is changed.
+    /// Loads a state into a prepared VM; everything is checked before the first part is changed. Answers whether
+    /// that took registers from guest memory, which must have been right by then.
     ///
     /// # Errors
     /// [`Error::State`] when it does not fit, [`Error::Host`] when KVM refuses a part of it: the VM must
     /// then not be started.
-    pub(crate) fn load(&self, bytes: &[u8]) -> Result<()> {
+    pub(crate) fn load(&self, bytes: &[u8]) -> Result<bool> {
         let saved = State::decode(bytes).map_err(|error| Error::State(error.to_string()))?;
         let machine: Machine = state::decode(&saved, MACHINE_SECTION)?;
         if machine != self.machine {
@@ -215,12 +216,14 @@ impl Vm {
             )));
         }
 
+        let read_memory = vcpus.iter().any(|vcpu| vcpu.reads_memory());
         let elapsed = vm.elapsed();
         vm.load(&self.vm, elapsed, self.clock_realtime)?;
         let catchup = Catchup { elapsed, tsc_khz: machine.tsc_khz };
         let pending: Vec<_> =
             self.vcpus.iter().zip(vcpus).map(|(vcpu, state)| vcpu.load(state, catchup)).collect();
-        pending.into_iter().try_for_each(|answer| answer.wait()?)
+        pending.into_iter().try_for_each(|answer| answer.wait()?)?;
+        Ok(read_memory)
     }
 }
 

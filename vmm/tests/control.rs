@@ -473,3 +473,81 @@ fn where_no_vm_is_the_error_says_so() {
     let error = connect(&directory.path().join("nobody.sock"), Role::Query).unwrap_err();
     assert!(error.to_string().contains("there is no socket"), "{error}");
 }
+
+/// A source whose VM has moved to a target that misses the page of its counter; the target is started.
+fn moved_without_its_counter(directory: &TempDir) -> (Running, Running, Client, Memory, Layout) {
+    let source = Running::boot(directory, "source", 1, test_images::counter());
+    let target = Running::incoming(directory, "target");
+    let (mut from, mut to) = (source.session(), target.session());
+    let (memory, layout, machine) = Memory::of(&mut from);
+    wait_until("counting", || memory.counter(0) > 0);
+    let prepared = to.prepare("moved", &layout, &machine).unwrap();
+    let there = Memory(prepared.memory.into_iter().next().unwrap().into());
+    from.track_start().unwrap();
+    round(&mut from, &layout, &memory, &there);
+    from.freeze().unwrap();
+    round(&mut from, &layout, &memory, &there);
+    assert!(to.expect(&[]).is_err(), "nothing was loaded yet");
+    to.load(&from.save().unwrap()).unwrap();
+    let mut missing = PageSet::empty(MEMORY / 4096);
+    missing.insert(COUNTERS / 4096, 1);
+    assert!(to.expect(&[]).is_err(), "sets of another length");
+    assert!(to.page_faults(&layout).is_err(), "nothing is missing yet");
+    to.expect(std::slice::from_ref(&missing)).unwrap();
+    assert!(to.expect(std::slice::from_ref(&missing)).is_err(), "twice");
+    assert!(to.complete().is_err(), "not started");
+    from.pledge(MIGRATION, "here").unwrap();
+    to.start(MIGRATION).unwrap();
+    (source, target, to, there, layout)
+}
+
+#[test]
+fn a_vm_that_misses_a_page_waits_for_it_whoever_dies() {
+    if !kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let (source, target, mut to, there, layout) = moved_without_its_counter(&directory);
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(to.status().unwrap().awaiting_pages, Some(1));
+    for refused in [to.track_start().map(drop), to.freeze(), to.complete()] {
+        let error = refused.unwrap_err().to_string();
+        assert!(error.contains("1 pages of the VM are not here yet"), "{error}");
+    }
+    // The engine dies with its descriptor, and the next one is told the same.
+    let faults = to.page_faults(&layout).unwrap();
+    assert_eq!((faults.addresses.len(), faults.missing[0].count()), (1, 1));
+    drop((faults, to));
+    let mut next = target.session();
+    assert_eq!(next.welcome().phase, Phase::Running);
+    assert_eq!(next.status().unwrap().awaiting_pages, Some(1));
+    let mut page = vec![0; PAGE_SIZE];
+    let (memory, ..) = Memory::of(&mut source.session());
+    memory.0.read_exact_at(&mut page, COUNTERS).unwrap();
+    there.0.write_all_at(&page, COUNTERS).unwrap();
+    // Whoever waits is woken to look again.
+    assert!(next.page_faults(&layout).unwrap().missing[0].is_empty());
+    assert!(there.counts());
+    next.complete().unwrap();
+    assert_eq!(next.status().unwrap().awaiting_pages, None);
+    next.freeze().unwrap();
+    next.resume(None).unwrap();
+    assert!(there.counts());
+    drop(next);
+    target.terminate();
+    source.terminate();
+}
+
+#[test]
+fn a_vm_that_waits_for_a_page_can_be_ended() {
+    if !kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let (source, target, to, ..) = moved_without_its_counter(&directory);
+    drop(to);
+    let begun = Instant::now();
+    target.terminate();
+    assert!(begun.elapsed() < Duration::from_secs(5));
+    source.terminate();
+}

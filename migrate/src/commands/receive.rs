@@ -1,21 +1,30 @@
-//! `migrate receive`: take a VM that another host sends.
+//! `migrate receive`: take a VM that another host sends, or, as a daemon, all that are sent.
+
+mod arrival;
+mod daemon;
 
 use super::{cancel_on_signals, emit, say, send};
+use crate::cancel::CancelFlag;
 use crate::cli::Common;
-use crate::destination::vm::{Place, VmDestination};
+use crate::destination::vm::Place;
 use crate::error::{Error, Result};
 use crate::exit;
 use crate::identity::{self, Identity};
-use crate::inbound::{self, Desk, Ledger, Limits, MemoryLedger, Notice, Notices, Options};
+use crate::inbound::{Desk, Ledger, Limits, MemoryLedger, Notice, Notices, Options};
 use crate::link::Link;
 use crate::link::quic::Listener;
+use crate::metrics::Fleet;
 use crate::paths::RuntimeDir;
 use crate::progress;
+use crate::steer;
 use crate::units;
+use arrival::{Host, Job};
+use daemon::Daemon;
 use protocol::MigrationId;
 use protocol::control::Outcome;
 use serde_json::json;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -27,7 +36,9 @@ const LOOK: Duration = Duration::from_millis(200);
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example: migrate receive --listen 0.0.0.0:7700 --max-memory 8GiB
 
-It takes one VM and ends; a failed attempt does not end it. The VM goes on in a process of its own: see migrate vm list.")]
+It takes one VM and ends; a failed attempt does not end it. The VM goes on in a process of its own: see migrate vm list.
+
+With --daemon it takes all that are sent, several at a time, until SIGTERM: see docs/operating.md for a systemd unit.")]
 pub struct Args {
     /// Address and UDP port; port 0 takes a free one, which is printed.
     #[arg(long, value_name = "ADDR:PORT")]
@@ -35,7 +46,22 @@ pub struct Args {
     /// Run the VM under this name instead of its own.
     #[arg(long)]
     name: Option<String>,
-    /// The most memory a VM may have here [default: what this host has available].
+    /// Take all VMs that are sent, and never end by itself.
+    #[arg(long, conflicts_with_all = ["name", "once", "timeout", "report"])]
+    daemon: bool,
+    /// The most VMs that may arrive at the same time; others wait a few seconds for their turn.
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=64), requires = "daemon")]
+    max_migrations: usize,
+    /// How long VMs that arrive have to come in when the daemon is told to stop; then they stay where they are.
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = units::duration, requires = "daemon")]
+    grace: Duration,
+    /// Serve figures as OpenMetrics at http://ADDR:PORT/metrics.
+    #[arg(long, value_name = "ADDR:PORT")]
+    metrics: Option<SocketAddr>,
+    /// Write the report of the last attempt to this file: a page, or JSON where it ends in .json.
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+    /// The most memory that VMs which arrive may have together [default: what this host has available].
     #[arg(long, value_name = "SIZE", value_parser = units::size)]
     max_memory: Option<u64>,
     /// Where the VM's serial port goes: none, or a file [default: a file in the runtime directory].
@@ -56,6 +82,13 @@ pub struct Args {
     /// How long to wait for the commit, and behind it for the sender to know that the VM runs here.
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = units::duration)]
     ask_timeout: Duration,
+}
+
+impl Args {
+    /// Whether it runs for long and writes a log rather than a screen.
+    pub(crate) fn is_daemon(&self) -> bool {
+        self.daemon
+    }
 }
 
 /// Runs the verb.
@@ -90,17 +123,46 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     } else {
         say(&format!("listening at {address} (UDP) as {fingerprint}"));
     }
-    let place =
-        Place { program, runtime: runtime.clone(), name: args.name.clone(), serial: args.serial.clone() };
+    let limits = match args.daemon {
+        false => Limits::one(options.max_memory_bytes),
+        true => Limits { max_migrations: args.max_migrations, ..Limits::one(options.max_memory_bytes) },
+    };
+    let steering = steer::Place::open(&runtime)
+        .inspect_err(|error| tracing::warn!("arrivals cannot be steered from outside: {error}"))
+        .ok();
+    let host = Host {
+        place: Place {
+            program,
+            runtime: runtime.clone(),
+            name: args.name.clone(),
+            serial: args.serial.clone(),
+        },
+        options,
+        steering,
+        fleet: Fleet::default(),
+        report: args.report.clone(),
+    };
+    let _metrics = args.metrics.map(|at| super::serve_metrics(common, at, &host.fleet)).transpose()?;
     let ledger = Arc::new(HostLedger { runtime, memory: MemoryLedger::default() });
     let accept = move |limit| -> Result<Box<dyn Link>> { Ok(Box::new(listener.accept(limit)?)) };
-    let desk = Desk::open(
-        Box::new(accept),
-        ledger,
-        Limits::one(options.max_memory_bytes),
-        args.link_timeout,
-        notices(common.json, address.clone()),
-    )?;
+    let notices = notices(common.json, address.clone());
+    let desk = Desk::open(Box::new(accept), ledger, limits, args.link_timeout, notices)?;
+    if args.daemon {
+        Daemon::new(common, &host, &desk, &address).run(&cancel, args.grace)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    take_one(common, args, &host, &desk, &cancel, &address)
+}
+
+/// Takes one VM, trying until one has arrived.
+fn take_one(
+    common: &Common,
+    args: &Args,
+    host: &Host,
+    desk: &Desk,
+    cancel: &CancelFlag,
+    address: &str,
+) -> Result<ExitCode> {
     let begun = Instant::now();
     loop {
         if cancel.is_set() {
@@ -109,15 +171,11 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         if let Some(limit) = args.timeout.filter(|limit| begun.elapsed() > *limit) {
             return Err(Error::TimedOut { what: "a VM to arrive", after: limit });
         }
+        let Some(job) = Job::next(desk, LOOK)? else { continue };
+        let migration = job.migration();
         let mut observer = progress::observer(common);
-        let destination = Box::new(VmDestination::new(place.clone()));
-        let arrived = if let Some(stranded) = desk.next_stranded() {
-            inbound::take_up(stranded, &desk, destination.as_ref(), &options, &cancel, observer.as_mut())
-        } else {
-            let Some(offered) = desk.next_offer(LOOK)? else { continue };
-            inbound::receive(offered, &desk, destination, &options, &cancel, observer.as_mut())
-        };
-        match arrived {
+        // Whoever cancels this one over its socket does not end the receiver.
+        match host.serve(desk, job, &cancel.for_one(), observer.as_mut()) {
             Ok(report) => {
                 if common.json {
                     emit(&json!({"event": "arrived", "name": report.workload, "report": report}));
@@ -126,8 +184,8 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
                 }
                 return Ok(ExitCode::SUCCESS);
             }
-            Err(error) if args.once || matches!(error.root(), Error::Interrupted(_)) => return Err(error),
-            Err(error) => attempt_failed(common.json, &address, &error),
+            Err(error) if args.once || cancel.is_set() => return Err(error),
+            Err(error) => attempt_failed(common.json, address, Some(migration), &error),
         }
     }
 }
@@ -141,15 +199,17 @@ fn notices(json: bool, address: String) -> Notices {
                 emit(&json!({"event": "asked", "migration": migration, "outcome": outcome}));
             }
         }
-        Notice::TurnedAway { error, .. } => attempt_failed(json, &address, &error),
+        Notice::TurnedAway { error, .. } => attempt_failed(json, &address, None, &error),
     })
 }
 
-fn attempt_failed(json: bool, address: &str, error: &Error) {
+fn attempt_failed(json: bool, address: &str, migration: Option<MigrationId>, error: &Error) {
     tracing::warn!("an attempt failed: {error}; still listening at {address}");
     if json {
         let (class, message) = (exit::class(error), error.to_string());
-        emit(&json!({"event": "attempt-failed", "address": address, "class": class, "message": message}));
+        emit(&json!({
+            "event": "attempt-failed", "address": address, "migration": migration, "class": class, "message": message,
+        }));
     }
 }
 

@@ -27,7 +27,8 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 #[command(after_help = "Example: migrate recover web
 
 Without a name it lists the VMs whose migration was cut off behind its commit. With one it asks the destination,
-where migrate receive must listen, and does what follows from the answer.")]
+where migrate receive must listen, and does what follows from the answer. If the VM runs there and misses memory, that is
+sent now. A VM whose migration ended before its commit is running already: there is nothing to recover.")]
 pub struct Args {
     /// The VM's name, or the path of its control socket.
     #[arg(id = "name", value_name = "VM")]
@@ -38,7 +39,7 @@ pub struct Args {
     /// Do not ask: you know that the destination does not have the VM and never will; it goes on here.
     #[arg(long, requires = "name", conflicts_with_all = ["discard", "at"])]
     resume: bool,
-    /// Do not ask: you know that the VM runs at the destination; the one here ends.
+    /// Do not ask: you know that the VM runs at the destination and misses no memory there; the one here ends.
     #[arg(long, requires = "name", conflicts_with = "at")]
     discard: bool,
     /// How long to wait for an answer.
@@ -57,6 +58,12 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let status = target.status()?;
     let name = &status.name;
     let Some(pledge) = status.pledged_to.filter(|_| status.phase == Phase::Pledged) else {
+        if let Some(pages) = status.awaiting_pages {
+            return Err(Error::Workload(format!(
+                "{name} misses {pages} pages that are still at the host it came from: start migrate receive here, and run \
+                 migrate recover {name} there if its migrate send is gone"
+            )));
+        }
         return Err(Error::Workload(format!("{name} is not in doubt: there is nothing to recover")));
     };
     // Taken before the question is asked: nobody else may settle it meanwhile.
@@ -141,6 +148,13 @@ fn ask(common: &Common, args: &Args, name: &str, pledge: &Pledge) -> Result<Word
 fn list(common: &Common, runtime: &RuntimeDir) -> Result<ExitCode> {
     let mut found = false;
     for (_, vm) in all(runtime)? {
+        if let Some(pages) = vm.awaiting_pages.filter(|_| !common.json) {
+            found = true;
+            say(&format!(
+                "{}: runs, and misses {pages} pages that are still at the host it came from",
+                vm.name
+            ));
+        }
         let Some(pledge) = &vm.pledged_to else { continue };
         found = true;
         if common.json {

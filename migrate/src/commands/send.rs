@@ -12,23 +12,30 @@ use crate::history::History;
 use crate::identity::{self, Identity, TrustStore};
 use crate::link::Link;
 use crate::link::quic::{self, Settings};
+use crate::metrics::Fleet;
 use crate::outbound::{self, Options, Packs};
 use crate::paths::{self, RuntimeDir};
 use crate::progress;
 use crate::report::{Document, Event, Observer, Outcome};
+use crate::select::hot::HotRule;
 use crate::source::vm::VmSource;
 use crate::steer::{Board, Place, Server, Subject, Watched};
 use crate::units;
 use protocol::monitor::Phase;
 use protocol::steer::End;
 use std::fs::File;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 /// What to send where, and within which limits.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example: migrate send web b.example:7700 --downtime 20ms")]
+#[command(after_help = "\
+Examples:
+  migrate send web b.example:7700 --downtime 20ms
+  migrate send web b.example:7700 --on-stall minimum,cancel --max-downtime 500ms
+  migrate send web b.example:7700 --trace web.trace")]
 pub struct Args {
     /// The VM's name, or the path of its control socket.
     vm: String,
@@ -43,12 +50,18 @@ pub struct Args {
     /// How pages are packed: for comparing, and for finding faults.
     #[arg(long, value_enum, default_value = "measured", hide = true)]
     pack: Packs,
+    /// Serve figures as OpenMetrics at http://ADDR:PORT/metrics while it moves.
+    #[arg(long, value_name = "ADDR:PORT")]
+    metrics: Option<SocketAddr>,
     /// Write the report to this file, also when the move fails: a page, or JSON where it ends in .json.
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
     /// Write everything that each decision looks at to this file: see migrate replay.
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
+    /// For measurements: whether pages that are dirty in every round wait for the last one.
+    #[arg(long, hide = true, action = clap::ArgAction::Set, default_value_t = true)]
+    hot_pages_last: bool,
     /// How long to wait for a peer that says nothing.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = units::duration)]
     link_timeout: Duration,
@@ -74,6 +87,13 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
             args.vm
         )));
     }
+    if let Some(pages) = status.awaiting_pages {
+        return Err(Error::Workload(format!(
+            "{} cannot be sent on yet: {pages} pages of it are still at the host it came from; wait until migrate vm status \
+             shows none. If nothing arrives, start migrate receive here and run migrate recover there",
+            args.vm
+        )));
+    }
     let keys = identity::directory(common.keys.as_deref())?;
     let identity = Identity::load(&keys)?;
     let settings = settings(args.link_timeout);
@@ -94,11 +114,14 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         options.controls.cap_bandwidth(Some(args.bandwidth));
     }
     options.packs = args.pack;
-    let peer = link.peer();
+    let peer = link.peer_key().to_string();
     let history = paths::state_dir(common.state_dir.as_deref()).map(|dir| History::in_dir(&dir));
     if let Some((fixed, moves)) = history.as_ref().and_then(|history| history.fixed(&peer)) {
         options.fixed_cost = fixed;
         options.fixed_cost_known_from = u32::try_from(moves).unwrap_or(u32::MAX);
+    }
+    if !args.hot_pages_last {
+        options.hot = HotRule::NEVER;
     }
     options.stall = args.link_timeout;
     options.ask = args.ask_timeout;
@@ -119,6 +142,9 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         cancel.clone(),
         Some(options.controls.clone()),
     );
+    let fleet = Fleet::default();
+    let _entry = fleet.add(board.clone());
+    let _metrics = args.metrics.map(|at| super::serve_metrics(common, at, &fleet)).transpose()?;
     let server = Place::open(&runtime).and_then(|place| Server::start(&place, &status.name, board.clone()));
     if let Err(error) = &server {
         tracing::warn!("this migration cannot be steered from outside: {error}");

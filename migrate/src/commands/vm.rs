@@ -9,6 +9,7 @@ use crate::paths::RuntimeDir;
 use crate::units;
 use clap::{Args, Subcommand};
 use protocol::monitor::{Phase, Status};
+use protocol::page::PAGE_SIZE;
 use std::fs::File;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -277,7 +278,7 @@ fn list(common: &Common, runtime: &RuntimeDir) -> Result<ExitCode> {
             say(&format!(
                 "{:<20} {:<10} {:>8} {:>10} {:>6}  {}",
                 vm.name,
-                phase(vm.phase),
+                if vm.awaiting_pages.is_some() { "incomplete".into() } else { phase(vm.phase) },
                 vm.pid,
                 units::show_bytes(vm.memory_bytes),
                 vm.vcpus,
@@ -312,6 +313,11 @@ fn show(common: &Common, target: &Target, vm: &Status) {
     }
     if let Some(migration) = vm.arrived_by {
         say(&format!("  arrived  by migration {migration}"));
+    }
+    if let Some(pages) = vm.awaiting_pages {
+        let left = units::show_bytes(pages.saturating_mul(PAGE_SIZE as u64));
+        let who = if vm.holder_pid.is_some() { "they follow" } else { "start migrate receive here to go on" };
+        say(&format!("  awaits   {left} of its memory from the host it came from: {who}"));
     }
     if let Some(pledge) = &vm.pledged_to {
         say(&format!("  pledged  to migration {} at {}: see migrate recover", pledge.migration, pledge.peer));

@@ -164,6 +164,10 @@ impl PageMemory for Memory {
         self.change(space, offset, bytes.len(), |memory| memory.copy_from_slice(bytes))
     }
 
+    fn read(&self, space: SpaceId, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        self.change(space, offset, buffer.len(), |memory| buffer.copy_from_slice(memory))
+    }
+
     fn zero(&self, run: PageRun) -> Result<()> {
         fail(self.fail_at, Call::Zero)?;
         self.change(run.space, run.offset(), run.bytes(), |memory| memory.fill(0))

@@ -5,6 +5,7 @@
 //!                                                ├─ Ask, Join, Resume of a migration under way, by the peer that
 //!                                                │  offered it ─▶ that migration's thread
 //!                                                ├─ Ask of any other ─▶ answered from the ledger
+//!                                                ├─ Probe ─▶ its bytes are counted and dropped, one at a time
 //!                                                └─ anything else ─▶ refused
 //! ```
 //!
@@ -14,6 +15,7 @@
 
 use super::admission::{Admission, Brought, Limits, Taken};
 use super::ledger::Ledger;
+use super::probed;
 use super::visitor::{Visitor, Wish};
 use crate::destination::Refusal;
 use crate::error::{Error, Result};
@@ -85,6 +87,8 @@ struct Shared {
     admission: Mutex<Admission>,
     changed: Condvar,
     closing: AtomicBool,
+    /// A path is being measured.
+    probing: AtomicBool,
     /// Why no further connection can come.
     deaf: Mutex<Option<String>>,
 }
@@ -110,6 +114,7 @@ impl Desk {
             admission: Mutex::default(),
             changed: Condvar::new(),
             closing: AtomicBool::new(false),
+            probing: AtomicBool::new(false),
             deaf: Mutex::new(None),
         });
         let accepting = shared.clone();
@@ -280,6 +285,7 @@ impl Shared {
     fn route(&self, visitor: Visitor) {
         let migration = match visitor.wish {
             Wish::Offer(..) => return self.wait(visitor),
+            Wish::Probe(bytes) => return self.probe(visitor, bytes),
             Wish::Ask(migration) | Wish::Join(migration) | Wish::Resume(migration) => migration,
         };
         let brought = self.lock().bring(migration, visitor);
@@ -334,6 +340,20 @@ impl Shared {
         let _ = visitor.talk.hear("the sender to have heard the answer", HEARD, &mut || Ok(0));
         visitor.talk.hang_up("answered");
         (self.notices)(Notice::Asked { migration, outcome });
+    }
+
+    /// Lets a visitor measure the path, unless another does: two would measure each other.
+    fn probe(&self, visitor: Visitor, bytes: u64) {
+        let peer = visitor.peer.clone();
+        if self.probing.swap(true, Relaxed) {
+            return self.refuse(visitor, RefuseCode::Busy, "another path is being measured: try again");
+        }
+        let served = probed::serve(visitor, bytes, self.greeting);
+        self.probing.store(false, Relaxed);
+        match served {
+            Ok(()) => tracing::info!(peer, "measured a path"),
+            Err(error) => self.turned_away(peer, error),
+        }
     }
 
     fn refuse(&self, visitor: Visitor, code: RefuseCode, reason: &str) {
@@ -392,6 +412,13 @@ pub struct Stranded {
 /// Keeps a place at the desk.
 pub(super) struct Place {
     _slot: Slot,
+}
+
+impl Stranded {
+    /// Which migration brought it.
+    pub fn migration(&self) -> MigrationId {
+        self.migration
+    }
 }
 
 impl Offered {

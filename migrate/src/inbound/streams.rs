@@ -90,12 +90,9 @@ impl Streams {
                 .name(format!("pages-in-{number}"))
                 .stack_size(STACK_BYTES)
                 .spawn(move || {
-                    if let Err(error) = run(
-                        stream,
-                        Parser::new(layout, count).beginning_with(round),
-                        memory.as_ref(),
-                        &shared,
-                    ) {
+                    let decoder = Decoder::new(layout.clone(), count);
+                    let both = (Parser::new(layout, count).beginning_with(round), decoder);
+                    if let Err(error) = run(stream, both, memory.as_ref(), &shared) {
                         shared.change(|state| {
                             state.failure.get_or_insert(error);
                         });
@@ -231,12 +228,11 @@ fn ended_early(rounds: u32) -> Error {
 /// One stream, from its first byte to its clean end.
 fn run(
     mut stream: Box<dyn PageReceiver>,
-    mut parser: Parser,
+    (mut parser, mut decoder): (Parser, Decoder),
     memory: &dyn PageMemory,
     shared: &Shared,
 ) -> Result<()> {
     let mut number = 0;
-    let mut decoder = Decoder::new();
     while let Some(bytes) = stream.read()? {
         shared.bytes.fetch_add(bytes.len() as u64, Relaxed);
         let mut chunk = bytes.as_ref();
@@ -244,6 +240,7 @@ fn run(
             match item {
                 Item::Stream(stream) => {
                     number = usize::from(stream);
+                    decoder.stream = stream;
                     shared.change(|state| claim(state, number))?;
                 }
                 Item::Bytes { space, offset, bytes } => {

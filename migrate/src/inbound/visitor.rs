@@ -27,6 +27,8 @@ pub(super) enum Wish {
     Join(MigrationId),
     /// The connection of a migration was lost, and this one takes its place.
     Resume(MigrationId),
+    /// How fast is the path, for at most so many bytes?
+    Probe(u64),
 }
 
 impl Wish {
@@ -37,8 +39,9 @@ impl Wish {
             Downstream::Ask { migration } => Ok(Self::Ask(migration)),
             Downstream::Join { migration, .. } => Ok(Self::Join(migration)),
             Downstream::Resume { migration } => Ok(Self::Resume(migration)),
+            Downstream::Probe { bytes } => Ok(Self::Probe(bytes)),
             Downstream::Cancel { reason } => Err(Error::PeerFailed { reason: clean(&reason) }),
-            other => Err(out_of_order("Offer, Ask, Join or Resume", other.name())),
+            other => Err(out_of_order("Offer, Ask, Join, Resume or Probe", other.name())),
         }
     }
 
@@ -49,6 +52,7 @@ impl Wish {
             Self::Ask(_) => "Ask",
             Self::Join(_) => "Join",
             Self::Resume(_) => "Resume",
+            Self::Probe(_) => "Probe",
         }
     }
 }

@@ -1,23 +1,27 @@
 //! From pages to frames: for every piece of memory the way that costs least.
 //!
 //! ```text
-//!             zero ─▶ a header, no payload
-//! piece of ─▶ packable? ── no ───▶ raw
-//! a run       (one page of it      │ yes
-//!              is packed)          ▼
-//!                                 Choice: raw, lz4 or zstd, by what each was measured to take
+//! run ─▶ zero?   a header, no payload
+//!    └─▶ known?  was sent before, there or elsewhere         while looking was found to pay
+//!    └─▶ delta?  was sent before, and little of it changed   likewise
+//!    └─▶ packable? (one page of a piece is packed) ─ no ─▶ raw
+//!            └─ yes ─▶ Choice: raw, lz4 or zstd, by what each was measured to take
 //! ```
 
 mod choice;
+mod look;
+mod seen;
 
 use super::lanes::{Contents, Sent};
 use crate::codec::{Packer, Packing};
 use bytes::Bytes;
 use choice::{Choice, Method, Sample};
 use protocol::frame::{Frame, HEADER_BYTES};
-use protocol::handshake::PACKED_PAGES;
-use protocol::page::{PAGE_SIZE, PageRun};
+use protocol::handshake::{DELTA_PAGES, KNOWN_PAGES, PACKED_PAGES};
+use protocol::page::{PAGE_SIZE, PageRun, SpaceId};
 use protocol::payload::{Encoding, is_zero};
+use seen::{Kind, Seen};
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -52,39 +56,60 @@ pub enum Packs {
     Lz4,
     /// Zstandard wherever it makes pages shorter.
     Zstd,
+    /// Every way there is, wherever it makes pages shorter.
+    All,
 }
 
 /// What all lanes know together.
 #[derive(Clone)]
-pub(super) struct Plan(Arc<Mutex<Choice>>);
+pub(super) struct Plan {
+    choice: Arc<Mutex<Choice>>,
+    known: Use,
+    delta: Use,
+}
+
+/// When a way is used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Use {
+    Never,
+    Measured,
+    Always,
+}
 
 impl Plan {
     /// Nothing measured yet; `agreed` are the capabilities of both ends.
     pub(super) fn new(packs: Packs, agreed: &[&str]) -> Self {
         let can_pack = agreed.contains(&PACKED_PAGES);
-        Self(Arc::new(Mutex::new(Choice::new(|method| match (packs, method) {
+        let choice = Choice::new(|method| match (packs, method) {
             (Packs::Measured, Method::Raw) | (Packs::Never, Method::Raw) => true,
-            (Packs::Lz4 | Packs::Zstd, Method::Raw) => !can_pack,
+            (Packs::Lz4 | Packs::Zstd | Packs::All, Method::Raw) => !can_pack,
             (Packs::Measured | Packs::Lz4, Method::Lz4) => can_pack,
-            (Packs::Measured | Packs::Zstd, Method::Zstd) => can_pack,
-            (Packs::Never, _) | (Packs::Lz4, Method::Zstd) | (Packs::Zstd, Method::Lz4) => false,
-        }))))
+            (Packs::Measured | Packs::Zstd | Packs::All, Method::Zstd) => can_pack,
+            (Packs::Never, _) | (Packs::Lz4, Method::Zstd) | (Packs::Zstd | Packs::All, Method::Lz4) => false,
+        });
+        let when = |capability| match packs {
+            _ if !agreed.contains(&capability) => Use::Never,
+            Packs::Measured => Use::Measured,
+            Packs::All => Use::Always,
+            Packs::Never | Packs::Lz4 | Packs::Zstd => Use::Never,
+        };
+        Self { choice: Arc::new(Mutex::new(choice)), known: when(KNOWN_PAGES), delta: when(DELTA_PAGES) }
     }
 
     pub(super) fn round_begins(&self) {
         self.lock().round_begins();
     }
 
-    /// What was encoded was written, and that took so long.
-    pub(super) fn sent(&self, work: &Work, writing: Duration) {
+    /// What was encoded was written, as so many bytes, and that took so long.
+    pub(super) fn sent(&self, work: &Work, wire_bytes: u64, writing: Duration) {
         if let Some(method) = work.method {
             let ns = u64::try_from((work.encoding + writing).as_nanos()).unwrap_or(u64::MAX);
-            self.lock().sent(method, work.bytes, ns);
+            self.lock().sent(method, work.bytes, wire_bytes, ns);
         }
     }
 
     fn lock(&self) -> MutexGuard<'_, Choice> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.choice.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -99,8 +124,8 @@ pub(super) struct Work {
 }
 
 impl Work {
-    fn of(method: Method, pages: &[u8]) -> Self {
-        Self { method: Some(method), bytes: pages.len() as u64, encoding: Duration::ZERO }
+    fn of(method: Option<Method>, pages: &[u8]) -> Self {
+        Self { method, bytes: pages.len() as u64, encoding: Duration::ZERO }
     }
 
     /// Both together.
@@ -118,6 +143,7 @@ impl Work {
 pub(super) struct Encoder {
     plan: Plan,
     packer: Packer,
+    seen: Seen,
     /// Pieces in a row that could not be packed.
     refused: u32,
     /// Pieces until the next sample.
@@ -133,8 +159,10 @@ struct Part {
 }
 
 impl Encoder {
-    pub(super) fn new(plan: Plan) -> Self {
-        Self { plan, packer: Packer::new(), refused: 0, unsampled: 0, samples: 0 }
+    /// One of `lanes`.
+    pub(super) fn new(plan: Plan, lanes: u16) -> Self {
+        let seen = Seen::new(plan.known, plan.delta, lanes);
+        Self { plan, packer: Packer::new(), seen, refused: 0, unsampled: 0, samples: 0 }
     }
 
     /// The frames for some runs, as chunks of bytes in their order on the stream.
@@ -149,21 +177,22 @@ impl Encoder {
         let mut parts = Vec::new();
         let mut work = Work::default();
         match contents {
-            Contents::Zeros => parts.extend(runs.iter().map(|run| Part::zeros(*run))),
+            Contents::Zeros => parts.extend(runs.iter().map(|run| self.zeros(*run))),
             Contents::Bytes(buffer) => {
                 let (packs, method) = {
                     let choice = self.plan.lock();
-                    (choice.packs(), choice.using(frozen))
+                    self.seen.begin(round, choice.ns_per_byte());
+                    (choice.packs() || self.seen.looks(), choice.using(frozen))
                 };
                 let mut rest = buffer.clone();
                 for run in runs {
                     let bytes = rest.split_to(run.bytes().min(rest.len()));
                     for (run, bytes) in split_zeros(*run, &bytes) {
                         match bytes {
-                            None => parts.push(Part::zeros(run)),
+                            None => parts.push(self.zeros(run)),
                             Some(bytes) if packs => self.pieces(run, &bytes, method, &mut parts, &mut work),
                             Some(bytes) => {
-                                work = work.and(Work::of(Method::Raw, &bytes));
+                                work = work.and(Work::of(Some(Method::Raw), &bytes));
                                 parts.push(Part { run, encoding: Encoding::Raw, payload: bytes });
                             }
                         }
@@ -189,7 +218,12 @@ impl Encoder {
         (chunks, sent, work)
     }
 
-    /// Splits a run without zero pages into pieces, and packs those that can be.
+    fn zeros(&mut self, run: PageRun) -> Part {
+        self.seen.zeros(run);
+        Part { run, encoding: Encoding::Zero, payload: Bytes::new() }
+    }
+
+    /// Splits a run without zero pages into pieces, and writes each in the way that costs least.
     fn pieces(
         &mut self,
         run: PageRun,
@@ -198,42 +232,60 @@ impl Encoder {
         parts: &mut Vec<Part>,
         work: &mut Work,
     ) {
-        let mut raw = 0..0;
-        let mut at = 0;
-        let raw_part = |pages: std::ops::Range<usize>| Part {
-            run: PageRun { first: run.first + pages.start as u64, count: pages.len() as u32, ..run },
-            encoding: Encoding::Raw,
-            payload: bytes.slice(pages.start * PAGE_SIZE..pages.end * PAGE_SIZE),
-        };
-        for piece in bytes.chunks(PIECE_PAGES * PAGE_SIZE) {
-            let pages = at..at + piece.len() / PAGE_SIZE;
-            at = pages.end;
-            let packing = match method {
-                _ if !self.is_packable(piece) => None,
-                Method::Raw => None,
-                Method::Lz4 => Some(Packing::Lz4),
-                Method::Zstd => Some(Packing::Zstd),
-            };
-            let packed = packing.and_then(|packing| Some((packing, self.packer.pack(packing, piece)?)));
-            let used = if packed.is_some() { method } else { Method::Raw };
-            *work = work.and(Work::of(used, piece));
-            match packed {
-                // Raw pieces that follow each other are one frame.
-                None => raw.end = pages.end,
-                Some((packing, packed)) => {
-                    let payload = Bytes::copy_from_slice(packed);
-                    if !raw.is_empty() {
-                        parts.push(raw_part(raw));
+        let mut out = Out { run, bytes, parts, raw: 0..0 };
+        let pages = bytes.len() / PAGE_SIZE;
+        for begin in (0..pages).step_by(PIECE_PAGES) {
+            let piece = begin..(begin + PIECE_PAGES).min(pages);
+            if !self.seen.looks() {
+                self.piece(piece, method, &mut out, work);
+                continue;
+            }
+            let kinds: Vec<Kind> =
+                piece.clone().map(|at| self.seen.kind(out.page(at), out.content(at..at + 1))).collect();
+            let mut at = begin;
+            for same in kinds.chunk_by(Kind::is_like) {
+                let pages = at..at + same.len();
+                at = pages.end;
+                let content = out.content(pages.clone());
+                let coded = match same[0] {
+                    Kind::Known(_) => Some((Encoding::Known, Kind::payload(same))),
+                    Kind::Based => {
+                        let (first, packer) = (out.page(pages.start), &mut self.packer);
+                        self.seen.delta(packer, first, content).map(|payload| (Encoding::Delta, payload))
                     }
-                    let first = run.first + pages.start as u64;
-                    let run = PageRun { first, count: pages.len() as u32, ..run };
-                    parts.push(Part { run, encoding: packing.encoding(), payload });
-                    raw = pages.end..pages.end;
+                    Kind::Other => None,
+                };
+                self.seen.sent(out.page(pages.start), content, same);
+                match coded {
+                    Some((encoding, payload)) => {
+                        *work = work.and(Work::of(None, content));
+                        out.coded(pages, encoding, payload);
+                    }
+                    None => self.piece(pages, method, &mut out, work),
                 }
             }
         }
-        if !raw.is_empty() {
-            parts.push(raw_part(raw));
+        out.flush();
+    }
+
+    /// Pages of which nothing is known: packed or raw.
+    fn piece(&mut self, pages: Range<usize>, method: Method, out: &mut Out<'_>, work: &mut Work) {
+        let content = out.content(pages.clone());
+        let packing = match method {
+            _ if !self.is_packable(content) => None,
+            Method::Raw => None,
+            Method::Lz4 => Some(Packing::Lz4),
+            Method::Zstd => Some(Packing::Zstd),
+        };
+        match packing.and_then(|packing| Some((packing, self.packer.pack(packing, content)?))) {
+            Some((packing, packed)) => {
+                *work = work.and(Work::of(Some(method), content));
+                out.coded(pages, packing.encoding(), Bytes::copy_from_slice(packed));
+            }
+            None => {
+                *work = work.and(Work::of(Some(Method::Raw), content));
+                out.raw(pages);
+            }
         }
     }
 
@@ -276,9 +328,48 @@ impl Encoder {
     }
 }
 
-impl Part {
-    fn zeros(run: PageRun) -> Self {
-        Self { run, encoding: Encoding::Zero, payload: Bytes::new() }
+/// The parts of a run that are made one behind the other.
+struct Out<'a> {
+    run: PageRun,
+    bytes: &'a Bytes,
+    parts: &'a mut Vec<Part>,
+    /// Raw pages that follow each other, and will be one part.
+    raw: Range<usize>,
+}
+
+impl<'a> Out<'a> {
+    /// Where the page at this index of the run is.
+    fn page(&self, at: usize) -> (SpaceId, u64) {
+        (self.run.space, self.run.first + at as u64)
+    }
+
+    fn content(&self, pages: Range<usize>) -> &'a [u8] {
+        &self.bytes[pages.start * PAGE_SIZE..pages.end * PAGE_SIZE]
+    }
+
+    fn part(&self, pages: Range<usize>) -> PageRun {
+        PageRun { first: self.run.first + pages.start as u64, count: pages.len() as u32, ..self.run }
+    }
+
+    fn raw(&mut self, pages: Range<usize>) {
+        if self.raw.is_empty() {
+            self.raw = pages;
+        } else {
+            self.raw.end = pages.end;
+        }
+    }
+
+    fn coded(&mut self, pages: Range<usize>, encoding: Encoding, payload: Bytes) {
+        self.flush();
+        self.parts.push(Part { run: self.part(pages), encoding, payload });
+    }
+
+    fn flush(&mut self) {
+        let raw = std::mem::take(&mut self.raw);
+        if !raw.is_empty() {
+            let payload = self.bytes.slice(raw.start * PAGE_SIZE..raw.end * PAGE_SIZE);
+            self.parts.push(Part { run: self.part(raw), encoding: Encoding::Raw, payload });
+        }
     }
 }
 
@@ -324,7 +415,7 @@ mod tests {
     const SPACE: SpaceId = SpaceId(0);
 
     fn encoder(packs: Packs) -> Encoder {
-        Encoder::new(Plan::new(packs, &[PACKED_PAGES]))
+        Encoder::new(Plan::new(packs, &[PACKED_PAGES, DELTA_PAGES, KNOWN_PAGES]), 1)
     }
 
     fn frames_of(mut bytes: &[u8]) -> Vec<(Frame, Vec<u8>)> {
@@ -415,7 +506,7 @@ mod tests {
     #[test]
     fn a_peer_without_the_capability_gets_raw_pages() {
         let run = PageRun { space: SPACE, first: 0, count: 64 };
-        let mut encoder = Encoder::new(Plan::new(Packs::Lz4, &[]));
+        let mut encoder = Encoder::new(Plan::new(Packs::All, &[]), 1);
         let (_, sent, _) = encoder.encode(0, false, &[run], &Contents::Bytes(vec![1; run.bytes()].into()));
         assert_eq!((sent.pages, sent.packed_pages), (64, 0));
     }

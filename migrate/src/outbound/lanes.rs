@@ -102,7 +102,7 @@ impl Lanes {
                 .spawn(move || {
                     let lane = Lane {
                         stream,
-                        encoder: Encoder::new(plan.clone()),
+                        encoder: Encoder::new(plan.clone(), streams),
                         plan,
                         cap,
                         free,
@@ -248,7 +248,7 @@ impl Lane<'_> {
             }
             let begun = Instant::now();
             self.write(&mut load)?;
-            self.plan.sent(&load.work, begun.elapsed());
+            self.plan.sent(&load.work, load.sent.bytes, begun.elapsed());
             self.shared.count_pages(load.sent);
             for _ in 0..load.pieces {
                 // There is room for as many as were reserved.

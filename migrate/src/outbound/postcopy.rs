@@ -10,6 +10,7 @@
 //! the destination then says is missing goes back on the shelf. When that time is over, or the operator does not want to wait,
 //! the donor is left as it is (frozen, pledged, whole) and `migrate recover` goes on from there.
 
+mod widen;
 mod shelf;
 mod streams;
 
@@ -28,6 +29,7 @@ use protocol::page::{PageRun, PageSet, SpaceId};
 use protocol::sparse;
 use std::time::{Duration, Instant};
 use streams::Streams;
+pub(super) use widen::widen;
 
 /// How long to wait before dialling again, at first and at most.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
@@ -70,25 +72,31 @@ impl Donation<'_, '_> {
     ) -> Result<Completed> {
         let begun = Instant::now();
         let mut pause = PAUSE.0;
-        let mut lost_at = Instant::now();
+        // A link that comes and goes without a page arriving is as good as none: the time to make another goes on.
+        let (mut lost_at, mut fewest, mut gained) = (begun, u64::MAX, true);
         self.report.missing_pages = missing.iter().flatten().map(PageSet::count).sum();
         let completed = loop {
+            let linked_at = Instant::now();
             let lost = match missing.take() {
                 Some(missing) => match self.over(talk, missing)? {
                     Course::Complete => break Completed::new(self.migration),
                     Course::Lost(error) => {
                         talk.hang_up(&clean(&error.to_string()));
                         tracing::warn!(%error, "the link to the destination was lost: dialling again");
-                        (pause, lost_at) = (PAUSE.0, Instant::now());
                         self.report.lost_links += 1;
+                        if gained || linked_at.elapsed() >= self.ask {
+                            (lost_at, pause) = (Instant::now(), PAUSE.0);
+                        }
                         error
                     }
                 },
                 None => match self.dial_again(talk) {
                     Ok(None) => break Completed::new(self.migration),
                     Ok(Some(again)) => {
-                        self.report.missing_pages =
-                            self.report.missing_pages.max(again.iter().map(PageSet::count).sum());
+                        let pages = again.iter().map(PageSet::count).sum();
+                        gained = pages < fewest;
+                        fewest = fewest.min(pages);
+                        self.report.missing_pages = self.report.missing_pages.max(pages);
                         missing = Some(again);
                         continue;
                     }

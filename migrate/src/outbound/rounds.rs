@@ -10,6 +10,7 @@
 //! it must become zero there too, and that is sent. A page that is touched right behind the look is dirty again.
 
 use super::lanes::{Contents, Sent};
+use super::postcopy::widen;
 use super::{Outbound, check_deadline};
 use crate::converge::forecast::Forecast;
 use crate::converge::trace::Entry;
@@ -18,6 +19,7 @@ use crate::conversation::out_of_order;
 use crate::error::{Error, Result};
 use crate::report::{Event, RoundReport, micros, rate};
 use crate::select::{Batch, Piece, Selector, Window, batches};
+use bytes::Bytes;
 use protocol::ProtocolError;
 use protocol::control::{Downstream, MAX_BLOB_BYTES, Upstream};
 use protocol::page::{PAGE_SIZE, PageSet, SpaceId};
@@ -225,6 +227,11 @@ impl Outbound<'_> {
                 self.lanes.send(round, true, piece.runs, Contents::Zeros);
             }
         }
+        widen(&mut missing);
+        for (space, missing) in spaces.iter().zip(&mut missing) {
+            // What was never used lies in the gaps, too, and is right as it is.
+            self.source.present(space.id, 0, space.pages, missing)?;
+        }
         let remaining_pages = missing.iter().map(PageSet::count).sum();
         self.missing = Some(missing);
         Ok(RoundReport { round, dirty_pages, remaining_pages, ..RoundReport::default() })
@@ -260,7 +267,8 @@ impl Outbound<'_> {
     /// same as [`Options::fixed_cost`](super::Options::fixed_cost) stands for, so that the next move can count with it.
     pub(super) fn learn_fixed_part(&mut self, downtime: Duration) {
         let trips = self.fixed_cost().saturating_sub(self.options.fixed_cost);
-        let last_bytes = self.report.rounds.last().map_or(0, |round| round.sent_bytes);
+        let last = self.report.rounds.last();
+        let last_bytes = last.map_or(0, |round| round.sent_bytes.max(round.sent_pages * PAGE_SIZE as u64));
         let explained =
             trips + Forecast::of(&self.measured, Duration::ZERO).moving(last_bytes, &self.measured);
         let fixed = &mut self.report.fixed;
@@ -332,7 +340,7 @@ impl Outbound<'_> {
         for piece in present.pieces() {
             self.reserve()?;
             let bytes = self.read(&piece)?;
-            self.lanes.send(round, frozen, piece.runs, Contents::Bytes(bytes.into()));
+            self.lanes.send(round, frozen, piece.runs, Contents::Bytes(bytes));
         }
         Ok(fresh.count())
     }
@@ -348,15 +356,16 @@ impl Outbound<'_> {
         })
     }
 
-    fn read(&self, piece: &Piece) -> Result<Vec<u8>> {
-        let mut bytes = vec![0; piece.pages as usize * PAGE_SIZE];
-        let mut rest = bytes.as_mut_slice();
-        for run in &piece.runs {
-            let (buffer, behind) = rest.split_at_mut(run.bytes());
-            self.source.read(*run, buffer)?;
-            rest = behind;
-        }
-        Ok(bytes)
+    fn read(&self, piece: &Piece) -> Result<Bytes> {
+        self.buffers.filled(piece.pages as usize * PAGE_SIZE, |bytes| {
+            let mut rest = bytes;
+            for run in &piece.runs {
+                let (buffer, behind) = rest.split_at_mut(run.bytes());
+                self.source.read(*run, buffer)?;
+                rest = behind;
+            }
+            Ok(())
+        })
     }
 
     /// Fills in what the lanes sent since the last round, once it is known, and adds it to the totals.

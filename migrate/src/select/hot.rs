@@ -58,6 +58,8 @@ const PROBES: u64 = 4;
 #[derive(Debug)]
 pub struct HotPages {
     rule: HotRule,
+    /// Whether anything is in the next three. A round over a clean guest shall not walk them.
+    learning: bool,
     /// Dirty in the last harvest.
     once: Vec<PageSet>,
     /// Dirty in the last two.
@@ -92,7 +94,16 @@ impl HotPages {
     /// Nothing is known yet of spaces with so many pages.
     pub fn new(pages: &[u64], rule: HotRule) -> Self {
         let empty = || -> Vec<PageSet> { pages.iter().map(|pages| PageSet::empty(*pages)).collect() };
-        Self { rule, once: empty(), twice: empty(), held: empty(), owed: empty(), now: None, rounds: 0 }
+        Self {
+            rule,
+            learning: false,
+            once: empty(),
+            twice: empty(),
+            held: empty(),
+            owed: empty(),
+            now: None,
+            rounds: 0,
+        }
     }
 
     /// What freezing now would have to send.
@@ -148,7 +159,7 @@ impl HotPages {
 
     /// The round is over: all that it sends was sent, and this is dirty now.
     pub fn end(&mut self, harvest: &[PageSet]) {
-        let mut candidates = self.twice.clone();
+        let mut candidates = if self.learning { self.twice.clone() } else { Vec::new() };
         match self.now.take() {
             None => self.owed.iter_mut().for_each(PageSet::clear),
             Some(Underway { dirty, sends, taken }) => {
@@ -168,7 +179,12 @@ impl HotPages {
     }
 
     fn learn(&mut self, harvest: &[PageSet], candidates: &[PageSet]) {
-        if count(harvest) < self.rule.least_dirty_pages {
+        let worth = count(harvest) >= self.rule.least_dirty_pages;
+        if !worth && !self.learning {
+            return;
+        }
+        self.learning = worth;
+        if !worth {
             for sets in [&mut self.once, &mut self.twice, &mut self.held] {
                 sets.iter_mut().for_each(PageSet::clear);
             }

@@ -35,7 +35,19 @@ impl VmSource {
     /// # Errors
     /// `Workload` when there is no such VM or somebody else holds it.
     pub fn connect(name: &str, socket: &Path, destination: &str) -> Result<Self> {
-        let mut client = Client::connect(socket, Role::Session, "migrate send", ANSWER_LIMIT)
+        Self::hold(name, socket, destination, "migrate send")
+    }
+
+    /// Takes hold of the VM to watch it, not to move it.
+    ///
+    /// # Errors
+    /// As [`VmSource::connect`].
+    pub fn watch(name: &str, socket: &Path) -> Result<Self> {
+        Self::hold(name, socket, "", "migrate estimate")
+    }
+
+    fn hold(name: &str, socket: &Path, destination: &str, who: &str) -> Result<Self> {
+        let mut client = Client::connect(socket, Role::Session, who, ANSWER_LIMIT)
             .map_err(|error| Error::Workload(format!("the VM {name} cannot be taken: {error}")))?;
         let description = client.describe()?;
         description.layout.validate(u64::MAX)?;

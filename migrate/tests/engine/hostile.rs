@@ -18,7 +18,7 @@ use protocol::frame::{Frame, StreamPreamble};
 use protocol::handshake::{Hello, Preamble};
 use protocol::layout::Layout;
 use protocol::page::{PAGE_SIZE, PageRun, SpaceId};
-use protocol::payload::Encoding;
+use protocol::payload::{Encoding, KnownPage};
 use protocol::state::State;
 use serde::{Serialize, de::DeserializeOwned};
 use std::sync::{Arc, mpsc};
@@ -33,7 +33,7 @@ const OURS: MigrationId = MigrationId(77);
 pub(crate) struct Peer(pub(crate) Box<dyn Link>);
 
 impl Peer {
-    fn bytes(&mut self, bytes: &[u8]) -> &mut Self {
+    pub(crate) fn bytes(&mut self, bytes: &[u8]) -> &mut Self {
         // The honest end may have hung up already, and that is fine.
         let _ = self.0.write(bytes, SECOND);
         self
@@ -44,7 +44,7 @@ impl Peer {
     }
 
     /// Stays on the line until the other end has hung up.
-    fn stay(&mut self) {
+    pub(crate) fn stay(&mut self) {
         let mut byte = [0];
         while !matches!(self.0.read_exact(&mut byte, "the end", SECOND), Err(Error::Link(_))) {}
     }
@@ -67,12 +67,18 @@ impl Peer {
 
     /// The next message, if one comes.
     pub(crate) fn hear<T: DeserializeOwned>(&mut self) -> Option<T> {
+        self.hear_blob().map(|(message, _)| message)
+    }
+
+    /// The next message and its blob.
+    pub(crate) fn hear_blob<T: DeserializeOwned>(&mut self) -> Option<(T, Vec<u8>)> {
         let mut header = [0; envelope::HEADER_BYTES];
         self.0.read_exact(&mut header, "a header", 2 * SECOND).ok()?;
         let header = envelope::Header::decode(&header, 1 << 20).unwrap();
         let mut body = vec![0; header.body_bytes()];
         self.0.read_exact(&mut body, "a body", 2 * SECOND).ok()?;
-        Some(envelope::decode("test", &body[..header.json_bytes as usize]).unwrap())
+        let blob = body.split_off(header.json_bytes as usize);
+        Some((envelope::decode("test", &body).unwrap(), blob))
     }
 
     /// A sender up to `Accept`.
@@ -121,7 +127,7 @@ fn end(round: u32) -> Vec<u8> {
     Frame::RoundEnd { round }.encode(&[]).to_vec()
 }
 
-fn page(first: u64, round: u32) -> Vec<u8> {
+pub(crate) fn page(first: u64, round: u32) -> Vec<u8> {
     let run = PageRun { space: SpaceId(0), first, count: 1 };
     let payload = [1; PAGE_SIZE];
     let header = Frame::Pages { run, encoding: Encoding::Raw, payload_bytes: PAGE_SIZE as u32, round }
@@ -135,6 +141,11 @@ fn coded(encoding: Encoding, payload: &[u8]) -> Vec<u8> {
     let payload_bytes = payload.len() as u32;
     let header = Frame::Pages { run, encoding, payload_bytes, round: 0 }.encode(payload);
     [header.as_slice(), payload].concat()
+}
+
+/// Two pages that equal this one, which it does not.
+fn known(page: u64) -> Vec<u8> {
+    KnownPage { page, digest: [3; 32] }.encode().repeat(2)
 }
 
 fn state() -> Vec<u8> {
@@ -359,6 +370,28 @@ fn senders_that_break_the_protocol_are_told_apart_and_start_nothing() {
         (
             "the payload length of a page frame",
             Box::new(|peer| pages(peer, &[&preamble(0), &coded(Encoding::Lz4, &[1; 8192])], &[&preamble(1)])),
+        ),
+        (
+            "these pages are not what they were",
+            Box::new(|peer| pages(peer, &[&preamble(0), &coded(Encoding::Delta, &[7; 60])], &[&preamble(1)])),
+        ),
+        (
+            "page 5 is not what it is said to be",
+            Box::new(|peer| {
+                pages(peer, &[&preamble(0), &coded(Encoding::Known, &known(5))], &[&preamble(1)])
+            }),
+        ),
+        (
+            "pages 4000+1 of space 0 lie outside the layout",
+            Box::new(|peer| {
+                pages(peer, &[&preamble(0), &coded(Encoding::Known, &known(4000))], &[&preamble(1)])
+            }),
+        ),
+        (
+            "the stream of these pages",
+            Box::new(|peer| {
+                pages(peer, &[&preamble(0), &coded(Encoding::Known, &known(512))], &[&preamble(1)])
+            }),
         ),
         (
             "a page frame's payload ends",

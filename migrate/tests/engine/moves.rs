@@ -21,7 +21,8 @@ proptest! {
         bytes_per_s in prop_oneof![Just(0u64), Just(200_000_000)],
         loss_one_in in prop_oneof![Just(0u32), Just(20)],
         packs in prop_oneof![
-            2 => Just(Packs::Measured), 1 => Just(Packs::Never), 1 => Just(Packs::Lz4), 1 => Just(Packs::Zstd)
+            2 => Just(Packs::Measured), 1 => Just(Packs::Never), 1 => Just(Packs::Lz4), 1 => Just(Packs::Zstd),
+            3 => Just(Packs::All)
         ],
     ) {
         let world = World::new(seed, pages_per_call);
@@ -98,7 +99,7 @@ fn an_idle_workload_needs_one_round_and_then_nothing() {
 
 #[test]
 fn pages_are_sent_as_less_than_they_are_and_arrive_as_they_were() {
-    let bytes = [Packs::Never, Packs::Lz4, Packs::Zstd].map(|packs| {
+    let bytes = [Packs::Never, Packs::Lz4, Packs::Zstd, Packs::All].map(|packs| {
         let world = World::new(3, 3);
         let options = migrate::outbound::Options { packs, ..sending() };
         let network = Network::new(Profile::default(), None);
@@ -109,9 +110,9 @@ fn pages_are_sent_as_less_than_they_are_and_arrive_as_they_were() {
         assert_eq!(report.packed_pages > 0, packs != Packs::Never);
         (report.sent_bytes as f64, report.sent_pages)
     });
-    let [(raw, pages), (lz4, _), (zstd, _)] = bytes;
+    let [(raw, pages), (lz4, _), (zstd, _), (all, _)] = bytes;
     assert!(raw > pages as f64 * 4096.0);
-    assert!(lz4 < raw / 3.0 && zstd < raw / 3.0, "{bytes:?}");
+    assert!(lz4 < raw / 3.0 && zstd < raw / 3.0 && all < raw / 3.0, "{bytes:?}");
 }
 
 /// The rate of the first round, in bytes a second.

@@ -4,10 +4,11 @@ use crate::harness::{World, sending};
 use migrate::cancel::CancelFlag;
 use migrate::converge::{Limits, OnStall, OnTimeout};
 use migrate::error::Error;
+use migrate::estimate::watch;
 use migrate::link::duplex::{Network, Profile};
 use migrate::outbound::Options;
 use migrate::report::{Quiet, RoundReport};
-use migrate::source::scripted::Call;
+use migrate::source::scripted::{Call, Who};
 use std::time::Duration;
 
 /// A round of all that [`World`] writes takes about a quarter of a second.
@@ -56,6 +57,28 @@ fn a_stalled_workload_moves_at_a_minimum() {
     let report = ended.sent.unwrap();
     assert!(report.warnings.iter().any(|warning| warning.contains("minimum")), "{:?}", report.warnings);
     assert_eq!(throttles(&report.rounds), [0], "a minimum comes before any throttle");
+}
+
+#[test]
+fn a_workload_that_was_watched_runs_on_and_moves_as_any_other() {
+    let world = World::new(6, 3);
+    let watched = watch(world.machine.attach(), Duration::from_millis(100), &CancelFlag::default()).unwrap();
+    assert_eq!(watched.intervals.len(), 5);
+    assert!(watched.present_pages > 300 && watched.present_pages < 1170, "{watched:?}");
+    assert!(watched.intervals.iter().all(|interval| interval.dirty_pages > 0), "{watched:?}");
+    let cancel = CancelFlag::default();
+    cancel.set();
+    assert!(watch(world.machine.attach(), Duration::from_secs(60), &cancel).is_err());
+    for call in [Call::Track, Call::Harvest, Call::Take, Call::Present] {
+        world.machine.on_call(move |now, _| match now == call {
+            true => Err(Error::Workload(format!("{call:?} fails"))),
+            false => Ok(()),
+        });
+        assert!(watch(world.machine.attach(), Duration::from_millis(100), &CancelFlag::default()).is_err());
+        world.machine.heal();
+        assert!(world.witness.is_running(Who::Source), "{call:?}");
+    }
+    world.assert_moved(&world.move_it());
 }
 
 #[test]

@@ -11,7 +11,7 @@ use protocol::steer::{self, Answer, Order};
 
 pub(crate) const MIGRATION: MigrationId = MigrationId(0x0011_2233_4455_6677_8899_aabb_ccdd_eeff);
 
-pub(crate) const DOWNSTREAM_TYPES: [&str; 12] = [
+pub(crate) const DOWNSTREAM_TYPES: [&str; 13] = [
     "hello",
     "offer",
     "state",
@@ -24,8 +24,9 @@ pub(crate) const DOWNSTREAM_TYPES: [&str; 12] = [
     "recover",
     "join",
     "resume",
+    "probe",
 ];
-pub(crate) const UPSTREAM_TYPES: [&str; 13] = [
+pub(crate) const UPSTREAM_TYPES: [&str; 14] = [
     "hello",
     "accept",
     "refuse",
@@ -38,6 +39,7 @@ pub(crate) const UPSTREAM_TYPES: [&str; 13] = [
     "missing",
     "complete",
     "incomplete",
+    "probed",
     "resumed",
 ];
 pub(crate) const REQUEST_TYPES: [&str; 22] = [
@@ -97,6 +99,7 @@ pub(crate) fn downstream_type(message: &Downstream) -> &'static str {
         Downstream::Recover { .. } => 9,
         Downstream::Join { .. } => 10,
         Downstream::Resume { .. } => 11,
+        Downstream::Probe { .. } => 12,
     }]
 }
 
@@ -114,7 +117,8 @@ pub(crate) fn upstream_type(message: &Upstream) -> &'static str {
         Upstream::Missing { .. } => 9,
         Upstream::Complete { .. } => 10,
         Upstream::Incomplete { .. } => 11,
-        Upstream::Resumed { .. } => 12,
+        Upstream::Probed { .. } => 12,
+        Upstream::Resumed { .. } => 13,
     }]
 }
 
@@ -207,6 +211,7 @@ pub(crate) fn downstream() -> Vec<Downstream> {
         Downstream::Recover { migration: MIGRATION },
         Downstream::Join { migration: MIGRATION, connection: 1 },
         Downstream::Resume { migration: MIGRATION },
+        Downstream::Probe { bytes: 4 << 30 },
     ]
 }
 
@@ -227,6 +232,7 @@ pub(crate) fn upstream() -> Vec<Upstream> {
         Upstream::Missing { pages: 5 },
         Upstream::Complete { migration: MIGRATION },
         Upstream::Incomplete { migration: MIGRATION },
+        Upstream::Probed { bytes: 1_875_000_000, duration_us: 1_500_000 },
         Upstream::Resumed { round: 2 },
     ]
 }

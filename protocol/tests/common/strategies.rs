@@ -68,6 +68,7 @@ pub(crate) fn downstream() -> impl Strategy<Value = Downstream> {
         (migration(), any::<u16>())
             .prop_map(|(migration, connection)| Downstream::Join { migration, connection }),
         migration().prop_map(|migration| Downstream::Resume { migration }),
+        any::<u64>().prop_map(|bytes| Downstream::Probe { bytes }),
     ]
 }
 
@@ -86,6 +87,7 @@ pub(crate) fn upstream() -> impl Strategy<Value = Upstream> {
         migration().prop_map(|migration| Upstream::Incomplete { migration }),
         any::<u32>().prop_map(|round| Upstream::Resumed { round }),
         text().prop_map(|reason| Upstream::Failed { reason }),
+        (any::<u64>(), any::<u64>()).prop_map(|(bytes, duration_us)| Upstream::Probed { bytes, duration_us }),
         (migration(), select(&samples::OUTCOMES[..]))
             .prop_map(|(migration, outcome)| Upstream::Outcome { migration, outcome }),
     ]

@@ -102,8 +102,8 @@ const SENDING: &[&str] = &[
     "greet", "offer", "track", "rounds", "round-1", "freeze", "state", "ready", "pledge", "commit", "settle",
 ];
 
-/// The receiver's phases up to its decision.
-const RECEIVING: &[&str] = &["greet", "offer", "rounds", "state", "ready", "commit"];
+/// The receiver's phases up to its decision. Greeting is its front desk's work, and no phase of a migration.
+const RECEIVING: &[&str] = &["offer", "rounds", "state", "ready", "commit"];
 
 /// Time without a link that both ends bear with, and that neither does: they wait for [`LINK_TIMEOUT_MS`].
 const SHORT_MS: u64 = 120;
@@ -203,7 +203,7 @@ fn weathers() -> Vec<Weather> {
 fn has_destination(side: Side, phase: &str) -> bool {
     match side {
         Side::Send => !matches!(phase, "greet" | "offer"),
-        Side::Receive => !matches!(phase, "greet" | "offer"),
+        Side::Receive => phase != "offer",
     }
 }
 

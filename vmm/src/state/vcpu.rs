@@ -69,7 +69,21 @@ impl Catchup {
     }
 }
 
+/// Paging is on (CR0), with the wider entries (CR4), and a 64-bit kernel (EFER). Intel SDM volume 3, 2.5 and 2.2.1.
+const CR0_PG: u64 = 1 << 31;
+const CR4_PAE: u64 = 1 << 5;
+const EFER_LMA: u64 = 1 << 10;
+
+fn is_pae(&kvm_sregs { cr0, cr4, efer, .. }: &kvm_sregs) -> bool {
+    cr0 & CR0_PG != 0 && cr4 & CR4_PAE != 0 && efer & EFER_LMA == 0
+}
+
 impl VcpuState {
+    /// Whether loading it reads guest memory: in 32-bit PAE mode KVM takes the four page-directory pointers from there.
+    pub(crate) fn reads_memory(&self) -> bool {
+        is_pae(&self.sregs)
+    }
+
     /// Saves a paused vCPU.
     ///
     /// # Errors
@@ -169,6 +183,15 @@ fn save_nested(vcpu: &VcpuFd, context: &VcpuContext) -> Result<Option<Box<KvmNes
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_32_bit_pae_paging_is_read_from_memory() {
+        let sregs = |cr0, cr4, efer| kvm_sregs { cr0, cr4, efer, ..kvm_sregs::default() };
+        assert!(is_pae(&sregs(CR0_PG | 1, CR4_PAE, 0)));
+        for other in [sregs(1, CR4_PAE, 0), sregs(CR0_PG, 0, 0), sregs(CR0_PG, CR4_PAE, EFER_LMA | 0x100)] {
+            assert!(!is_pae(&other));
+        }
+    }
 
     #[test]
     fn the_tsc_advances_with_real_time() {

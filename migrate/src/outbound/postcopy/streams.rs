@@ -21,14 +21,12 @@ const ASKED: u16 = 1;
 /// How long a wait for something to do goes on before it looks around.
 const SLICE: Duration = Duration::from_millis(50);
 
-/// The stream of the push, and the other.
-type Pair = (Box<dyn PageSender>, Box<dyn PageSender>);
-
 /// What the main thread and the two that write share.
 pub(super) struct Streams {
     state: Mutex<State>,
     changed: Condvar,
-    streams: Mutex<Option<Pair>>,
+    /// Until they are filled, by their numbers.
+    streams: Mutex<Vec<(u16, Box<dyn PageSender>)>>,
 }
 
 struct State {
@@ -52,15 +50,14 @@ impl Streams {
         Ok(Self {
             state: Mutex::new(state),
             changed: Condvar::new(),
-            streams: Mutex::new(Some((push, asked))),
+            streams: Mutex::new(vec![(PUSH, push), (ASKED, asked)]),
         })
     }
 
     /// Begins to fill them. They end when there is nothing more for them, with the link, or with [`Streams::stop`].
     pub(super) fn start<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>, donor: &'scope dyn Donor) {
-        let streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some((push, asked)) = streams else { return };
-        for (number, stream) in [(PUSH, push), (ASKED, asked)] {
+        let streams = std::mem::take(&mut *self.streams.lock().unwrap_or_else(PoisonError::into_inner));
+        for (number, stream) in streams {
             let run = move || {
                 if let Err(error) = self.fill(number, stream, donor) {
                     self.lock().failure.get_or_insert(error);

@@ -1,0 +1,41 @@
+//! The benchmark behind `scripts/bench`: figures as JSON, medians and spread over runs taken in turn.
+//!
+//! ```text
+//! options ─▶ cases ─▶ runs in turn: ours, theirs, ours, theirs … ─▶ figures: medians, targets, table, JSON
+//!                          │ guest, touched memory, account: the same for all
+//!                          ├ ours (and the raw pipe)
+//!                          └ qemu (qmp, certificates)
+//! ```
+
+mod options;
+mod cases;
+mod memory;
+mod account;
+mod pipe;
+mod ours;
+mod certificates;
+mod qmp;
+mod qemu;
+mod ceiling;
+mod harvest;
+mod figures;
+mod targets;
+mod alone;
+mod peer;
+
+pub use options::Options;
+
+/// Measures what the options ask for.
+///
+/// # Errors
+/// With what cannot be written. What cannot be measured is a panic: a benchmark that goes wrong has no figures to give.
+pub fn run(options: &Options) -> std::io::Result<()> {
+    let result = if options.peer { peer::run(options) } else { alone::run(options) };
+    if let Some(out) = &options.out {
+        std::fs::write(out, format!("{result:#}\n"))?;
+    }
+    if options.json {
+        println!("{result}");
+    }
+    Ok(())
+}

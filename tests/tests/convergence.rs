@@ -1,0 +1,150 @@
+//! Busy guests over a link that is too slow for them, and what was forecast against what came.
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests: what goes wrong in them fails the test"
+)]
+
+use e2e::{Finished, Host, trusting_pair, without_kvm};
+use serde_json::Value;
+use std::path::Path;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_migrate-under-test");
+
+/// Slow enough that the guest is faster, on any host that runs these tests.
+const LINK: [&str; 2] = ["--bandwidth", "60MB/s"];
+
+fn pair(cmdline: &str) -> (Host, Host) {
+    let (a, b) = trusting_pair(Path::new(PROGRAM));
+    a.run_ledger("v", "128MiB", cmdline, &[]);
+    a.wait_ledger_running("v");
+    (a, b)
+}
+
+fn send(a: &Host, address: &str, more: &[&str]) -> Finished {
+    a.run(&[&["send", "v", address][..], &LINK, more].concat())
+}
+
+fn report(sent: &Finished) -> Value {
+    sent.event("report").unwrap_or_else(|| panic!("{sent:#?}")).clone()
+}
+
+fn throttles(report: &Value) -> Vec<u64> {
+    let rounds = report["rounds"].as_array().expect("rounds");
+    rounds.iter().map(|round| round["throttle_percent"].as_u64().expect("a number")).collect()
+}
+
+fn forecast(a: &Host) -> Value {
+    let estimated = a.run(&[&["estimate", "v"][..], &LINK].concat()).success();
+    let estimate = estimated.event("estimate").unwrap_or_else(|| panic!("{estimated:#?}")).clone();
+    let forecasts = estimate["forecasts"].as_array().expect("forecasts");
+    assert_eq!(forecasts.len(), 1, "{estimate:#}");
+    forecasts[0].clone()
+}
+
+#[test]
+fn a_guest_that_outruns_the_link_moves_only_when_it_is_slowed_down() {
+    if without_kvm("a_guest_that_outruns_the_link_moves_only_when_it_is_slowed_down") {
+        return;
+    }
+    let (a, b) = pair("fill=32M ws=16M rate=400 scrub=0");
+    let (receiver, address) = b.receive(&[]);
+    let stays = send(&a, &address, &["--on-stall", "cancel"]);
+    assert_eq!(stays.code, 9, "{stays:#?}");
+    let failed = report(&stays);
+    assert!(throttles(&failed).iter().all(|percent| *percent == 0), "{failed:#}");
+    a.assert_sound("v");
+
+    let sent = send(&a, &address, &["--on-stall", "throttle,cancel", "--max-throttle", "99"]);
+    receiver.finish().success();
+    let moved = report(&sent.success());
+    assert!(throttles(&moved).iter().any(|percent| *percent > 0), "{moved:#}");
+    assert_eq!(moved["warnings"], Value::Array(vec![]), "within the budget: {moved:#}");
+    b.assert_sound("v");
+    let vm = b.vms().into_iter().find(|vm| vm["name"] == "v").expect("it runs at B");
+    assert_eq!(vm["throttle_percent"], 0, "it is free there");
+}
+
+#[test]
+fn a_sender_that_dies_leaves_no_slow_guest_behind() {
+    if without_kvm("a_sender_that_dies_leaves_no_slow_guest_behind") {
+        return;
+    }
+    let (a, b) = pair("fill=32M ws=16M rate=400 scrub=0");
+    let (_receiver, address) = b.receive(&[]);
+    let mut args = vec!["send", "v", &address, "--on-stall", "throttle", "--downtime", "1us"];
+    args.extend(LINK);
+    let sender = a.start(&args);
+    let throttle = || a.vms()[0]["throttle_percent"].as_u64().expect("a number");
+    let until = std::time::Instant::now() + e2e::process::STEP_LIMIT;
+    while throttle() == 0 {
+        assert!(std::time::Instant::now() < until, "it is never slowed down");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    sender.signal(rustix::process::Signal::KILL);
+    while throttle() != 0 {
+        assert!(std::time::Instant::now() < until, "it stays slow");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    a.assert_sound("v");
+}
+
+#[test]
+fn a_forecast_is_near_what_comes() {
+    if without_kvm("a_forecast_is_near_what_comes") {
+        return;
+    }
+    let (a, b) = pair("fill=48M ws=16M rate=10 scrub=0");
+    let forecast = forecast(&a);
+    assert_eq!(forecast["converges"], true, "{forecast:#}");
+    a.assert_sound("v");
+    let (receiver, address) = b.receive(&[]);
+    let report = report(&send(&a, &address, &[]).success());
+    receiver.finish().success();
+    b.assert_sound("v");
+    let live = report["rounds"].as_array().expect("rounds").len() as f64 - 1.0;
+    let rounds_us: u64 = report["rounds"]
+        .as_array()
+        .expect("rounds")
+        .iter()
+        .map(|round| round["duration_us"].as_u64().expect("a number"))
+        .sum();
+    let near = |what: &str, forecast: f64, came: f64| {
+        assert!(
+            forecast <= came * 3.0 && came <= forecast * 3.0,
+            "{what}: {forecast} was forecast, {came} came\n{report:#}"
+        );
+    };
+    let number = |value: &Value| value.as_f64().expect("a number");
+    near("rounds", number(&forecast["rounds"]), live);
+    near("time", number(&forecast["total_us"]), rounds_us as f64);
+    near("bytes", number(&forecast["sent_bytes"]), number(&report["sent_bytes"]));
+}
+
+#[test]
+fn a_forecast_says_what_does_not_converge_and_the_path_is_measured() {
+    if without_kvm("a_forecast_says_what_does_not_converge_and_the_path_is_measured") {
+        return;
+    }
+    let (a, b) = pair("fill=32M ws=16M rate=400 scrub=0");
+    let slow = ["--bandwidth", "10MB/s", "--on-stall", "cancel"];
+    let estimated = a.run(&[&["estimate", "v"][..], &slow].concat()).success();
+    let stuck = &estimated.event("estimate").unwrap_or_else(|| panic!("{estimated:#?}"))["forecasts"][0];
+    assert_eq!((&stuck["converges"], &stuck["decision"]), (&false.into(), &"give-up".into()), "{stuck:#}");
+    let (_receiver, address) = b.receive(&[]);
+    let stays = a.run(&[&["send", "v", address.as_str()][..], &slow].concat());
+    assert_eq!(stays.code, 9, "{stays:#?}");
+    let estimated = a.run(&["estimate", "v", &address, "--sample", "200ms"]).success();
+    let estimate = estimated.event("estimate").unwrap_or_else(|| panic!("{estimated:#?}")).clone();
+    let measured = estimate["forecasts"][0]["bandwidth_bytes_per_s"].as_u64().expect("a number");
+    assert!(measured > 20_000_000, "loopback does more: {estimate:#}");
+    assert_eq!(estimate["intervals"].as_array().expect("intervals").len(), 5);
+    let dirty: u64 = estimate["regions"]
+        .as_array()
+        .expect("regions")
+        .iter()
+        .map(|region| region["dirty_pages"].as_u64().expect("a number"))
+        .sum();
+    assert!(dirty > 0, "{estimate:#}");
+    a.assert_sound("v");
+}
