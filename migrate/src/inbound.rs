@@ -38,6 +38,7 @@ mod desk;
 mod parse;
 mod decode;
 mod streams;
+mod resume;
 mod ledger;
 mod settle;
 mod postcopy;
@@ -54,13 +55,14 @@ pub use desk::{Accept, Desk, Notice, Notices, Offered, Stranded};
 pub use ledger::{Ledger, MemoryLedger};
 use protocol::control::{self, Downstream, MAX_BLOB_BYTES, Offer, RefuseCode, Upstream};
 use protocol::frame::MAX_PAGE_STREAMS;
+use protocol::handshake;
 use protocol::layout::Layout;
 use protocol::page::PageSet;
 use protocol::sparse;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use streams::Streams;
-use visitor::tell;
+use streams::{Course, Streams};
+use visitor::{Visitor, tell};
 
 /// The shortest time between two reports of progress.
 const TICK: Duration = Duration::from_millis(100);
@@ -76,6 +78,9 @@ pub struct Options {
     pub idle: Duration,
     /// How long to wait for `Commit`, and afterwards for the sender to know the outcome. Longer than a sender asks.
     pub linger: Duration,
+    /// How long to keep what has arrived when the link is lost in the rounds, for a sender that comes back: its memory stays
+    /// taken for so long. Zero to discard at once.
+    pub keep: Duration,
     /// How long to miss a link that is lost before anything was started. What is discarded then is in the ledger, so whoever
     /// goes on serving connections with it still has the answer; only one that ends then should wait for as long as `linger`.
     pub forget: Duration,
@@ -89,6 +94,7 @@ impl Options {
             max_page_streams: 16,
             idle: Duration::from_secs(20),
             linger: Duration::from_secs(60),
+            keep: Duration::from_secs(600),
             forget: Duration::from_secs(1),
         }
     }
@@ -115,8 +121,12 @@ pub fn receive(
     let mut inbound = Inbound {
         talk: visitor.talk,
         key: visitor.key,
+        keeps: !options.keep.is_zero() && visitor.capabilities.contains(&handshake::RESUME),
         desk,
         visitors: None,
+        came_back: None,
+        round: 0,
+        received_before_bytes: 0,
         options,
         cancel,
         observer,
@@ -180,6 +190,10 @@ pub fn take_up(
         cancel,
         observer,
         streams: Streams::none(),
+        keeps: false,
+        came_back: None,
+        round: 0,
+        received_before_bytes: 0,
         post_copy: true,
         layout: Arc::default(),
         missing: None,
@@ -195,9 +209,17 @@ struct Inbound<'a> {
     talk: conversation::Receiver,
     /// Who made the offer.
     key: Fingerprint,
+    /// Whether a sender that loses its link in the rounds may take them up over another one.
+    keeps: bool,
     desk: &'a Desk,
     /// Further connections of this migration, once it has begun.
     visitors: Option<Visitors>,
+    /// The sender, on a new connection, while the old one still seemed to live.
+    came_back: Option<Visitor>,
+    /// The first round that is not in memory whole.
+    round: u32,
+    /// What came over links that were lost.
+    received_before_bytes: u64,
     options: &'a Options,
     cancel: &'a CancelFlag,
     observer: &'a mut dyn Observer,
@@ -241,8 +263,8 @@ impl Inbound<'_> {
 
     /// Everything up to `Ready`. An error leaves nothing in doubt: there can be no `Commit` yet.
     fn until_ready(&mut self, destination: &mut dyn Destination, offer: Offer, machine: &[u8]) -> Result<()> {
-        self.phase(Phase::Offer, |me| me.offer(destination, offer, machine))?;
-        let state = self.phase(Phase::Rounds, Self::rounds)?;
+        let course = self.phase(Phase::Offer, |me| me.offer(destination, offer, machine))?;
+        let state = self.phase(Phase::Rounds, |me| me.rounds(&course))?;
         let missing = self.missing.take();
         self.phase(Phase::State, |_| {
             destination.load(&state)?;
@@ -271,7 +293,7 @@ impl Inbound<'_> {
     }
 
     /// Checks the offer, makes room, accepts, and takes the page streams.
-    fn offer(&mut self, destination: &mut dyn Destination, offer: Offer, machine: &[u8]) -> Result<()> {
+    fn offer(&mut self, destination: &mut dyn Destination, offer: Offer, machine: &[u8]) -> Result<Course> {
         if let Err(Refusal { code, reason }) = check(&offer, self.options) {
             return Err(self.refuse(code, &reason));
         }
@@ -288,26 +310,39 @@ impl Inbound<'_> {
         }
         self.cancel.check()?;
         self.talk.say(&Upstream::Accept, &[], self.options.idle)?;
-        let (layout, memory) = (Arc::new(offer.layout), destination.memory());
+        let layout = Arc::new(offer.layout);
         self.layout = layout.clone();
-        self.streams =
-            Streams::accept(self.talk.link()?, offer.page_streams, &layout, &memory, self.options.idle)?;
-        Ok(())
+        let course = Course { layout, memory: destination.memory(), page_streams: offer.page_streams };
+        self.streams = Streams::accept(self.talk.link()?, &course, 0, self.keeps, self.options.idle)?;
+        Ok(course)
     }
 
-    /// Acknowledges rounds until the state comes; answers it once every page stream has ended.
-    fn rounds(&mut self) -> Result<Vec<u8>> {
-        let idle = self.options.idle;
-        let mut round = 0;
+    /// Acknowledges rounds until the state comes; answers it once every page stream has ended. A link that is lost
+    /// meanwhile may be taken up again.
+    fn rounds(&mut self, course: &Course) -> Result<Vec<u8>> {
         loop {
+            match self.rounds_of_link() {
+                Err(lost) if self.keeps && resume::is_lost(&lost) => self.keep(course, lost)?,
+                done => return done,
+            }
+        }
+    }
+
+    fn rounds_of_link(&mut self) -> Result<Vec<u8>> {
+        let idle = self.options.idle;
+        loop {
+            let round = self.round;
             match self.hear("the sender's next round")? {
                 (Downstream::RoundSent { round: sent }, _) if sent == round => {
-                    self.streams.await_round(round, idle)?;
-                    self.talk.say(&Upstream::RoundDone { round }, &[], idle)?;
-                    self.report.rounds += 1;
-                    round = round
+                    {
+                        let (streams, mut watch) = self.watching();
+                        streams.await_round(round, idle, &mut watch)?;
+                    }
+                    self.round = round
                         .checked_add(1)
                         .ok_or_else(|| out_of_order("the last round", "one more than can be counted"))?;
+                    self.report.rounds += 1;
+                    self.talk.say(&Upstream::RoundDone { round }, &[], idle)?;
                 }
                 (Downstream::Missing { pages }, sets) if self.post_copy && self.missing.is_none() => {
                     let missing = sparse::decode(&self.layout, &sets)?;
@@ -315,7 +350,10 @@ impl Inbound<'_> {
                     self.missing = Some(missing);
                 }
                 (Downstream::State { last_round }, state) if last_round == round => {
-                    self.streams.await_end(last_round, idle)?;
+                    {
+                        let (streams, mut watch) = self.watching();
+                        streams.await_end(last_round, idle, &mut watch)?;
+                    }
                     self.report.rounds += 1;
                     self.report.state_bytes = state.len() as u64;
                     return Ok(state);
@@ -325,20 +363,27 @@ impl Inbound<'_> {
         }
     }
 
+    /// The page streams, and what else may end a wait for them.
+    fn watching(&mut self) -> (&mut Streams, impl FnMut() -> Result<()>) {
+        let Self { streams, visitors, came_back, cancel, keeps, .. } = self;
+        let watch = || {
+            cancel.check()?;
+            resume::look(visitors.as_ref(), *keeps, came_back)
+        };
+        (streams, watch)
+    }
+
     /// The sender's next message, before `Ready`. Cancelling, a failing page stream and the sender's own giving up end
     /// the wait.
     fn hear(&mut self, what: &'static str) -> Result<(Downstream, Vec<u8>)> {
-        let Self { talk, visitors, streams, cancel, observer, report, last_tick, .. } = self;
+        let Self { talk, visitors, came_back, keeps, streams, cancel, observer, report, last_tick, .. } =
+            self;
+        let before_bytes = self.received_before_bytes;
         let mut watch = || {
             cancel.check()?;
-            // Nothing is decided yet, and the sender has not asked for that: whoever comes now is told what is known.
-            while let Some(visitor) = visitors.as_ref().and_then(|visitors| visitors.next(Duration::ZERO)) {
-                if let Some(visitors) = visitors {
-                    visitors.dismiss(visitor);
-                }
-            }
+            resume::look(visitors.as_ref(), *keeps, came_back)?;
             streams.check()?;
-            let received_bytes = streams.bytes();
+            let received_bytes = before_bytes + streams.bytes();
             if last_tick.elapsed() >= TICK && received_bytes > report.received_bytes {
                 let rate_bytes_per_s = rate(received_bytes - report.received_bytes, last_tick.elapsed());
                 (report.received_bytes, *last_tick) = (received_bytes, Instant::now());

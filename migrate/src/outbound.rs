@@ -34,6 +34,7 @@ mod buffers;
 mod encode;
 mod lanes;
 mod rounds;
+mod resume;
 mod commit;
 mod settle;
 mod postcopy;
@@ -43,6 +44,7 @@ use crate::controls::Controls;
 use crate::converge::{Limits, Measured, OnTimeout};
 use crate::conversation::{self, out_of_order};
 use crate::error::{Error, Result, clean};
+use crate::identity::Fingerprint;
 use crate::link::Link;
 use crate::report::{
     Event, FixedPart, Observer, Outcome, Phase, PhaseTime, PostCopyReport, REPORT_VERSION, Report, micros,
@@ -87,6 +89,9 @@ pub struct Options {
     pub stall: Duration,
     /// The longest the destination may take to make room for the workload.
     pub prepare: Duration,
+    /// How long to look for another link when one is lost before `Commit`; zero to give up at once. No longer than the
+    /// destination keeps what it has.
+    pub retry: Duration,
     /// How long to ask what became of the workload when the link was lost behind `Commit`, and to make the link again
     /// while pages follow.
     pub ask: Duration,
@@ -106,6 +111,8 @@ impl Options {
             stall: Duration::from_secs(10),
             // Touching fresh memory was measured at up to 2 s/GiB on a machine that must get it back from its host.
             prepare: Duration::from_secs(120),
+            // A minute less than a receiver keeps what arrived, which notices the loss a little later or earlier.
+            retry: Duration::from_secs(540),
             ask: Duration::from_secs(30),
         }
     }
@@ -205,8 +212,14 @@ struct Outbound<'a> {
     cancel: &'a CancelFlag,
     ticker: Ticker<'a>,
     report: Report,
+    /// Who the destination is: nobody else may take its place.
+    peer_key: Fingerprint,
     /// Every page that was taken from the source, in all rounds.
     taken: Vec<PageSet>,
+    /// The pages of the round under way: what the destination must have before it is over.
+    owed: Vec<PageSet>,
+    /// The round under way.
+    round: u32,
     /// The rounds that were acknowledged.
     measured: Vec<Measured>,
     /// Which pages wait for the last round, and which were taken without being sent.
@@ -220,6 +233,8 @@ struct Outbound<'a> {
     begun: Instant,
     /// While rounds are sent: when they began.
     rounds_since: Option<Instant>,
+    /// When the first round began, over whichever link.
+    rounds_begun: Option<Instant>,
     frozen_at: Option<Instant>,
     /// Whether both ends can do post-copy.
     peer_can_post_copy: bool,
@@ -255,6 +270,7 @@ impl<'a> Outbound<'a> {
             skipped_pages: 0,
             sent_bytes: 0,
             state_bytes: 0,
+            resumes: 0,
             downtime_us: 0,
             fixed: FixedPart {
                 assumed_us: micros(options.fixed_cost),
@@ -269,6 +285,9 @@ impl<'a> Outbound<'a> {
         };
         Self {
             taken: workload.layout.spaces.iter().map(|space| PageSet::empty(space.pages)).collect(),
+            peer_key: link.peer_key(),
+            owed: Vec::new(),
+            round: 0,
             source,
             talk: conversation::Sender::new(link, 0),
             lanes: Lanes::none(),
@@ -285,6 +304,7 @@ impl<'a> Outbound<'a> {
             agreed: Vec::new(),
             begun: Instant::now(),
             rounds_since: None,
+            rounds_begun: None,
             frozen_at: None,
             peer_can_post_copy: false,
             missing: None,
@@ -313,11 +333,21 @@ impl<'a> Outbound<'a> {
         self.phase(Phase::Greet, Self::greet)?;
         self.phase(Phase::Offer, Self::offer)?;
         self.phase(Phase::Track, Self::track)?;
+        while let Err(error) = self.until_ready() {
+            if !self.may_resume(&error) {
+                return Err(error);
+            }
+            self.phase(Phase::Resume, |outbound| outbound.resume(error))?;
+        }
+        self.phase(Phase::Pledge, Self::pledge)
+    }
+
+    /// The rounds, and everything that a lost link leads back into them.
+    fn until_ready(&mut self) -> Result<()> {
         self.phase(Phase::Rounds, Self::rounds)?;
         self.phase(Phase::Freeze, Self::freeze)?;
         self.phase(Phase::State, Self::state)?;
-        self.phase(Phase::Ready, Self::ready)?;
-        self.phase(Phase::Pledge, Self::pledge)
+        self.phase(Phase::Ready, Self::ready)
     }
 
     /// One phase: told, timed, logged, and named in its error.
@@ -377,14 +407,14 @@ impl<'a> Outbound<'a> {
             Upstream::Accept => {}
             other => return Err(out_of_order("Accept", other.name())),
         }
-        let Options { page_streams, packs, controls, .. } = self.options;
-        self.lanes = Lanes::open(
-            self.talk.link()?,
-            *page_streams,
-            Plan::new(*packs, &self.agreed),
-            &controls.bandwidth(),
-        )?;
+        self.lanes = self.open_lanes()?;
         Ok(())
+    }
+
+    /// New page streams on the link that is there, which know nothing of what others sent.
+    fn open_lanes(&mut self) -> Result<Lanes> {
+        let Options { page_streams, packs, controls, .. } = self.options;
+        Lanes::open(self.talk.link()?, *page_streams, Plan::new(*packs, &self.agreed), &controls.bandwidth())
     }
 
     fn track(&mut self) -> Result<()> {
@@ -408,11 +438,16 @@ impl<'a> Outbound<'a> {
             ticker.tick(lanes.sent());
             Ok(lanes.sent().bytes)
         };
-        match talk.hear(what, limit, &mut watch)?.0 {
-            Upstream::Failed { reason } => Err(Error::PeerFailed { reason: clean(&reason) }),
-            Upstream::Refuse { code, reason } => Err(Error::Refused { code, reason: clean(&reason) }),
-            other => Ok(other),
-        }
+        understood(talk.hear(what, limit, &mut watch)?.0)
+    }
+}
+
+/// A message, if it is not the peer's giving up.
+fn understood(message: Upstream) -> Result<Upstream> {
+    match message {
+        Upstream::Failed { reason } => Err(Error::PeerFailed { reason: clean(&reason) }),
+        Upstream::Refuse { code, reason } => Err(Error::Refused { code, reason: clean(&reason) }),
+        other => Ok(other),
     }
 }
 

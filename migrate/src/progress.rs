@@ -48,6 +48,9 @@ impl Observer for Lines {
         if let Event::RoundEnd(round) = event {
             note(&round_line(round));
         }
+        if let Some(line) = link_line(event) {
+            note(&line);
+        }
     }
 }
 
@@ -72,6 +75,23 @@ fn round_line(round: &RoundReport) -> String {
         show_rate(round.rate_bytes_per_s),
         show_bytes(round.remaining_pages * PAGE_SIZE as u64),
     )
+}
+
+fn link_line(event: &Event) -> Option<String> {
+    match event {
+        Event::LinkLost { reason, wait_us } => {
+            Some(format!("link lost, trying again for {}: {reason}", show_us(*wait_us)))
+        }
+        Event::Resumed { round, missing_pages, .. } => {
+            let missing = show_bytes(missing_pages * PAGE_SIZE as u64);
+            Some(format!("round {round:>2}  goes on over a new link, {missing} of it missing there"))
+        }
+        Event::CameBack { round, arrived_pages } => {
+            let arrived = show_bytes(arrived_pages * PAGE_SIZE as u64);
+            Some(format!("round {round:>2}  goes on over a new link, {arrived} of it here already"))
+        }
+        _ => None,
+    }
 }
 
 /// A progress bar on stderr.
@@ -122,6 +142,11 @@ impl Observer for Bar {
                     show_rate(*rate_bytes_per_s)
                 ));
                 self.bar.tick();
+            }
+            Event::LinkLost { .. } | Event::Resumed { .. } | Event::CameBack { .. } => {
+                if let Some(line) = link_line(event) {
+                    self.bar.println(line);
+                }
             }
             Event::Decided(_) => {}
             Event::Donating { missing_pages, .. } | Event::Following { missing_pages } => {

@@ -47,6 +47,8 @@ pub enum Phase {
     PostCopy,
     /// The link was lost behind `Commit`: the destination is asked what became of it.
     Ask,
+    /// The link was lost in the rounds: another one is looked for, to go on where they stood.
+    Resume,
     /// The source ends its workload, or gets it back.
     Settle,
 }
@@ -66,6 +68,7 @@ impl Phase {
             Self::Commit => "commit",
             Self::PostCopy => "post-copy",
             Self::Ask => "ask",
+            Self::Resume => "resume",
             Self::Settle => "settle",
         }
     }
@@ -85,6 +88,7 @@ impl fmt::Display for Phase {
             Self::Commit => "committing",
             Self::PostCopy => "sending the pages that the running workload misses",
             Self::Ask => "asking what became of the workload",
+            Self::Resume => "taking up the rounds over a new link",
             Self::Settle => "settling the source",
         })
     }
@@ -209,6 +213,9 @@ pub struct Report {
     pub sent_bytes: u64,
     /// Bytes of the state.
     pub state_bytes: u64,
+    /// How often a link was lost in the rounds and they went on over another one.
+    #[serde(default)]
+    pub resumes: u32,
     /// From the call that froze the workload to the word that it runs at the destination, or until it was
     /// resumed here; 0 when it was never frozen.
     pub downtime_us: u64,
@@ -317,6 +324,9 @@ pub struct ArrivalReport {
     pub received_bytes: u64,
     /// Bytes of the state.
     pub state_bytes: u64,
+    /// How often a link was lost in the rounds and they went on over another one.
+    #[serde(default)]
+    pub resumes: u32,
     /// What followed behind the start, if it was started without all of its memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub post_copy: Option<FaultReport>,
@@ -337,6 +347,7 @@ impl ArrivalReport {
             rounds: 0,
             received_bytes: 0,
             state_bytes: 0,
+            resumes: 0,
             post_copy: None,
             total_us: 0,
         }
@@ -363,6 +374,29 @@ pub enum Event {
     Progress(Progress),
     /// A round is over.
     RoundEnd(RoundReport),
+    /// The link was lost in the rounds; the other end is waited for.
+    LinkLost {
+        /// Why.
+        reason: String,
+        /// How long, in microseconds.
+        wait_us: u64,
+    },
+    /// The rounds go on over another link, at the source.
+    Resumed {
+        /// With which one.
+        round: u32,
+        /// Pages of it that the destination lacks.
+        missing_pages: u64,
+        /// Pages that were sent until then, in all rounds.
+        sent_pages: u64,
+    },
+    /// The rounds go on over another link, at the destination.
+    CameBack {
+        /// With which one.
+        round: u32,
+        /// Pages of it that had arrived whole.
+        arrived_pages: u64,
+    },
     /// What to do behind it was decided, and on what grounds.
     Decided(Box<Entry>),
     /// The migration is over, at the source.

@@ -101,6 +101,13 @@ pub trait Source {
     /// `Workload`.
     fn pledge(&mut self, migration: MigrationId, peer: &str) -> Result<()>;
 
+    /// The frozen workload goes on, tracked as before: the link was lost before anything was decided, and rounds will
+    /// follow. Only before `pledge`.
+    ///
+    /// # Errors
+    /// `Workload`.
+    fn thaw(&mut self) -> Result<()>;
+
     /// The workload goes on here. Before `pledge` always allowed; behind it only when the destination has said that
     /// it will never start this migration.
     ///

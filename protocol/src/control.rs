@@ -33,9 +33,9 @@
 //!
 //! Instead of `Offer`, a sender that lost its link behind `Commit` says `Ask` on a new connection and is told the
 //! `Outcome`, or `Incomplete`: then it may say `Recover`, is told in `Missing` what is still to be sent, and goes on
-//! from there. One that lost its link in the rounds says `Resume`, and one that opens a further connection says
-//! `Join`. The first message behind `Hello` tells what a connection is about. Either end may say why it gives up:
-//! `Cancel` downstream, `Failed` upstream.
+//! from there. One that lost it in the rounds says `Resume` and is told in `Resumed` what arrived; one that opens a
+//! further connection says `Join`. The first message behind `Hello` tells what a connection is about. Either end may
+//! say why it gives up: `Cancel` downstream, `Failed` upstream.
 
 use crate::MigrationId;
 use crate::error::{ProtocolError, Result};
@@ -253,6 +253,12 @@ pub enum Upstream {
         /// Why, for the operator of the sender.
         reason: String,
     },
+    /// The answer to `Resume`: the rounds go on with this one. The blob says which pages of it arrived whole on the
+    /// connection that was lost, as a [sparse set](crate::sparse).
+    Resumed {
+        /// The first round that is not in memory whole.
+        round: u32,
+    },
     /// The answer to `Probe`, behind the end of its stream.
     Probed {
         /// Bytes that came.
@@ -284,6 +290,7 @@ impl Upstream {
             Self::Missing { .. } => "Missing",
             Self::Complete { .. } => "Complete",
             Self::Failed { .. } => "Failed",
+            Self::Resumed { .. } => "Resumed",
             Self::Outcome { .. } => "Outcome",
             Self::Probed { .. } => "Probed",
         }

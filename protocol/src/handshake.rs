@@ -34,6 +34,9 @@ pub const MAX_CAPABILITIES: usize = 256;
 /// The workload may be started at the destination before all of its memory is there.
 pub const POST_COPY: &str = "post-copy";
 
+/// A migration that lost its link in the rounds goes on over another one.
+pub const RESUME: &str = "resume";
+
 /// The capability to send and take pages as [`Zstd`](crate::payload::Encoding::Zstd) and
 /// [`Lz4`](crate::payload::Encoding::Lz4).
 pub const PACKED_PAGES: &str = "packed-pages";
@@ -48,7 +51,7 @@ pub const KNOWN_PAGES: &str = "known-pages";
 pub const PROBE: &str = "probe";
 
 /// The capabilities of this release. All of version 1.0 is the base.
-pub const CAPABILITIES: &[&str] = &[POST_COPY, PACKED_PAGES, DELTA_PAGES, KNOWN_PAGES, PROBE];
+pub const CAPABILITIES: &[&str] = &[POST_COPY, PACKED_PAGES, DELTA_PAGES, KNOWN_PAGES, PROBE, RESUME];
 
 /// First bytes of a control stream, decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

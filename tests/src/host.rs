@@ -90,6 +90,12 @@ impl Host {
             None => Command::new(&self.program),
         };
         command.args(args).arg("--json");
+        // Most tests are about what a lost link means without another one; those of taking it up say how long.
+        for (verb, option) in [("send", "--retry-for"), ("receive", "--keep")] {
+            if args.first() == Some(&verb) && !args.contains(&option) {
+                command.args([option, "0s"]);
+            }
+        }
         command.arg("--runtime-dir").arg(self.runtime_dir()).arg("--keys").arg(self.keys_dir());
         command.arg("--state-dir").arg(self.path("state"));
         for name in ["MIGRATE_STATE", "MIGRATE_RUNTIME_DIR", "MIGRATE_KEYS", "MIGRATE_TEST_HOLD", "RUST_LOG"]

@@ -122,3 +122,38 @@ fn a_link_that_dies_after_any_number_of_bytes_leaves_exactly_one() {
     receiver.finish().success();
     b.assert_sound("v");
 }
+
+#[test]
+fn a_link_that_is_cut_for_seconds_is_taken_up_where_it_stood() {
+    if without_kvm("a_link_that_is_cut_for_seconds_is_taken_up_where_it_stood") {
+        return;
+    }
+    for round in [0, 1] {
+        println!("the link is cut for 3 s in round {round}");
+        let (a, b) = trusting_pair(Path::new(PROGRAM));
+        a.run_ledger("v", "128MiB", "fill=96M ws=32M rate=60", &[]);
+        a.wait_ledger_running("v");
+        let (receiver, address) = b.receive(&["--link-timeout", "1s", "--keep", "60s"]);
+        let relay = Relay::start(&address, Weather::default(), 1);
+        // Slow enough that the cut comes in the middle of a round.
+        let arguments = ["send", "v", &relay.address(), "--link-timeout", "1s", "--retry-for", "60s"];
+        let mut sender = a.start(&arguments);
+        sender.wait_for("the round", |line| line["event"] == "round-begin" && line["round"] == round);
+        sender.wait_for("some of it", |line| line["event"] == "progress" && line["round"] == round);
+        relay.cut();
+        sender.wait_for("the loss", |line| line["event"] == "link-lost");
+        assert_eq!(a.phase("v").as_deref(), Some("running"), "it runs on without a link");
+        std::thread::sleep(std::time::Duration::from_secs(3));
+        relay.mend();
+        let sent = sender.finish().success();
+        receiver.finish().success();
+        b.assert_sound("v");
+        let report = sent.lines.last().expect("a report");
+        assert_eq!(report["resumes"], 1, "{report:#}");
+        let resumed = sent.lines.iter().find(|line| line["event"] == "resumed").expect("it was taken up");
+        // A round may pass between the word of it and the cut.
+        assert!(resumed["round"].as_u64() >= Some(round), "{resumed}");
+        let (missing, all) = (resumed["missing_pages"].as_u64(), Some(128 << 8));
+        assert!(missing < all, "{resumed}");
+    }
+}

@@ -76,6 +76,9 @@ pub struct Args {
     /// How long to wait for a sender that says nothing.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = units::duration)]
     link_timeout: Duration,
+    /// How long to keep what has arrived when the link is lost, for a sender that comes back. 0s to discard at once.
+    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = units::duration)]
+    keep: Duration,
     /// How long to wait for the commit, and behind it for the sender to know that the VM runs here.
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = units::duration)]
     ask_timeout: Duration,
@@ -108,6 +111,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     });
     options.idle = args.link_timeout;
     options.linger = args.ask_timeout;
+    options.keep = args.keep;
     if args.once {
         // Nobody is here to answer afterwards.
         options.forget = args.ask_timeout;

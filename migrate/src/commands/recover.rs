@@ -28,7 +28,7 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
 Without a name it lists the VMs whose migration was cut off behind its commit. With one it asks the destination,
 where migrate receive must listen, and does what follows from the answer. If the VM runs there and misses memory, that is
-sent now.")]
+sent now. A VM whose migration ended before its commit is running already: there is nothing to recover.")]
 pub struct Args {
     /// The VM's name, or the path of its control socket.
     #[arg(id = "name", value_name = "VM")]

@@ -66,6 +66,9 @@ pub struct Args {
     /// How long to wait for a peer that says nothing.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = units::duration)]
     link_timeout: Duration,
+    /// How long to look for another link when one is lost before the commit; the VM runs on meanwhile. 0s to give up at once.
+    #[arg(long, value_name = "TIME", default_value = "9m", value_parser = units::duration)]
+    retry_for: Duration,
     /// How long to ask for the answer when the link breaks behind the commit.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = units::duration)]
     ask_timeout: Duration,
@@ -124,6 +127,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     }
     options.stall = args.link_timeout;
     options.ask = args.ask_timeout;
+    options.retry = args.retry_for;
     let inner = progress::observer(common);
     let mut observer = match &args.trace {
         Some(path) => tracing_to(path, &status.name, inner)?,

@@ -162,6 +162,16 @@ impl Admission {
         Ok(())
     }
 
+    /// Whether an offer of the same peer for a workload of the same name waits for its turn.
+    pub(super) fn is_superseded(&self, migration: MigrationId) -> bool {
+        let running = self.running.iter().find(|running| running.migration == migration);
+        running.is_some_and(|running| {
+            self.waiting.iter().any(|(visitor, _)| {
+                visitor.key == running.key && visitor.name() == Some(running.name.as_str())
+            })
+        })
+    }
+
     /// A migration is over.
     pub(super) fn end(&mut self, migration: MigrationId) {
         self.running.retain(|running| running.migration != migration);

@@ -328,7 +328,8 @@ impl Shared {
     /// Tells a visitor what became of its migration.
     fn tell_outcome(&self, mut visitor: Visitor) {
         let Wish::Ask(migration) = visitor.wish else {
-            let reason = "no migration of this id that you offered is under way there";
+            let reason = "what arrived of this migration is not there any more (the receiver was started anew, or its \
+                          --keep is over): send it again";
             return self.refuse(visitor, RefuseCode::NoSuchMigration, reason);
         };
         let outcome = self.ledger.outcome(migration);
@@ -454,6 +455,11 @@ impl Visitors {
     /// Waits for the next one.
     pub(super) fn next(&self, limit: Duration) -> Option<Visitor> {
         self.visitors.recv_timeout(limit).ok()
+    }
+
+    /// Whether the same peer offers the same workload anew.
+    pub(super) fn is_superseded(&self) -> bool {
+        self.shared.lock().is_superseded(self.migration)
     }
 
     /// Lets the desk answer a visitor with whom this migration has nothing to do now.

@@ -34,6 +34,8 @@ pub(super) struct Parser {
     streams: u16,
     stream: u16,
     round: u32,
+    /// The raw run whose payload came last.
+    raw: Option<PageRun>,
     stage: Stage,
     /// The payload of a frame that can only be decoded whole, as far as it came.
     payload: Vec<u8>,
@@ -58,9 +60,21 @@ impl Parser {
             streams,
             stream: 0,
             round: 0,
+            raw: None,
             stage: Stage::Preamble(Gather::new()),
             payload: Vec::new(),
         }
+    }
+
+    /// The same stream of a link that was taken up in this round.
+    pub(super) fn beginning_with(mut self, round: u32) -> Self {
+        self.round = round;
+        self
+    }
+
+    /// The run that the last [`Item::Bytes`] completed: all of it was handed out, and its sum was right.
+    pub(super) fn completed(&self) -> Option<PageRun> {
+        self.raw.filter(|_| matches!(self.stage, Stage::Header(_)))
     }
 
     /// What the last [`Item::Coded`] came with: whole, and as it was sent. Less than 1 MiB.
@@ -161,6 +175,7 @@ impl Parser {
             }
             Encoding::Raw => {
                 let (space, offset, left) = (run.space, run.offset(), payload_bytes as usize);
+                self.raw = Some(run);
                 self.stage = Stage::Payload { space, offset, left, sum };
                 Ok(None)
             }

@@ -26,6 +26,10 @@ impl Inbound<'_> {
         match self.next_word("Commit, or a question about it", Instant::now() + linger, forget)? {
             Downstream::Commit { migration } if Some(migration) == ours => Ok(Order::Start),
             Downstream::Ask { migration } if Some(migration) == ours => Ok(Order::Answer),
+            // A sender that has not committed may go back to its rounds; what is loaded here cannot.
+            Downstream::Resume { .. } => {
+                Err(Error::PeerFailed { reason: "it went back to its rounds".into() })
+            }
             Downstream::Cancel { reason } => Err(Error::PeerFailed { reason: clean(&reason) }),
             other => Err(out_of_order("Commit", other.name())),
         }
@@ -164,6 +168,12 @@ impl Inbound<'_> {
                 self.talk = visitor.talk;
                 Some(Downstream::Ask { migration })
             }
+            Wish::Resume(migration) => {
+                let reason =
+                    "it had loaded the state when the link was lost, and begins anew only with a new offer";
+                visitor.refuse(RefuseCode::NoSuchMigration, reason);
+                Some(Downstream::Resume { migration })
+            }
             _ => {
                 let reason = "that migration is past its rounds there";
                 visitor.refuse(RefuseCode::NoSuchMigration, reason);
@@ -173,7 +183,7 @@ impl Inbound<'_> {
     }
 
     /// Why the sender went away, if it said so before the link failed: its word explains more than the link's.
-    fn last_word(&mut self, error: Error) -> Error {
+    pub(super) fn last_word(&mut self, error: Error) -> Error {
         if !matches!(error.root(), Error::Link(_)) {
             return error;
         }
@@ -200,7 +210,7 @@ impl Inbound<'_> {
         // Who asks from now on is answered from the ledger.
         self.visitors = None;
         let mut report = self.report;
-        report.received_bytes = self.streams.bytes();
+        report.received_bytes = self.received_before_bytes + self.streams.bytes();
         report.total_us = micros(begun.elapsed());
         report.error = result.as_ref().err().map(ToString::to_string);
         self.observer.event(&Event::Arrived(Box::new(report.clone())));

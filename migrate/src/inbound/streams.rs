@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::link::{Link, PageReceiver};
 use protocol::ProtocolError;
 use protocol::layout::Layout;
+use protocol::page::{PageRun, PageSet};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -37,6 +38,9 @@ struct Shared {
 struct State {
     streams: Vec<Stream>,
     failure: Option<Error>,
+    /// What arrived whole of the round under way, for a link that is lost and taken up again. Empty where that cannot
+    /// be.
+    arrived: Vec<PageSet>,
 }
 
 #[derive(Default, Clone)]
@@ -49,22 +53,36 @@ struct Stream {
     ended: bool,
 }
 
+/// Where the pages of a migration go, whichever link brings them.
+pub(super) struct Course {
+    pub(super) layout: Arc<Layout>,
+    pub(super) memory: Arc<dyn PageMemory>,
+    pub(super) page_streams: u16,
+}
+
 impl Streams {
     /// Before the offer was accepted there are none.
     pub(super) fn none() -> Self {
         Self { threads: Vec::new(), shared: Arc::default() }
     }
 
-    /// Takes the `count` page streams that the sender opens.
+    /// Takes the page streams that the sender opens, from `round` on.
     pub(super) fn accept(
         link: &mut dyn Link,
-        count: u16,
-        layout: &Arc<Layout>,
-        memory: &Arc<dyn PageMemory>,
+        course: &Course,
+        round: u32,
+        keeps: bool,
         limit: Duration,
     ) -> Result<Self> {
-        let mut streams = Self::none();
-        streams.shared.lock().streams = vec![Stream::default(); usize::from(count)];
+        let Course { layout, memory, page_streams: count } = course;
+        let (mut streams, count) = (Self::none(), *count);
+        {
+            let mut state = streams.shared.lock();
+            state.streams = vec![Stream { rounds: round, ..Stream::default() }; usize::from(count)];
+            if keeps {
+                state.arrived = layout.spaces.iter().map(|space| PageSet::empty(space.pages)).collect();
+            }
+        }
         for number in 0..count {
             let stream = link.accept_page_stream(limit)?;
             let (layout, memory, shared) = (layout.clone(), memory.clone(), streams.shared.clone());
@@ -73,7 +91,7 @@ impl Streams {
                 .stack_size(STACK_BYTES)
                 .spawn(move || {
                     let decoder = Decoder::new(layout.clone(), count);
-                    let both = (Parser::new(layout, count), decoder);
+                    let both = (Parser::new(layout, count).beginning_with(round), decoder);
                     if let Err(error) = run(stream, both, memory.as_ref(), &shared) {
                         shared.change(|state| {
                             state.failure.get_or_insert(error);
@@ -99,19 +117,37 @@ impl Streams {
         self.shared.lock().failure.take().map_or(Ok(()), Err)
     }
 
-    /// Waits until every stream has ended `round`.
-    pub(super) fn await_round(&self, round: u32, idle: Duration) -> Result<()> {
-        self.wait("every page stream to end the round", idle, |stream| {
+    /// What arrived whole of the round under way. Told once; the threads have ended.
+    pub(super) fn take_arrived(&mut self) -> Vec<PageSet> {
+        std::mem::take(&mut self.shared.lock().arrived)
+    }
+
+    /// Waits until every stream has ended `round`; `watch` may end the wait.
+    pub(super) fn await_round(
+        &self,
+        round: u32,
+        idle: Duration,
+        watch: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<()> {
+        self.wait("every page stream to end the round", idle, watch, |stream| {
             if stream.rounds <= round && stream.ended {
                 return Err(ended_early(stream.rounds));
             }
             Ok(stream.rounds > round)
-        })
+        })?;
+        // The sender begins the next round only when it hears of this.
+        self.shared.lock().arrived.iter_mut().for_each(PageSet::clear);
+        Ok(())
     }
 
     /// Waits until every stream has ended `last_round` and then itself: behind this nothing is written to memory.
-    pub(super) fn await_end(&mut self, last_round: u32, idle: Duration) -> Result<()> {
-        self.wait("every page stream to end", idle, |stream| {
+    pub(super) fn await_end(
+        &mut self,
+        last_round: u32,
+        idle: Duration,
+        watch: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<()> {
+        self.wait("every page stream to end", idle, watch, |stream| {
             if stream.ended && stream.rounds != last_round.saturating_add(1) {
                 return Err(ended_early(stream.rounds));
             }
@@ -130,7 +166,13 @@ impl Streams {
     }
 
     /// Waits until `done` says so of every stream, as long as bytes arrive.
-    fn wait(&self, what: &'static str, idle: Duration, done: impl Fn(&Stream) -> Result<bool>) -> Result<()> {
+    fn wait(
+        &self,
+        what: &'static str,
+        idle: Duration,
+        watch: &mut dyn FnMut() -> Result<()>,
+        done: impl Fn(&Stream) -> Result<bool>,
+    ) -> Result<()> {
         let (mut still_since, mut moved) = (Instant::now(), self.bytes());
         let mut state = self.shared.lock();
         loop {
@@ -150,6 +192,10 @@ impl Streams {
             } else if still_since.elapsed() >= idle {
                 return Err(Error::TimedOut { what, after: idle });
             }
+            // Whoever watches may look at the streams itself.
+            drop(state);
+            watch()?;
+            state = self.shared.lock();
             state = self.shared.changed.wait_timeout(state, SLICE).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
@@ -158,6 +204,13 @@ impl Streams {
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A run is in memory whole.
+    fn arrived(&self, run: PageRun) {
+        if let Some(set) = self.lock().arrived.get_mut(usize::from(run.space.0)) {
+            set.insert(run.first, u64::from(run.count));
+        }
     }
 
     fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
@@ -190,9 +243,20 @@ fn run(
                     decoder.stream = stream;
                     shared.change(|state| claim(state, number))?;
                 }
-                Item::Bytes { space, offset, bytes } => memory.write(space, offset, bytes)?,
-                Item::Zeros(run) => memory.zero(run)?,
-                Item::Coded(run, encoding) => decoder.write(memory, run, encoding, parser.payload())?,
+                Item::Bytes { space, offset, bytes } => {
+                    memory.write(space, offset, bytes)?;
+                    if let Some(run) = parser.completed() {
+                        shared.arrived(run);
+                    }
+                }
+                Item::Zeros(run) => {
+                    memory.zero(run)?;
+                    shared.arrived(run);
+                }
+                Item::Coded(run, encoding) => {
+                    decoder.write(memory, run, encoding, parser.payload())?;
+                    shared.arrived(run);
+                }
                 Item::RoundEnd(round) => shared.change(|state| state.streams[number].rounds = round + 1),
             }
         }

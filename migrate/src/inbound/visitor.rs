@@ -64,6 +64,8 @@ pub(super) struct Visitor {
     pub(super) peer: String,
     /// Who it is, for decisions.
     pub(super) key: Fingerprint,
+    /// What both ends can do.
+    pub(super) capabilities: Vec<&'static str>,
     pub(super) wish: Wish,
     /// Both ends can do post-copy.
     pub(super) post_copy: bool,
@@ -86,8 +88,9 @@ impl Visitor {
         let (peer, key) = (link.peer(), link.peer_key());
         let mut talk = Receiver::new(link, MAX_MACHINE_BYTES);
         match Self::first_word(&mut talk, limit, watch) {
-            Ok((wish, post_copy)) => {
-                Ok(Self { talk, peer, key, wish, post_copy, greeted_in: begun.elapsed() })
+            Ok((capabilities, wish)) => {
+                let post_copy = capabilities.contains(&POST_COPY);
+                Ok(Self { talk, peer, key, capabilities, wish, post_copy, greeted_in: begun.elapsed() })
             }
             Err(error) => {
                 talk.hang_up("the greeting failed");
@@ -100,7 +103,7 @@ impl Visitor {
         talk: &mut Receiver,
         limit: Duration,
         watch: &mut dyn FnMut() -> Result<u64>,
-    ) -> Result<(Wish, bool)> {
+    ) -> Result<(Vec<&'static str>, Wish)> {
         talk.introduce(&Upstream::Hello(Hello::ours()), limit)?;
         talk.preamble(limit, watch)?;
         let hello = match talk.hear("the sender's greeting", limit, watch)? {
@@ -117,7 +120,7 @@ impl Visitor {
         };
         tracing::info!(peer = clean(&hello.software), ?capabilities, "greeted");
         let (word, blob) = talk.hear("the sender's wish", limit, watch)?;
-        Ok((Wish::of(word, blob)?, capabilities.contains(&POST_COPY)))
+        Ok((capabilities, Wish::of(word, blob)?))
     }
 
     /// The memory of the workload that it offers, in bytes.
@@ -125,6 +128,14 @@ impl Visitor {
         match &self.wish {
             Wish::Offer(offer, _) => offer.layout.total_bytes(),
             _ => 0,
+        }
+    }
+
+    /// The name of the workload that it offers.
+    pub(super) fn name(&self) -> Option<&str> {
+        match &self.wish {
+            Wish::Offer(offer, _) => Some(&offer.name),
+            _ => None,
         }
     }
 

@@ -117,6 +117,13 @@ impl Lanes {
         Ok(lanes)
     }
 
+    /// Counts on from what earlier lanes of the same migration sent.
+    pub(super) fn counting_from(self, sent: Sent) -> Self {
+        self.shared.count_pages(sent);
+        self.shared.bytes.fetch_add(sent.bytes, Relaxed);
+        self
+    }
+
     /// Waits until one more piece may be in memory; `watch` is called before every slice of the wait.
     pub(super) fn reserve(&self, stall: Duration, mut watch: impl FnMut() -> Result<()>) -> Result<()> {
         let (mut still_since, mut moved) = (Instant::now(), self.sent().bytes);
@@ -192,12 +199,14 @@ impl Lanes {
     }
 
     /// Waits for the threads, which end when everything is sent or the link is closed.
-    pub(super) fn join(mut self) {
+    /// Answers what they sent in all.
+    pub(super) fn join(mut self) -> Sent {
         self.finish();
         for thread in self.threads.drain(..) {
             // A lane that panicked has failed its stream, and that was noticed.
             let _ = thread.join();
         }
+        self.sent()
     }
 }
 

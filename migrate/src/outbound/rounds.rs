@@ -29,10 +29,10 @@ use std::time::{Duration, Instant};
 impl Outbound<'_> {
     /// Rounds until the stop rule says freeze.
     pub(super) fn rounds(&mut self) -> Result<()> {
-        let begun = Instant::now();
+        let begun = *self.rounds_begun.get_or_insert_with(Instant::now);
         self.rounds_since = Some(begun);
         let mut harvested_at = Instant::now();
-        let mut dirty = self.harvest(Selector::Full)?;
+        let mut dirty = self.first_harvest()?;
         loop {
             let live = self.hot.begin(dirty);
             self.probe(&live.probes)?;
@@ -84,6 +84,22 @@ impl Outbound<'_> {
                 Decision::GiveUp { bound, predicted } => return Err(self.not_converged(bound, predicted)),
             }
         }
+    }
+
+    /// What is dirty when the rounds begin; and where they begin again in the first round, what it had not come to.
+    fn first_harvest(&mut self) -> Result<Vec<PageSet>> {
+        if self.taken.iter().all(PageSet::is_empty) {
+            return self.harvest(Selector::Full);
+        }
+        let mut dirty = self.harvest(Selector::Precopy)?;
+        if self.round == 0 {
+            for (dirty, taken) in dirty.iter_mut().zip(&self.taken) {
+                let mut left = PageSet::full(taken.pages());
+                left.subtract(taken);
+                dirty.union(&left);
+            }
+        }
+        Ok(dirty)
     }
 
     /// What is dirty now.
@@ -237,7 +253,7 @@ impl Outbound<'_> {
 
     /// The number of the round that is sent while the workload stands still.
     fn last_round(&self) -> u32 {
-        self.measured.len() as u32
+        self.round
     }
 
     /// What freezing costs with nothing left to send. One of the handshake's two round trips, and a harvest, are in
@@ -261,7 +277,7 @@ impl Outbound<'_> {
 
     /// A round from its harvest to the answer that all of it arrived.
     fn live_round(&mut self, plan: Vec<PageSet>, harvested_at: Instant) -> Result<RoundReport> {
-        let round = self.measured.len() as u32;
+        let round = self.round;
         let mut report = self.send_pages(round, false, plan)?;
         self.lanes.end_round(round);
         self.talk.say(&Downstream::RoundSent { round }, &[], self.options.stall)?;
@@ -269,6 +285,8 @@ impl Outbound<'_> {
             Upstream::RoundDone { round: done } if done == round => {}
             other => return Err(out_of_order("RoundDone of the round that was sent", other.name())),
         }
+        self.owed.clear();
+        self.round += 1;
         report.duration_us = micros(harvested_at.elapsed());
         self.count(&mut report);
         Ok(report)
@@ -277,6 +295,8 @@ impl Outbound<'_> {
     /// Takes, reads and sends the pages of a plan, batch by batch.
     fn send_pages(&mut self, round: u32, frozen: bool, mut plan: Vec<PageSet>) -> Result<RoundReport> {
         let dirty_pages = plan.iter().map(PageSet::count).sum();
+        // All of it at once: what is not taken when the link is lost is dirty still, and may be called dirty again.
+        self.owed.clone_from(&plan);
         let throttle_percent = if self.frozen_at.is_none() { self.throttle_percent } else { 0 };
         let mut report = RoundReport { round, dirty_pages, throttle_percent, ..RoundReport::default() };
         self.lanes.begin_round();
@@ -288,7 +308,6 @@ impl Outbound<'_> {
             self.ticker.done(batch.dirty_pages);
             self.ticker.tick(self.lanes.sent());
         }
-        self.report.skipped_pages += report.skipped_pages;
         Ok(report)
     }
 
@@ -296,22 +315,34 @@ impl Outbound<'_> {
     fn send_batch(&mut self, round: u32, frozen: bool, batch: &Batch, pages: &mut PageSet) -> Result<u64> {
         let Batch { space, first, count, .. } = *batch;
         let wanted = Window::of(pages, batch)?;
+        let at = usize::from(space.0);
+        let before = self.taken.get(at).map(|taken| Window::of(taken, batch)).transpose()?;
         self.take(space, first, count)?;
         self.source.present(space, first, count, pages)?;
         let present = Window::of(pages, batch)?;
         let absent = wanted.without(&present);
-        if round > 0 {
-            for piece in absent.pieces() {
-                self.reserve()?;
-                self.lanes.send(round, frozen, piece.runs, Contents::Zeros);
+        // What was never taken was never sent, and is zero there.
+        let fresh = match before {
+            Some(before) if round == 0 => absent.clone().without(&before),
+            _ => absent.clone().without(&absent),
+        };
+        if let Some(owed) = self.owed.get_mut(at) {
+            for run in fresh.pieces().flat_map(|piece| piece.runs) {
+                owed.remove(run.first, u64::from(run.count));
             }
+        }
+        // Now, because what follows may be cut off.
+        self.report.skipped_pages += fresh.count();
+        for piece in absent.without(&fresh).pieces() {
+            self.reserve()?;
+            self.lanes.send(round, frozen, piece.runs, Contents::Zeros);
         }
         for piece in present.pieces() {
             self.reserve()?;
             let bytes = self.read(&piece)?;
             self.lanes.send(round, frozen, piece.runs, Contents::Bytes(bytes));
         }
-        Ok(if round == 0 { absent.count() } else { 0 })
+        Ok(fresh.count())
     }
 
     /// Waits for room for one more piece, unless there is a reason to stop.

@@ -158,24 +158,9 @@ struct Ending<'a> {
 }
 
 impl Ending<'_> {
-    /// Why the peer went away, if it said so before the link failed: its word explains more than the link's.
+    /// See [`last_word`].
     fn last_word(&mut self, error: Error) -> Error {
-        if !matches!(error.root(), Error::Link(_) | Error::TimedOut { .. }) {
-            return error;
-        }
-        for _ in 0..MESSAGES_BEFORE {
-            let word = match self.talk.hear("the peer's last word", LAST_WORD, &mut || Ok(0)) {
-                Ok((Upstream::Failed { reason }, _)) => Error::PeerFailed { reason: clean(&reason) },
-                Ok((Upstream::Refuse { code, reason }, _)) => Error::Refused { code, reason: clean(&reason) },
-                Ok(_) => continue,
-                Err(_) => return error,
-            };
-            return match error {
-                Error::During { phase, .. } => word.during(phase),
-                _ => word,
-            };
-        }
-        error
+        last_word(&mut self.talk, error)
     }
 
     /// Says something that nothing depends on.
@@ -211,4 +196,24 @@ impl Ending<'_> {
         self.ticker.event(&Event::Done(Box::new(report.clone())));
         report
     }
+}
+
+/// Why the peer went away, if it said so before the link failed: its word explains more than the link's.
+pub(super) fn last_word(talk: &mut Sender, error: Error) -> Error {
+    if !matches!(error.root(), Error::Link(_) | Error::TimedOut { .. }) {
+        return error;
+    }
+    for _ in 0..MESSAGES_BEFORE {
+        let word = match talk.hear("the peer's last word", LAST_WORD, &mut || Ok(0)) {
+            Ok((Upstream::Failed { reason }, _)) => Error::PeerFailed { reason: clean(&reason) },
+            Ok((Upstream::Refuse { code, reason }, _)) => Error::Refused { code, reason: clean(&reason) },
+            Ok(_) => continue,
+            Err(_) => return error,
+        };
+        return match error {
+            Error::During { phase, .. } => word.during(phase),
+            _ => word,
+        };
+    }
+    error
 }

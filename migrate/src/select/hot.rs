@@ -149,6 +149,20 @@ impl HotPages {
         }
     }
 
+    /// The round was cut off. What was taken and is not among what it sends, in this round or before, is nobody's to
+    /// remember but the dirty log's: it must be given back.
+    pub fn abandon(&mut self) -> Vec<PageSet> {
+        let mut unsent = self.owed.clone();
+        if let Some(Underway { dirty, sends, taken }) = self.now.take() {
+            let mut now = dirty;
+            intersect(&mut now, &taken);
+            unsent = joined(&unsent, &now);
+            subtract(&mut unsent, &sends);
+        }
+        self.owed.iter_mut().for_each(PageSet::clear);
+        unsent
+    }
+
     /// The round is over: all that it sends was sent, and this is dirty now.
     pub fn end(&mut self, harvest: &[PageSet]) {
         let mut candidates = if self.learning { self.twice.clone() } else { Vec::new() };

@@ -34,12 +34,13 @@ pub enum Call {
     HandOver,
     Donate,
     Redirty,
+    Thaw,
     Resume,
 }
 
 impl Call {
     /// All of them.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Track,
         Self::Harvest,
         Self::Take,
@@ -52,6 +53,7 @@ impl Call {
         Self::HandOver,
         Self::Donate,
         Self::Redirty,
+        Self::Thaw,
         Self::Resume,
     ];
 }
@@ -368,6 +370,15 @@ impl Source for Scripted {
             return Err(Error::Workload("only a frozen workload can be pledged".into()));
         }
         vm.stage = Stage::Pledged(migration);
+        Ok(())
+    }
+
+    fn thaw(&mut self) -> Result<()> {
+        let mut vm = self.called(Call::Thaw)?;
+        if vm.stage != Stage::Frozen {
+            return Err(Error::Workload("only a frozen workload can be thawed".into()));
+        }
+        self.resumes(&mut vm);
         Ok(())
     }
 

@@ -134,6 +134,15 @@ impl Source for VmSource {
         Ok(())
     }
 
+    fn thaw(&mut self) -> Result<()> {
+        if self.frozen {
+            // Without a pledge this leaves the tracking on.
+            self.client.resume(None)?;
+            self.frozen = false;
+        }
+        Ok(())
+    }
+
     fn resume(mut self: Box<Self>) -> Result<()> {
         if self.frozen {
             self.client.resume(self.pledged_to)?;

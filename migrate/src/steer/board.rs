@@ -168,6 +168,8 @@ impl Board {
                 known.dirty_pages = known.dirty_pages.max(*missing_pages);
                 known.done_pages = known.dirty_pages - missing_pages;
             }
+            Event::LinkLost { .. } => known.rate_bytes_per_s = 0,
+            Event::Resumed { round, .. } | Event::CameBack { round, .. } => known.round = *round,
             Event::Done(report) => known.left(report),
             Event::Arrived(report) => known.arrived(report),
         }

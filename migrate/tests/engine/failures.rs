@@ -78,7 +78,8 @@ fn dirty_bits_that_cannot_be_given_back_do_not_keep_the_workload_from_resuming()
 
 #[test]
 fn a_failing_destination_call_leaves_the_workload_at_the_source_with_the_reason() {
-    for call in place::Call::ALL {
+    // What only post-copy calls is tested there.
+    for call in place::Call::ALL.into_iter().filter(|call| *call != place::Call::Expect) {
         // Zeros are sent for pages that were written as zeros, so every machine has some.
         let world = World::new(11, 2);
         let network = Network::new(Profile::default(), None);

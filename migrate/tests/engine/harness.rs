@@ -32,6 +32,8 @@ pub(crate) fn sending() -> outbound::Options {
     options.controls.change(|limits| limits.max_rounds = 6);
     options.controls.change(|limits| limits.on_timeout = OnTimeout::Force);
     options.stall = 20 * SECOND;
+    // What a lost link means without another one. With one: see `resume`.
+    options.retry = Duration::ZERO;
     options
 }
 
@@ -40,6 +42,7 @@ pub(crate) fn receiving() -> inbound::Options {
     options.idle = 20 * SECOND;
     // Long enough for nothing: whoever asks later is answered from the ledger.
     options.linger = SECOND / 10;
+    options.keep = Duration::ZERO;
     options
 }
 
@@ -116,6 +119,21 @@ impl World {
         cancel: &CancelFlag,
         observer: &mut dyn Observer,
     ) -> Ended {
+        self.attempt_with(network, fail_at, &receiving(), options, cancel, observer, &mut Quiet)
+    }
+
+    /// The same with another receiver.
+    #[allow(clippy::too_many_arguments, reason = "both ends' options, and who watches them")]
+    pub(crate) fn attempt_with(
+        &self,
+        network: &Network,
+        fail_at: Option<place::Call>,
+        receiving: &inbound::Options,
+        options: &outbound::Options,
+        cancel: &CancelFlag,
+        observer: &mut dyn Observer,
+        at_receiver: &mut (dyn Observer + Send),
+    ) -> Ended {
         let over = AtomicBool::new(false);
         std::thread::scope(|scope| {
             let receiver = scope.spawn(|| {
@@ -127,9 +145,9 @@ impl World {
                         offered,
                         &desk,
                         place::Scripted::at(self.site.clone(), self.witness.clone(), fail_at),
-                        &receiving(),
+                        receiving,
                         &CancelFlag::default(),
-                        &mut Quiet,
+                        at_receiver,
                     ));
                 }
                 received

@@ -90,14 +90,14 @@ impl Peer {
         self
     }
 
-    fn accepted(&mut self) -> &mut Self {
+    pub(crate) fn accepted(&mut self) -> &mut Self {
         self.offer(offer());
         assert_eq!(self.hear(), Some(Upstream::Accept));
         self
     }
 
     /// One page stream with these bytes, which then stays open as long as the answer lives.
-    fn stream(&mut self, parts: &[&[u8]]) -> Box<dyn migrate::link::PageSender> {
+    pub(crate) fn stream(&mut self, parts: &[&[u8]]) -> Box<dyn migrate::link::PageSender> {
         let mut stream = self.0.open_page_stream().unwrap();
         let _ = stream.write(&mut [parts.concat().into()]);
         stream

@@ -18,5 +18,6 @@ mod steering;
 mod hostile;
 mod postcopy;
 mod desk;
+mod resume;
 mod stalls;
 mod hot;

@@ -26,7 +26,7 @@ pub(crate) const DOWNSTREAM_TYPES: [&str; 13] = [
     "resume",
     "probe",
 ];
-pub(crate) const UPSTREAM_TYPES: [&str; 13] = [
+pub(crate) const UPSTREAM_TYPES: [&str; 14] = [
     "hello",
     "accept",
     "refuse",
@@ -40,6 +40,7 @@ pub(crate) const UPSTREAM_TYPES: [&str; 13] = [
     "complete",
     "incomplete",
     "probed",
+    "resumed",
 ];
 pub(crate) const REQUEST_TYPES: [&str; 22] = [
     "hello",
@@ -117,6 +118,7 @@ pub(crate) fn upstream_type(message: &Upstream) -> &'static str {
         Upstream::Complete { .. } => 10,
         Upstream::Incomplete { .. } => 11,
         Upstream::Probed { .. } => 12,
+        Upstream::Resumed { .. } => 13,
     }]
 }
 
@@ -231,6 +233,7 @@ pub(crate) fn upstream() -> Vec<Upstream> {
         Upstream::Complete { migration: MIGRATION },
         Upstream::Incomplete { migration: MIGRATION },
         Upstream::Probed { bytes: 1_875_000_000, duration_us: 1_500_000 },
+        Upstream::Resumed { round: 2 },
     ]
 }
 

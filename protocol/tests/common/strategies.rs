@@ -85,6 +85,7 @@ pub(crate) fn upstream() -> impl Strategy<Value = Upstream> {
         any::<u64>().prop_map(|pages| Upstream::Missing { pages }),
         migration().prop_map(|migration| Upstream::Complete { migration }),
         migration().prop_map(|migration| Upstream::Incomplete { migration }),
+        any::<u32>().prop_map(|round| Upstream::Resumed { round }),
         text().prop_map(|reason| Upstream::Failed { reason }),
         (any::<u64>(), any::<u64>()).prop_map(|(bytes, duration_us)| Upstream::Probed { bytes, duration_us }),
         (migration(), select(&samples::OUTCOMES[..]))

@@ -28,6 +28,8 @@ struct State {
     cuts: VecDeque<Option<Cut>>,
     waiting: VecDeque<Duplex>,
     cables: Vec<Cable>,
+    /// Who the listening host says it is, connection by connection.
+    answers: VecDeque<Fingerprint>,
 }
 
 impl Network {
@@ -36,6 +38,11 @@ impl Network {
         let network = Self { profile, ..Self::default() };
         network.lock().cuts.extend(cuts);
         network
+    }
+
+    /// Says which keys the listening host has for the next connections.
+    pub fn answer_as(&self, keys: impl IntoIterator<Item = Fingerprint>) {
+        self.lock().answers.extend(keys);
     }
 
     /// Makes the listening host reachable or not; connections that exist go on.
@@ -66,8 +73,9 @@ impl Network {
             return Err(Error::Link("the host cannot be reached".into()));
         }
         let cut = state.cuts.pop_front().flatten();
-        let (here, mut there, cable) = pair(&self.profile, cut);
+        let (mut here, mut there, cable) = pair(&self.profile, cut);
         there.peer_key = key;
+        here.peer_key = state.answers.pop_front().unwrap_or(NOBODY);
         state.waiting.push_back(there);
         state.cables.push(cable);
         self.shared.dialled.notify_all();
