@@ -140,7 +140,7 @@ fn a_link_that_is_cut_for_seconds_is_taken_up_where_it_stood() {
         let mut sender = a.start(&arguments);
         sender.wait_for("the round", |line| line["event"] == "round-begin" && line["round"] == round);
         sender.wait_for("some of it", |line| line["event"] == "progress" && line["round"] == round);
-        relay.cut();
+        relay.cut(Way::Both);
         sender.wait_for("the loss", |line| line["event"] == "link-lost");
         assert_eq!(a.phase("v").as_deref(), Some("running"), "it runs on without a link");
         std::thread::sleep(std::time::Duration::from_secs(3));
