@@ -147,7 +147,7 @@ mod tests {
         for (words, mut verb) in all {
             let help = verb.render_long_help().to_string();
             assert!(
-                help.contains(&format!("Example: migrate {words}")),
+                help.contains("Example") && help.contains(&format!("migrate {words}")),
                 "migrate {words} shows no example:\n{help}"
             );
             assert!(help.contains("--json"), "migrate {words} does not offer --json");
@@ -171,7 +171,7 @@ mod tests {
         let listed = EXAMPLE.split("Exit codes:").nth(1).unwrap();
         let codes: Vec<u8> = listed.split([',', ' ', '\n']).filter_map(|word| word.parse().ok()).collect();
         assert!(codes.len() >= 11, "{codes:?}");
-        for code in codes {
+        for code in &codes {
             assert!(
                 text.contains(&format!("\n| {code} |")),
                 "docs/scripting.md does not explain exit code {code}"
@@ -179,10 +179,7 @@ mod tests {
         }
         for number in 1..=u8::MAX {
             if text.contains(&format!("\n| {number} | ")) {
-                assert!(
-                    EXAMPLE.contains(&format!(" {number} ")),
-                    "the help does not name exit code {number}"
-                );
+                assert!(codes.contains(&number), "the help does not name exit code {number}");
             }
         }
     }

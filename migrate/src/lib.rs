@@ -30,6 +30,7 @@ pub mod link;
 pub mod inbound;
 pub mod destination;
 pub mod report;
+pub mod speed;
 pub mod steer;
 pub mod metrics;
 pub mod paths;

@@ -58,6 +58,21 @@ impl GuestMemory {
         Ok(Self { spaces: spaces.collect::<Result<_>>()? })
     }
 
+    /// The same memory once more, for somebody who only looks at it.
+    ///
+    /// # Errors
+    /// `Host` when there are no descriptors left.
+    pub fn duplicate(&self) -> Result<Self> {
+        let spaces = self.spaces.iter().map(|space| {
+            let file = space
+                .file
+                .try_clone()
+                .map_err(|error| Error::Host(format!("a memory file cannot be duplicated: {error}")))?;
+            Ok(Space { file, bytes: space.bytes, allocated: PageSet::empty(0) })
+        });
+        Ok(Self { spaces: spaces.collect::<Result<_>>()? })
+    }
+
     /// No memory at all: every access is an error.
     pub fn none() -> Self {
         Self { spaces: Vec::new() }

@@ -77,7 +77,7 @@ pub struct Options {
     pub fixed_cost: Duration,
     /// The moves that `fixed_cost` is known from; 0 for a guess.
     pub fixed_cost_known_from: u32,
-    /// Which pages wait for the last round.
+    /// Which pages wait for the last round: none unless asked, see [`crate::select::hot`].
     pub hot: HotRule,
     /// Page streams, 1 to [`MAX_PAGE_STREAMS`].
     pub page_streams: u16,
@@ -100,7 +100,7 @@ impl Options {
             controls: Controls::new(Limits::default()),
             fixed_cost: Duration::from_millis(2),
             fixed_cost_known_from: 0,
-            hot: HotRule::default(),
+            hot: HotRule::NEVER,
             page_streams: 2,
             packs: Packs::default(),
             stall: Duration::from_secs(10),
@@ -263,6 +263,7 @@ impl<'a> Outbound<'a> {
             },
             total_us: 0,
             post_copy: None,
+            guest: None,
             link: link.stats(),
             warnings: Vec::new(),
         };

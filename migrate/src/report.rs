@@ -222,8 +222,37 @@ pub struct Report {
     pub post_copy: Option<PostCopyReport>,
     /// What the transport measured.
     pub link: crate::link::LinkStats,
+    /// How fast the guest was meanwhile, if it says so itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest: Option<GuestSpeed>,
     /// What went wrong without changing the outcome, for people.
     pub warnings: Vec<String>,
+}
+
+/// How fast a guest was, by its own count of bytes that it wrote: see [`crate::speed`].
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct GuestSpeed {
+    /// Before its writes were tracked; 0 where that was too short to say.
+    pub before_bytes_per_s: u64,
+    /// In each round that took long enough to say.
+    pub rounds: Vec<RoundSpeed>,
+}
+
+/// How fast a guest was in one round.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RoundSpeed {
+    /// The round, from 0.
+    pub round: u32,
+    /// Bytes it wrote a second.
+    pub bytes_per_s: u64,
+}
+
+impl From<(u32, u64)> for RoundSpeed {
+    fn from((round, bytes_per_s): (u32, u64)) -> Self {
+        Self { round, bytes_per_s }
+    }
 }
 
 /// The pages that followed a workload which was started without all of its memory, seen from the source.

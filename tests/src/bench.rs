@@ -30,6 +30,8 @@ pub use options::Options;
 /// # Errors
 /// With what cannot be written. What cannot be measured is a panic: a benchmark that goes wrong has no figures to give.
 pub fn run(options: &Options) -> std::io::Result<()> {
+    // What an interrupted benchmark left would be measured along.
+    crate::network::sweep();
     let result = if options.peer { peer::run(options) } else { alone::run(options) };
     if let Some(out) = &options.out {
         std::fs::write(out, format!("{result:#}\n"))?;

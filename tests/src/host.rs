@@ -249,18 +249,23 @@ impl Drop for Host {
         // VMs outlive the program that started them, so they are ended by what their sockets say, or, where that is
         // not to be had, by their command line, which names this host's directory.
         let marker = self.dir.path().to_string_lossy().into_owned();
-        let own = i32::try_from(std::process::id()).ok();
-        for (pid, command) in commands() {
-            if Some(pid) != own
-                && command.contains(&marker)
-                && let Some(pid) = rustix::process::Pid::from_raw(pid)
-            {
-                rustix::process::kill_process(pid, rustix::process::Signal::KILL).ok();
-            }
-        }
+        end_all_of(&marker);
         if self.mounted {
             // Lazily: those that were killed a moment ago may still have files there.
             Command::new("umount").arg("--lazy").arg(self.runtime_dir()).status().ok();
+        }
+    }
+}
+
+/// Kills all processes, but this one, on whose command line this text is.
+fn end_all_of(marker: &str) {
+    let own = i32::try_from(std::process::id()).ok();
+    for (pid, command) in commands() {
+        if Some(pid) != own
+            && command.contains(marker)
+            && let Some(pid) = rustix::process::Pid::from_raw(pid)
+        {
+            rustix::process::kill_process(pid, rustix::process::Signal::KILL).ok();
         }
     }
 }
@@ -274,14 +279,16 @@ fn commands() -> impl Iterator<Item = (i32, String)> {
     })
 }
 
-/// Removes the directories, with what is mounted there, of test processes that are gone: a killed one could not.
+/// Ends the VMs and removes the directories, with what is mounted there, of test processes that are gone: a killed one
+/// could not.
 pub(crate) fn sweep() {
     let Ok(entries) = std::fs::read_dir(std::env::temp_dir()) else { return };
     for entry in entries.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         let pid = name.strip_prefix(DIR_PREFIX).and_then(|rest| rest.split_once('-')).map(|(pid, _)| pid);
         if pid.is_some_and(|pid| pid.parse::<i32>().is_ok() && !Path::new("/proc").join(pid).exists()) {
-            println!("removing {name}, which a test process that is gone left behind");
+            eprintln!("removing {name}, which a test process that is gone left behind");
+            end_all_of(&entry.path().to_string_lossy());
             Command::new("umount")
                 .arg("--lazy")
                 .arg(entry.path().join("run"))

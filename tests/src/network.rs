@@ -157,14 +157,14 @@ pub fn inside(namespace: &str, program: &std::path::Path) -> Command {
     command
 }
 
-/// Removes the namespaces of test processes that are gone: a killed one could not.
-fn sweep() {
+/// Removes what test processes that are gone left behind: namespaces, directories, VMs. A killed one could not.
+pub fn sweep() {
     crate::host::sweep();
     let Ok(entries) = std::fs::read_dir(NAMES) else { return };
     for name in entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()) {
         let Some(pid) = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next()) else { continue };
         if !std::path::Path::new("/proc").join(pid).exists() {
-            println!("removing {name}, which a test process that is gone left behind");
+            eprintln!("removing {name}, which a test process that is gone left behind");
             try_run("ip", &["netns", "del", &name]).ok();
         }
     }

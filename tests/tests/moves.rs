@@ -88,6 +88,26 @@ fn zero_pages_cost_no_payload_and_text_moves() {
 }
 
 #[test]
+fn text_moves_in_less_than_its_bytes_whichever_way_it_is_packed() {
+    if without_kvm("text_moves_in_less_than_its_bytes_whichever_way_it_is_packed") {
+        return;
+    }
+    for pack in ["lz4", "zstd", "all"] {
+        let (a, b) = pair();
+        a.run_ledger("v", "128MiB", "fill=64M ws=32M rate=20 pattern=hot content=text", &[]);
+        a.wait_ledger_running("v");
+        let (receiver, address) = b.receive(&[]);
+        let sent = a.run(&["send", "v", &address, "--pack", pack, "--bandwidth", "4Gbit/s"]).success();
+        receiver.finish().success();
+        b.assert_sound("v");
+        let report = sent.event("report").unwrap_or_else(|| panic!("{sent:#?}"));
+        let pages = report["sent_pages"].as_u64().expect("pages");
+        assert!(report["packed_pages"].as_u64().expect("pages") > pages / 2, "{pack}: {report:#}");
+        assert!(report["sent_bytes"].as_u64().expect("bytes") < pages * 4096 / 2, "{pack}: {report:#}");
+    }
+}
+
+#[test]
 fn memory_that_was_never_touched_is_neither_sent_nor_allocated() {
     if without_kvm("memory_that_was_never_touched_is_neither_sent_nor_allocated") {
         return;

@@ -88,7 +88,7 @@ impl Versions {
 /// The payload of a delta from `base` to `pages`, which are equally long, if it is worth it.
 pub(crate) fn delta<'a>(
     packer: &'a mut Packer,
-    base: &mut Vec<u8>,
+    base: &mut [u8],
     pages: &[u8],
     payload: &'a mut Vec<u8>,
 ) -> Option<&'a [u8]> {
@@ -144,7 +144,7 @@ mod tests {
             seed in any::<u64>(),
             edits in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..60),
         ) {
-            let old: Vec<u8> = (0..count as u64 * PAGE_SIZE as u64 / 8)
+            let old: Vec<u8> = (0..u64::from(count) * PAGE_SIZE as u64 / 8)
                 .flat_map(|at| (seed ^ at.wrapping_mul(0x9e37_79b9_7f4a_7c15)).to_le_bytes())
                 .collect();
             let mut new = old.clone();

@@ -47,10 +47,10 @@ impl Index {
         if self.sums.is_empty() && sum.is_none() {
             return;
         }
-        if let Some(old) = self.sums.remove(&(space, page)) {
-            if self.places.get(&(space, old)) == Some(&page) {
-                self.places.remove(&(space, old));
-            }
+        if let Some(old) = self.sums.remove(&(space, page))
+            && self.places.get(&(space, old)) == Some(&page)
+        {
+            self.places.remove(&(space, old));
         }
         if let Some(sum) = sum.filter(|_| self.sums.len() < self.most) {
             self.sums.insert((space, page), sum);

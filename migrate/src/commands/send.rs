@@ -19,6 +19,7 @@ use crate::progress;
 use crate::report::{Document, Event, Observer, Outcome};
 use crate::select::hot::HotRule;
 use crate::source::vm::VmSource;
+use crate::speed::Speedometer;
 use crate::steer::{Board, Place, Server, Subject, Watched};
 use crate::units;
 use protocol::monitor::Phase;
@@ -60,7 +61,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
     /// For measurements: whether pages that are dirty in every round wait for the last one.
-    #[arg(long, hide = true, action = clap::ArgAction::Set, default_value_t = true)]
+    #[arg(long, hide = true, action = clap::ArgAction::Set, default_value_t = false)]
     hot_pages_last: bool,
     /// How long to wait for a peer that says nothing.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = units::duration)]
@@ -101,6 +102,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     };
     let cancel = cancel_on_signals()?;
     let source = VmSource::connect(&status.name, target.socket(), &args.address)?;
+    let gauge = source.gauge();
     let link = dial()?;
     let mut options = Options::new(outbound::new_migration_id()?);
     let limits = args.limits.over(&Limits::default());
@@ -117,8 +119,8 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         options.fixed_cost = fixed;
         options.fixed_cost_known_from = u32::try_from(moves).unwrap_or(u32::MAX);
     }
-    if !args.hot_pages_last {
-        options.hot = HotRule::NEVER;
+    if args.hot_pages_last {
+        options.hot = HotRule::default();
     }
     options.stall = args.link_timeout;
     options.ask = args.ask_timeout;
@@ -145,13 +147,15 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     if let Err(error) = &server {
         tracing::warn!("this migration cannot be steered from outside: {error}");
     }
-    let mut watched = Watched { board, inner: observer.as_mut() };
+    let mut speedometer = Speedometer::new(gauge, observer.as_mut());
+    let mut watched = Watched { board, inner: &mut speedometer };
     let sent = outbound::send(Box::new(source), link, &mut dial, &options, &cancel, &mut watched);
     drop(server);
-    let (report, failure) = match sent {
+    let (mut report, failure) = match sent {
         Ok(report) => (report, None),
         Err(failed) => (failed.report, Some(failed.error)),
     };
+    report.guest = speedometer.finish();
     if let Some(path) = &args.report
         && let Err(error) = Document::Sent(Box::new(report.clone())).write(path)
     {

@@ -12,6 +12,7 @@ mod head;
 mod phases;
 mod rounds;
 mod forecast;
+mod guest;
 mod more;
 
 use super::{ArrivalReport, Report};
@@ -29,6 +30,7 @@ pub fn page(report: &Report) -> String {
     phases::downtime(&mut body, report);
     rounds::chart(&mut body, &report.rounds);
     forecast::chart(&mut body, report);
+    guest::chart(&mut body, report);
     more::sent(&mut body, report);
     frame(&format!("{} to {}", report.workload, report.peer), &body)
 }

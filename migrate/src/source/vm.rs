@@ -3,6 +3,7 @@
 use crate::error::{Error, Result};
 use crate::memory::GuestMemory;
 use crate::source::{Committed, Completed, Donor, Source, Workload};
+use crate::speed::Gauge;
 use protocol::MigrationId;
 use protocol::control::WorkloadKind;
 use protocol::layout::Layout;
@@ -44,6 +45,11 @@ impl VmSource {
     /// As [`VmSource::connect`].
     pub fn watch(name: &str, socket: &Path) -> Result<Self> {
         Self::hold(name, socket, "", "migrate estimate")
+    }
+
+    /// A look at how fast the guest is, if it says so itself.
+    pub fn gauge(&self) -> Option<Gauge> {
+        Gauge::on(&self.workload.layout, self.memory.duplicate().ok()?)
     }
 
     fn hold(name: &str, socket: &Path, destination: &str, who: &str) -> Result<Self> {

@@ -350,7 +350,7 @@ fn senders_that_break_the_protocol_are_told_apart_and_start_nothing() {
         (
             "the zstd payload of pages 0+2 of space 0 cannot be decoded",
             Box::new(|peer| {
-                pages(peer, &[&preamble(0), &coded(Encoding::Zstd, &[0x28; 90])], &[&preamble(1)])
+                pages(peer, &[&preamble(0), &coded(Encoding::Zstd, &[0x28; 90])], &[&preamble(1)]);
             }),
         ),
         (
@@ -364,7 +364,7 @@ fn senders_that_break_the_protocol_are_told_apart_and_start_nothing() {
         (
             "it stands for 3 bytes",
             Box::new(|peer| {
-                pages(peer, &[&preamble(0), &coded(Encoding::Lz4, &[0x30, 1, 2, 3])], &[&preamble(1)])
+                pages(peer, &[&preamble(0), &coded(Encoding::Lz4, &[0x30, 1, 2, 3])], &[&preamble(1)]);
             }),
         ),
         (
@@ -378,19 +378,19 @@ fn senders_that_break_the_protocol_are_told_apart_and_start_nothing() {
         (
             "page 5 is not what it is said to be",
             Box::new(|peer| {
-                pages(peer, &[&preamble(0), &coded(Encoding::Known, &known(5))], &[&preamble(1)])
+                pages(peer, &[&preamble(0), &coded(Encoding::Known, &known(5))], &[&preamble(1)]);
             }),
         ),
         (
             "pages 4000+1 of space 0 lie outside the layout",
             Box::new(|peer| {
-                pages(peer, &[&preamble(0), &coded(Encoding::Known, &known(4000))], &[&preamble(1)])
+                pages(peer, &[&preamble(0), &coded(Encoding::Known, &known(4000))], &[&preamble(1)]);
             }),
         ),
         (
             "the stream of these pages",
             Box::new(|peer| {
-                pages(peer, &[&preamble(0), &coded(Encoding::Known, &known(512))], &[&preamble(1)])
+                pages(peer, &[&preamble(0), &coded(Encoding::Known, &known(512))], &[&preamble(1)]);
             }),
         ),
         (

@@ -38,7 +38,7 @@ pub(super) fn run(options: &Options) -> Value {
     if !options.json {
         table(&cases, &results);
     }
-    described(options, json!({"results": results, "samples": figures::named(&cases, &samples)}))
+    described(options, &json!({"results": results, "samples": figures::named(&cases, &samples)}))
 }
 
 fn table(cases: &[&Case], results: &[Value]) {

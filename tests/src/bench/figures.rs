@@ -23,7 +23,7 @@ pub(super) fn named(cases: &[&Case], samples: &[Vec<Value>]) -> Value {
 }
 
 /// A result, with what it was measured on and how.
-pub(super) fn described(options: &Options, result: Value) -> Value {
+pub(super) fn described(options: &Options, result: &Value) -> Value {
     let mut all = json!({
         "commit": output("git", &["describe", "--always", "--dirty"]),
         "kernel": output("uname", &["-sr"]),
@@ -33,7 +33,7 @@ pub(super) fn described(options: &Options, result: Value) -> Value {
         "runs": options.runs,
         "seeds": (1..=options.runs).collect::<Vec<u64>>(),
     });
-    super::ours::merge(&mut all, &result);
+    super::ours::merge(&mut all, result);
     all
 }
 

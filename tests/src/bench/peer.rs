@@ -80,7 +80,7 @@ pub(super) fn run(options: &Options) -> Value {
         .collect();
     described(
         options,
-        json!({
+        &json!({
             "peer": output(QEMU, &["--version"]),
             "results": moves,
             "raw_pipe": pipes,

@@ -189,10 +189,13 @@ impl Process {
         namespace: Option<&str>,
     ) -> Result<Self, Box<dyn std::error::Error>> {
         let socket = dir.join(format!("{name}.qmp"));
+        // So that it ends with the benchmark, even when that is killed (util-linux).
+        let (keeper, keep) = ("setpriv", ["--pdeathsig", "KILL", "--", peer::QEMU]);
         let mut command = match namespace {
-            Some(namespace) => network::inside(namespace, Path::new(peer::QEMU)),
-            None => Command::new(peer::QEMU),
+            Some(namespace) => network::inside(namespace, Path::new(keeper)),
+            None => Command::new(keeper),
         };
+        command.args(keep);
         command.args(arguments).arg("-qmp").arg(format!("unix:{},server=on,wait=off", socket.display()));
         if way.tls {
             let endpoint = if name == "source" { "client" } else { "server" };

@@ -91,10 +91,21 @@ pub struct Case {
     pub name: String,
     /// Guest and weather derive from it.
     pub seed: u64,
+    /// How the VM moves.
+    pub mode: Mode,
     /// When.
     pub moment: Moment,
     /// What.
     pub fault: Fault,
+}
+
+/// How the VM moves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// All of its memory comes first.
+    PreCopy,
+    /// It starts at the destination behind one round, and the rest follows.
+    PostCopy,
 }
 
 /// The sender's phases, in order. The last one is behind the destination's word that it started.
@@ -104,6 +115,12 @@ const SENDING: &[&str] = &[
 
 /// The receiver's phases up to its decision. Greeting is its front desk's work, and no phase of a migration.
 const RECEIVING: &[&str] = &["offer", "rounds", "state", "ready", "commit"];
+
+/// The phases of a move by post-copy in which it differs. Behind `commit` the VM runs at the destination and misses pages.
+const SENDING_POST_COPY: &[&str] = &["freeze", "state", "ready", "commit", "post-copy"];
+
+/// The receiver's.
+const RECEIVING_POST_COPY: &[&str] = &["state", "commit", "post-copy"];
 
 /// Time without a link that both ends bear with, and that neither does: they wait for [`LINK_TIMEOUT_MS`].
 const SHORT_MS: u64 = 120;
@@ -117,7 +134,9 @@ const PROCESSES: &[Process] =
 
 /// All cases of a seed: the whole table, then random ones until there are `count`.
 pub fn cases(seed: u64, count: usize) -> Vec<Case> {
-    let mut all: Vec<_> = table().into_iter().map(|(moment, fault)| named(seed, moment, fault)).collect();
+    let named = |mode| move |(moment, fault)| named(seed, mode, moment, fault);
+    let mut all: Vec<_> = table().into_iter().map(named(Mode::PreCopy)).collect();
+    all.extend(table_of_post_copy().into_iter().map(named(Mode::PostCopy)));
     let mut number = 0;
     while all.len() < count {
         number += 1;
@@ -181,6 +200,47 @@ fn table() -> Vec<(Moment, Fault)> {
     all
 }
 
+/// The same for a move by post-copy: what is cut is made again, and what dies is taken up by `migrate recover`.
+fn table_of_post_copy() -> Vec<(Moment, Fault)> {
+    let mut all = Vec::new();
+    let sending = SENDING_POST_COPY.iter().map(|phase| (Side::Send, *phase));
+    let receiving = RECEIVING_POST_COPY.iter().map(|phase| (Side::Receive, *phase));
+    for (side, phase) in sending.chain(receiving) {
+        let moment = Moment::Entering(side, phase);
+        let mut at = |fault| all.push((moment, fault));
+        for process in PROCESSES {
+            at(Fault::Kill(*process));
+            at(Fault::Stop(*process, LONG_MS));
+        }
+        for way in [Way::Down, Way::Up, Way::Both] {
+            at(Fault::Blackhole(way, None));
+        }
+        at(Fault::Blackhole(Way::Both, Some(LONG_MS)));
+        at(Fault::Stall(LONG_MS));
+        at(Fault::Slow(20_000_000, 400));
+        at(Fault::Interrupt(side));
+        let engine = if side == Side::Send { Process::Sender } else { Process::Receiver };
+        at(Fault::MemoryShort(engine));
+        at(Fault::FilesShort(engine));
+    }
+    for us in [1_000, 5_000, 20_000, 60_000] {
+        let moment = Moment::Into("post-copy", us);
+        for fault in [
+            Fault::Kill(Process::Sender),
+            Fault::Kill(Process::Receiver),
+            Fault::Blackhole(Way::Both, None),
+            Fault::Blackhole(Way::Both, Some(LONG_MS)),
+            Fault::Unplug(Some(LONG_MS)),
+        ] {
+            all.push((moment, fault));
+        }
+    }
+    for weather in weathers() {
+        all.push((Moment::Before, Fault::Weather(weather)));
+    }
+    all
+}
+
 /// Weather that a migration gets through.
 fn weathers() -> Vec<Weather> {
     let fair = Weather::default();
@@ -211,10 +271,15 @@ fn random(seed: u64, number: u64) -> Case {
     let mut random = Random::new(seed ^ (number << 20));
     let mut dice = random.clone();
     dice.bits();
+    let mode = dice.pick(&[Mode::PreCopy, Mode::PreCopy, Mode::PostCopy]);
+    let (sending, receiving) = match mode {
+        Mode::PreCopy => (SENDING, RECEIVING),
+        Mode::PostCopy => (SENDING_POST_COPY, RECEIVING_POST_COPY),
+    };
     let moment = match dice.below(4) {
-        0 => Moment::Entering(Side::Send, dice.pick(SENDING)),
-        1 => Moment::Entering(Side::Receive, dice.pick(RECEIVING)),
-        _ => Moment::Into(dice.pick(SENDING), dice.below(30_000)),
+        0 => Moment::Entering(Side::Send, dice.pick(sending)),
+        1 => Moment::Entering(Side::Receive, dice.pick(receiving)),
+        _ => Moment::Into(dice.pick(sending), dice.below(30_000)),
     };
     let process = dice.pick(PROCESSES);
     let side = dice.pick(&[Side::Send, Side::Receive]);
@@ -236,15 +301,16 @@ fn random(seed: u64, number: u64) -> Case {
         10 => Fault::MemoryShort(dice.pick(&[Process::Sender, Process::Receiver])),
         _ => Fault::FilesShort(dice.pick(&[Process::Sender, Process::Receiver])),
     };
-    Case { name: format!("random-{number}"), seed: random.bits(), moment, fault }
+    Case { name: format!("random-{number}"), seed: random.bits(), mode, moment, fault }
 }
 
-fn named(seed: u64, moment: Moment, fault: Fault) -> Case {
-    let mut name = format!("{fault}@{moment}");
+fn named(seed: u64, mode: Mode, moment: Moment, fault: Fault) -> Case {
+    let mode_name = if mode == Mode::PostCopy { "post-copy/" } else { "" };
+    let mut name = format!("{mode_name}{fault}@{moment}");
     name.retain(|letter| letter != ' ');
     // The seed of a case depends on its name only, so that a new row does not change the others.
     let own = name.bytes().fold(seed, |hash, byte| Random::new(hash ^ u64::from(byte)).bits());
-    Case { name, seed: own, moment, fault }
+    Case { name, seed: own, mode, moment, fault }
 }
 
 impl Case {
@@ -255,6 +321,9 @@ impl Case {
             // A destination that is gone when Ready is in the sender's hands already leaves a doubt.
             Moment::Entering(Side::Send, "commit" | "pledge" | "ready") => (false, false),
             Moment::Entering(Side::Send, "settle") => (false, true),
+            Moment::Entering(_, "post-copy") | Moment::Into("post-copy", _) => {
+                return self.expected_in_post_copy();
+            }
             Moment::Entering(Side::Send, _) => (true, false),
             Moment::Entering(Side::Receive, phase) => (!matches!(phase, "ready" | "commit"), false),
             Moment::Before | Moment::Into(..) => (false, false),
@@ -283,6 +352,26 @@ impl Case {
                 Expected::Destination
             }
             _ => Expected::OnlyOne,
+        }
+    }
+
+    /// Whether the VM ran at the destination before its VMM there was killed.
+    pub(super) fn ran_at_destination(&self) -> bool {
+        let later = match self.moment {
+            Moment::Entering(_, phase) | Moment::Into(phase, _) => {
+                matches!(phase, "commit" | "post-copy" | "settle")
+            }
+            Moment::Before => false,
+        };
+        later && matches!(self.fault, Fault::Kill(Process::DestinationVmm))
+    }
+
+    /// The VM runs at the destination and needs both hosts: whichever of the VMMs dies takes it along, and nothing else does.
+    fn expected_in_post_copy(&self) -> Expected {
+        match self.fault {
+            Fault::Kill(Process::SourceVmm | Process::DestinationVmm)
+            | Fault::MemoryShort(Process::SourceVmm | Process::DestinationVmm) => Expected::DestinationOrNone,
+            _ => Expected::Destination,
         }
     }
 

@@ -1,6 +1,6 @@
 //! Two hosts, a guest on the first, and a migration between them that has come to the moment of its case.
 
-use super::case::{Case, Fault, Moment, Process, Side};
+use super::case::{Case, Fault, Mode, Moment, Process, Side};
 use crate::guest::Window;
 use crate::host::Place;
 use crate::network::{Cable, FAR, NEAR};
@@ -77,7 +77,7 @@ impl<'a> Scene<'a> {
         };
         let a = host(&workshop.keys.0, cable.near(), NEAR, Side::Send);
         let b = host(&workshop.keys.1, cable.far(), FAR, Side::Receive);
-        a.run_ledger(VM, MEMORY, &guest(case.seed), &[]);
+        a.run_ledger(VM, MEMORY, &guest(case), &[]);
         a.wait_ledger_running(VM);
         let source_pid = a.vm_pid(VM);
         let source = Window::open(source_pid).expect("the guest's memory");
@@ -103,7 +103,7 @@ impl<'a> Scene<'a> {
         };
         let relay = cable.at_far_end(|| Relay::start_at(FAR, &address, weather, case.seed));
         let to = relay.address();
-        let arguments = [
+        let mut arguments = vec![
             "send",
             VM,
             &to,
@@ -113,14 +113,14 @@ impl<'a> Scene<'a> {
             "1500ms",
             "--timeout",
             "20s",
-            // More than one round, so that there is a round 1 to fail in, and an end on a slow machine, too.
-            "--downtime",
-            "1ms",
-            "--max-rounds",
-            "5",
-            "--on-timeout",
-            "force",
         ];
+        arguments.extend(match case.mode {
+            // More than one round, so that there is a round 1 to fail in, and an end on a slow machine, too.
+            Mode::PreCopy => ["--downtime", "1ms", "--max-rounds", "5", "--on-timeout", "force"],
+            Mode::PostCopy => {
+                ["--downtime", "1us", "--max-rounds", "5", "--post-copy=1", "--on-timeout=post-copy"]
+            }
+        });
         if case.moment == Moment::Before {
             super::fault::before(case, cable, &a, &b);
         }
@@ -177,14 +177,17 @@ impl<'a> Scene<'a> {
     }
 }
 
-/// A guest that differs from seed to seed: small, so that a case is quick, and busy, so that a lost page shows.
-fn guest(seed: u64) -> String {
-    let mut random = Random::new(seed);
+/// A guest that differs from seed to seed: small, so that a case is quick, and busy, so that a lost page shows; where pages are
+/// to be missing at the destination, busier.
+fn guest(case: &Case) -> String {
+    let mut random = Random::new(case.seed);
+    let (ws_mib, rate) = match case.mode {
+        Mode::PreCopy => (2 + random.below(6), 20 + random.below(60)),
+        Mode::PostCopy => (6 + random.below(2), 60 + random.below(60)),
+    };
     format!(
-        "fill={}M ws={}M rate={} pattern={} content={} seed={} report_ms=0",
+        "fill={}M ws={ws_mib}M rate={rate} pattern={} content={} seed={} report_ms=0",
         8 + random.below(16),
-        2 + random.below(6),
-        20 + random.below(60),
         random.pick(&["seq", "uniform", "hot"]),
         random.pick(&["random", "random", "text", "zero"]),
         random.below(1 << 32),

@@ -1,6 +1,6 @@
 //! What became of the VM: exactly one, and sound.
 
-use super::case::{Case, Expected, Fault, Process, Side};
+use super::case::{Case, Expected, Fault, Mode, Process, Side};
 use super::scene::{Scene, VM};
 use crate::guest::Window;
 use crate::process::{Finished, STEP_LIMIT};
@@ -44,15 +44,18 @@ pub(super) fn judge(case: &Case, scene: Scene<'_>) -> Ended {
     let at_source = wait_settled(&a, &["running", "pledged"]);
     let recovered = at_source.as_deref() == Some("pledged");
     if recovered {
-        receiver = recover(&a, &b, receiver, &address);
+        receiver = recover(case, &a, &b, receiver, &address);
     }
     // A receiver that still waits, or that misses a sender which is gone, ends now.
     if recovered || case.fault != Fault::Interrupt(Side::Receive) {
-        receiver.signal(Signal::INT);
+        end(&mut receiver);
     }
     let received = receiver.finish();
     check_words(case, "the receiver", &received);
-    let at_source = wait_settled(&a, &["running"]);
+    // A source that cannot be settled because what ran at the destination died stays as it is, for the operator.
+    let at_source =
+        wait_settled(&a, if case.ran_at_destination() { &["running", "pledged"] } else { &["running"] });
+    let at_source = at_source.filter(|phase| phase == "running");
     let at_destination = wait_settled(&b, &["running"]);
     let survivor = match (at_source.is_some(), at_destination.is_some()) {
         (true, true) => panic!("TWO VMs run\n{sent:#?}\n{received:#?}"),
@@ -102,7 +105,7 @@ fn check_words(case: &Case, who: &str, finished: &Finished) {
         -9 => matches!(case.fault, Fault::Kill(_)),
         -6 => matches!(case.fault, Fault::MemoryShort(_)),
         // A second interrupt ends a program at once.
-        -2 => matches!(case.fault, Fault::Interrupt(_)),
+        -2 => case.mode == Mode::PostCopy || matches!(case.fault, Fault::Interrupt(_)),
         _ => false,
     };
     let documented = matches!(finished.code, 0 | 2..=10 | 130);
@@ -125,26 +128,48 @@ fn wait_settled(host: &Host, lasting: &[&str]) -> Option<String> {
     }
 }
 
-/// Settles a pledged source as an operator would: asks the receiver, or one started anew; and where nobody knows, looks.
-fn recover(a: &Host, b: &Host, mut receiver: Running, address: &str) -> Running {
-    let mut address = address.to_owned();
-    if !receiver.is_running() {
-        (receiver, address) = b.receive(&["--link-timeout", "2s", "--ask-timeout", "2s"]);
-    }
-    let asked = a.run(&["recover", VM, "--at", &address]);
-    if asked.code != 0 {
-        assert_eq!(asked.code, 10, "{asked:#?}");
-        // Nobody may start it any more while the operator looks.
-        receiver.signal(Signal::INT);
-        let ended = Instant::now() + STEP_LIMIT;
-        while receiver.is_running() {
-            assert!(Instant::now() < ended, "the receiver does not end when it is interrupted");
-            std::thread::sleep(Duration::from_millis(5));
+/// Settles a pledged source as an operator would: asks the receiver, then one started anew; and where nobody knows, looks.
+fn recover(case: &Case, a: &Host, b: &Host, receiver: Running, address: &str) -> Running {
+    let mut receiver = receiver;
+    let mut asked = None;
+    if receiver.is_running() {
+        asked = Some(a.run(&["recover", VM, "--at", address]));
+        if asked.as_ref().is_some_and(|asked| asked.code == 0) {
+            return receiver;
         }
-        let word = if wait_settled(b, &["running"]).is_some() { "--discard" } else { "--resume" };
-        a.run(&["recover", VM, word]).success();
+        end(&mut receiver);
     }
-    receiver
+    let (mut anew, address) = b.receive(&["--link-timeout", "2s", "--ask-timeout", "2s"]);
+    let again = a.run(&["recover", VM, "--at", &address]);
+    if again.code == 0 {
+        return anew;
+    }
+    assert_eq!(again.code, 10, "{again:#?}\nbefore: {asked:#?}");
+    // Nobody may start it any more while the operator looks.
+    end(&mut anew);
+    let there = wait_settled(b, &["running"]);
+    if there.is_none() && case.ran_at_destination() {
+        // It ran there and died: the source is no VM any more, and its memory is of the past.
+        return anew;
+    }
+    let vms = b.vms();
+    assert!(vms.iter().all(|vm| vm.get("awaiting_pages").is_none()), "it misses pages: {vms:#?}\n{again:#?}");
+    a.run(&["recover", VM, if there.is_some() { "--discard" } else { "--resume" }]).success();
+    anew
+}
+
+/// Interrupts a receiver and waits for its end. One that serves a VM with its last pages wants to be asked twice.
+fn end(receiver: &mut Running) {
+    let begun = Instant::now();
+    let mut asked = None;
+    while receiver.is_running() {
+        assert!(begun.elapsed() < STEP_LIMIT, "the receiver does not end when it is interrupted");
+        if asked.is_none_or(|asked: Instant| asked.elapsed() > Duration::from_secs(2)) {
+            receiver.signal(Signal::INT);
+            asked = Some(Instant::now());
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// The source's last tick is a tick of the guest at the destination, too, or else both ran. On one host they share the

@@ -194,7 +194,7 @@ mod tests {
 
     /// One page in a few versions, some of them alike.
     fn content(version: u8) -> Vec<u8> {
-        let mut page: Vec<u8> = (0..PAGE_SIZE).map(|at| (at * at >> 7) as u8).collect();
+        let mut page: Vec<u8> = (0..PAGE_SIZE).map(|at| ((at * at) >> 7) as u8).collect();
         page[100..100 + usize::from(version) * 9].fill(version);
         page
     }

@@ -1,5 +1,6 @@
 //! What else there is: the pages, the link, warnings, names.
 
+use super::guest;
 use super::parts::{pairs, push, section};
 use super::text::Text;
 use crate::report::{ArrivalReport, Report};
@@ -19,6 +20,9 @@ pub(super) fn sent(page: &mut String, report: &Report) {
             page.push_str("</ul>\n");
         });
     }
+    if let Some(of) = &report.post_copy {
+        guest::followed(page, of);
+    }
     section(page, "Memory and state", "", |page| {
         pairs(
             page,
@@ -29,6 +33,7 @@ pub(super) fn sent(page: &mut String, report: &Report) {
                     if report.tracking.is_empty() { "–".into() } else { report.tracking.clone() },
                 ),
                 ("Pages sent", report.sent_pages.to_string()),
+                ("Of them in fewer bytes", report.packed_pages.to_string()),
                 ("Pages sent as zeros", report.zero_pages.to_string()),
                 ("Pages never touched", report.skipped_pages.to_string()),
                 ("Bytes on the page streams", show_bytes(report.sent_bytes)),
@@ -74,6 +79,9 @@ pub(super) fn sent(page: &mut String, report: &Report) {
 /// For a migration as its destination saw it.
 pub(super) fn arrived(page: &mut String, report: &ArrivalReport) {
     let migration = report.migration.map_or_else(|| "never offered".into(), |id| id.to_string());
+    if let Some(of) = &report.post_copy {
+        guest::faulted(page, of);
+    }
     names(page, &migration, &report.peer);
 }
 

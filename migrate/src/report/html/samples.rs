@@ -2,7 +2,8 @@
 
 use crate::link::LinkStats;
 use crate::report::{
-    ArrivalReport, FixedPart, Outcome, Phase, PhaseTime, REPORT_VERSION, Report, RoundReport,
+    ArrivalReport, FixedPart, GuestSpeed, Outcome, Phase, PhaseTime, REPORT_VERSION, Report, RoundReport,
+    RoundSpeed,
 };
 use protocol::MigrationId;
 
@@ -76,6 +77,12 @@ pub(crate) fn busy() -> Report {
             lost_packets: 12,
             mtu_bytes: 8952,
         },
+        guest: Some(GuestSpeed {
+            before_bytes_per_s: 120_000_000,
+            rounds: [(0, 96_000_000), (1, 101_000_000), (2, 99_000_000), (3, 104_000_000)]
+                .map(RoundSpeed::from)
+                .to_vec(),
+        }),
         warnings: vec!["the socket buffers are small: see docs/operating.md".into()],
     }
 }

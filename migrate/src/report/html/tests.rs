@@ -33,21 +33,22 @@ fn every_round_and_every_phase_has_a_bar_and_a_row() {
     ] {
         assert!(page.contains(text), "{text}");
     }
+    assert_eq!(count(&page, "<g class=\"speed\">"), 5);
     assert!(arrival_page(&arrival()).contains("It arrived"));
+    let mut followed = (busy(), arrival());
+    followed.0.post_copy = Some(crate::report::PostCopyReport { asked_pages: 4711, ..Default::default() });
+    followed.1.post_copy = Some(crate::report::FaultReport { faults: 4712, ..Default::default() });
+    assert!(super::page(&followed.0).contains("4711") && arrival_page(&followed.1).contains("4712"));
 }
 
 #[test]
 fn every_chart_is_described_and_has_its_numbers_in_a_table() {
     let page = page(&busy());
     let charts = count(&page, "role=\"img\"");
-    assert_eq!(charts, 4);
+    assert_eq!(charts, 5);
     assert_eq!(count(&page, "<title id="), charts);
     assert_eq!(count(&page, "<desc id="), charts);
-    assert_eq!(
-        count(&page, "<details>"),
-        3,
-        "timeline, rounds, forecast; the downtime is part of the timeline"
-    );
+    assert_eq!(count(&page, "<details>"), 4, "the downtime is part of the timeline");
     let mut ids: Vec<_> = page.split(" id=\"").skip(1).filter_map(|rest| rest.split('"').next()).collect();
     let all = ids.len();
     ids.sort_unstable();
