@@ -300,7 +300,7 @@ fn senders_that_break_the_protocol_are_told_apart_and_start_nothing() {
             Box::new(|peer| peer.greet(&serde_json::json!({"type": "no-such-message"})).stop()),
         ),
         (
-            "Commit arrived where Offer, Ask, Join or Resume was due",
+            "Commit arrived where Offer, Ask, Join, Resume or Probe was due",
             Box::new(|peer| {
                 peer.greet(&Downstream::Hello(Hello::ours()))
                     .say(&Downstream::Commit { migration: OURS }, &[]);
