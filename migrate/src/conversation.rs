@@ -4,6 +4,7 @@
 //! those of the other. Every wait is cut into slices, between which the caller looks at what else may end it.
 
 use crate::error::{Error, Result};
+use crate::link::bundle::Bundle;
 use crate::link::{Link, LinkStats};
 use protocol::control::{Downstream, Upstream};
 use protocol::handshake::{PREAMBLE_BYTES, Preamble};
@@ -149,6 +150,21 @@ impl<S: Serialize, H: DeserializeOwned> Conversation<S, H> {
         Ok((envelope::decode("control", &json)?, blob))
     }
 
+    /// The link, behind the last message of a conversation that is over.
+    ///
+    /// # Errors
+    /// `Link` once it was hung up.
+    pub(crate) fn into_link(self) -> Result<Box<dyn Link>> {
+        self.link.ok_or_else(hung_up)
+    }
+
+    /// Spreads the next `streams` page streams over these connections, too.
+    pub(crate) fn widen(&mut self, further: Vec<Box<dyn Link>>, streams: u16) {
+        if !further.is_empty() {
+            self.link = self.link.take().map(|first| Box::new(Bundle::new(first, further, streams)) as _);
+        }
+    }
+
     /// Ends the link: what was said is delivered, and the peer sees the reason.
     pub(crate) fn hang_up(&mut self, reason: &str) {
         if let Some(link) = self.link.take() {
@@ -160,8 +176,12 @@ impl<S: Serialize, H: DeserializeOwned> Conversation<S, H> {
 fn open(link: &mut Option<Box<dyn Link>>) -> Result<&mut dyn Link> {
     match link {
         Some(link) => Ok(link.as_mut()),
-        None => Err(Error::Link("it was closed at this end".into())),
+        None => Err(hung_up()),
     }
+}
+
+fn hung_up() -> Error {
+    Error::Link("it was closed at this end".into())
 }
 
 /// One wait for something on the control stream.

@@ -37,6 +37,7 @@ mod admission;
 mod desk;
 mod parse;
 mod decode;
+mod join;
 mod streams;
 mod resume;
 mod ledger;
@@ -53,7 +54,7 @@ pub use admission::Limits;
 use desk::Visitors;
 pub use desk::{Accept, Desk, Notice, Notices, Offered, Stranded};
 pub use ledger::{Ledger, MemoryLedger};
-use protocol::control::{self, Downstream, MAX_BLOB_BYTES, Offer, RefuseCode, Upstream};
+use protocol::control::{self, Downstream, MAX_BLOB_BYTES, MAX_CONNECTIONS, Offer, RefuseCode, Upstream};
 use protocol::frame::MAX_PAGE_STREAMS;
 use protocol::handshake;
 use protocol::layout::Layout;
@@ -122,6 +123,7 @@ pub fn receive(
         talk: visitor.talk,
         key: visitor.key,
         keeps: !options.keep.is_zero() && visitor.capabilities.contains(&handshake::RESUME),
+        may_join: visitor.capabilities.contains(&handshake::CONNECTIONS),
         desk,
         visitors: None,
         came_back: None,
@@ -191,6 +193,7 @@ pub fn take_up(
         observer,
         streams: Streams::none(),
         keeps: false,
+        may_join: false,
         came_back: None,
         round: 0,
         received_before_bytes: 0,
@@ -211,6 +214,8 @@ struct Inbound<'a> {
     key: Fingerprint,
     /// Whether a sender that loses its link in the rounds may take them up over another one.
     keeps: bool,
+    /// Whether both ends can do several connections.
+    may_join: bool,
     desk: &'a Desk,
     /// Further connections of this migration, once it has begun.
     visitors: Option<Visitors>,
@@ -294,7 +299,7 @@ impl Inbound<'_> {
 
     /// Checks the offer, makes room, accepts, and takes the page streams.
     fn offer(&mut self, destination: &mut dyn Destination, offer: Offer, machine: &[u8]) -> Result<Course> {
-        if let Err(Refusal { code, reason }) = check(&offer, self.options) {
+        if let Err(Refusal { code, reason }) = check(&offer, self.options, self.may_join) {
             return Err(self.refuse(code, &reason));
         }
         match self.desk.begin(&offer, self.key) {
@@ -309,12 +314,20 @@ impl Inbound<'_> {
             return Err(self.refuse(code, &reason));
         }
         self.cancel.check()?;
+        self.turn_away_the_early();
         self.talk.say(&Upstream::Accept, &[], self.options.idle)?;
         let layout = Arc::new(offer.layout);
         self.layout = layout.clone();
-        let course = Course { layout, memory: destination.memory(), page_streams: offer.page_streams };
-        self.streams = Streams::accept(self.talk.link()?, &course, 0, self.keeps, self.options.idle)?;
+        let Offer { page_streams, connections, .. } = offer;
+        let course = Course { layout, memory: destination.memory(), page_streams, connections };
+        self.take_streams(&course)?;
         Ok(course)
+    }
+
+    /// Takes the further connections of the link and the page streams of all, from the round under way on.
+    fn take_streams(&mut self, course: &Course) -> Result<()> {
+        self.join(course.connections, course.page_streams)?;
+        self.streams.accept(self.talk.link()?, course, self.round, self.keeps, self.options.idle)
     }
 
     /// Acknowledges rounds until the state comes; answers it once every page stream has ended. A link that is lost
@@ -406,7 +419,7 @@ impl Inbound<'_> {
 }
 
 /// Checks everything about an offer that needs no host: before anything is made for it.
-fn check(offer: &Offer, options: &Options) -> std::result::Result<(), Refusal> {
+fn check(offer: &Offer, options: &Options, may_join: bool) -> std::result::Result<(), Refusal> {
     let bad = |reason: String| Err(Refusal { code: RefuseCode::BadOffer, reason });
     if let Err(error) = control::check_name(&offer.name) {
         return bad(error.to_string());
@@ -414,6 +427,10 @@ fn check(offer: &Offer, options: &Options) -> std::result::Result<(), Refusal> {
     let most = options.max_page_streams.min(MAX_PAGE_STREAMS);
     if !(1..=most).contains(&offer.page_streams) {
         return bad(format!("{} page streams cannot be: 1 to {most} can", offer.page_streams));
+    }
+    let most = if may_join { MAX_CONNECTIONS.min(offer.page_streams) } else { 1 };
+    if !(1..=most).contains(&offer.connections) {
+        return bad(format!("{} connections cannot be: 1 to {most} can", offer.connections));
     }
     match offer.layout.validate(options.max_memory_bytes) {
         Ok(()) => Ok(()),

@@ -4,6 +4,7 @@
 //! from the sender to the receiver. The engine is synchronous: every call blocks until it is done, its time is
 //! up, or the link is lost.
 
+pub(crate) mod bundle;
 pub mod duplex;
 pub mod quic;
 

@@ -35,6 +35,7 @@ mod encode;
 mod lanes;
 mod rounds;
 mod resume;
+mod join;
 mod commit;
 mod settle;
 mod postcopy;
@@ -47,7 +48,8 @@ use crate::error::{Error, Result, clean};
 use crate::identity::Fingerprint;
 use crate::link::Link;
 use crate::report::{
-    Event, FixedPart, Observer, Outcome, Phase, PhaseTime, PostCopyReport, REPORT_VERSION, Report, micros,
+    Connections, Event, FixedPart, Observer, Outcome, Phase, PhaseTime, PostCopyReport, REPORT_VERSION,
+    Report, micros,
 };
 use crate::select::hot::{HotPages, HotRule};
 use crate::source::{Donor, Source};
@@ -59,9 +61,9 @@ use encode::Plan;
 use lanes::Lanes;
 use postcopy::Donation;
 use protocol::MigrationId;
-use protocol::control::{Downstream, Offer, Upstream};
+use protocol::control::{Downstream, MAX_CONNECTIONS, Offer, Upstream};
 use protocol::frame::MAX_PAGE_STREAMS;
-use protocol::handshake::{Hello, POST_COPY};
+use protocol::handshake::{CONNECTIONS, Hello, POST_COPY};
 use protocol::page::PageSet;
 use std::io::Read;
 use std::time::{Duration, Instant};
@@ -83,6 +85,9 @@ pub struct Options {
     pub hot: HotRule,
     /// Page streams, 1 to [`MAX_PAGE_STREAMS`].
     pub page_streams: u16,
+    /// How many connections they are spread over, 1 to [`MAX_CONNECTIONS`] and no more than they are, and why so many. A
+    /// destination that can take only one gets one.
+    pub connections: Connections,
     /// Which ways of packing pages may be used.
     pub packs: Packs,
     /// The longest the peer may leave us waiting with nothing moving on the link.
@@ -107,6 +112,7 @@ impl Options {
             fixed_cost_known_from: 0,
             hot: HotRule::NEVER,
             page_streams: 2,
+            connections: Connections::default(),
             packs: Packs::default(),
             stall: Duration::from_secs(10),
             // Touching fresh memory was measured at up to 2 s/GiB on a machine that must get it back from its host.
@@ -145,8 +151,8 @@ pub struct Failed {
     pub report: Report,
 }
 
-/// Moves a workload to the other end of `link`. `dial` makes further connections to the same peer; it is called only
-/// when the link is lost behind `Commit`.
+/// Moves a workload to the other end of `link`. `dial` makes further connections to the same peer: as many as the options
+/// ask for, and whenever the link is lost.
 ///
 /// # Errors
 /// Everything that can go wrong before `Commit`, naming its phase: the workload runs on at the source then, unless it
@@ -262,6 +268,7 @@ impl<'a> Outbound<'a> {
             tracking: String::new(),
             memory_bytes: workload.layout.total_bytes(),
             page_streams: options.page_streams,
+            connections: options.connections.clone(),
             phases: Vec::new(),
             rounds: Vec::new(),
             sent_pages: 0,
@@ -371,6 +378,14 @@ impl<'a> Outbound<'a> {
                 self.options.page_streams
             )));
         }
+        let (connections, most) =
+            (self.report.connections.number, self.options.page_streams.min(MAX_CONNECTIONS));
+        if !(1..=most).contains(&connections) {
+            return Err(Error::Usage(format!(
+                "{connections} connections cannot be for {} page streams: 1 to {most} can",
+                self.options.page_streams
+            )));
+        }
         let (begun, stall) = (Instant::now(), self.options.stall);
         self.talk.introduce(&Downstream::Hello(Hello::ours()), stall)?;
         let cancel = self.cancel;
@@ -386,6 +401,10 @@ impl<'a> Outbound<'a> {
                 }
                 self.round_trip = begun.elapsed();
                 tracing::info!(peer = clean(&hello.software), ?capabilities, "greeted");
+                if connections > 1 && !capabilities.contains(&CONNECTIONS) {
+                    self.report.connections =
+                        Connections { number: 1, reason: "the destination's release takes only one".into() };
+                }
                 self.agreed = capabilities;
                 Ok(())
             }
@@ -401,6 +420,7 @@ impl<'a> Outbound<'a> {
             name: workload.name.clone(),
             layout: workload.layout.clone(),
             page_streams: self.options.page_streams,
+            connections: self.report.connections.number,
         };
         self.talk.say(&Downstream::Offer(offer), &workload.machine, self.options.stall)?;
         match self.hear("the destination to make room", self.options.prepare)? {
@@ -411,8 +431,9 @@ impl<'a> Outbound<'a> {
         Ok(())
     }
 
-    /// New page streams on the link that is there, which know nothing of what others sent.
+    /// New page streams on the link that is there and further ones, which know nothing of what others sent.
     fn open_lanes(&mut self) -> Result<Lanes> {
+        self.join()?;
         let Options { page_streams, packs, controls, .. } = self.options;
         Lanes::open(self.talk.link()?, *page_streams, Plan::new(*packs, &self.agreed), &controls.bandwidth())
     }

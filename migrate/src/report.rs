@@ -160,6 +160,22 @@ pub struct RoundReport {
     pub throttle_percent: u8,
 }
 
+/// How many connections carried the pages.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Connections {
+    /// Their number.
+    pub number: u16,
+    /// Why so many, for people.
+    pub reason: String,
+}
+
+impl Default for Connections {
+    fn default() -> Self {
+        Self { number: 1, reason: "nobody asked for more".into() }
+    }
+}
+
 /// The part of a downtime that no page explains: what was counted with, and what it was.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default)]
@@ -196,6 +212,9 @@ pub struct Report {
     pub memory_bytes: u64,
     /// The page streams that were used.
     pub page_streams: u16,
+    /// The connections that they were spread over.
+    #[serde(default)]
+    pub connections: Connections,
     /// The phases in order.
     pub phases: Vec<PhaseTime>,
     /// The rounds in order.

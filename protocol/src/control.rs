@@ -52,6 +52,9 @@ pub const MAX_NAME_BYTES: usize = 64;
 /// The most bytes with which a path is measured: 1.5 s of a link of 25 Gbit/s.
 pub const MAX_PROBE_BYTES: u64 = 4 << 30;
 
+/// The most connections of one migration.
+pub const MAX_CONNECTIONS: u16 = 8;
+
 /// Checks a workload's name: 1 to [`MAX_NAME_BYTES`] letters, digits, `.`, `_` and `-`, the first one a
 /// letter or a digit. It becomes part of a file name and a word on a command line, so it can be neither a path nor an
 /// option.
@@ -116,7 +119,8 @@ pub enum Downstream {
         /// Which migration.
         migration: MigrationId,
     },
-    /// A further connection of a migration that was accepted on another one. Needs the capability `connections`.
+    /// A further connection of a migration that was accepted, or resumed, on another one: its page streams may be opened
+    /// when it is answered by `Accept`. Needs the capability `connections`.
     Join {
         /// Which migration.
         migration: MigrationId,
@@ -169,13 +173,28 @@ pub struct Offer {
     pub layout: Layout,
     /// How many page streams the sender will open, at least 1.
     pub page_streams: u16,
+    /// How many connections they are spread over, this one included: stream *n* is on connection *n* modulo this. At least
+    /// 1 and no more than there are streams. More than 1 needs the capability `connections`.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub connections: u16,
+}
+
+/// What an offer means that does not speak of connections.
+fn one() -> u16 {
+    1
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde asks by reference")]
+fn is_one(connections: &u16) -> bool {
+    *connections == 1
 }
 
 impl Offer {
-    /// Checks an offer from outside: its name, its layout against `max_memory_bytes`, its number of page streams.
+    /// Checks an offer from outside: its name, its layout against `max_memory_bytes`, its numbers of page streams and
+    /// connections.
     ///
     /// # Errors
-    /// As [`check_name`] and [`Layout::validate`]; `Value` or `TooLarge` for the number of page streams.
+    /// As [`check_name`] and [`Layout::validate`]; `Value` or `TooLarge` for the numbers of page streams and connections.
     pub fn check(&self, max_memory_bytes: u64) -> Result<()> {
         check_name(&self.name)?;
         self.layout.validate(max_memory_bytes)?;
@@ -185,6 +204,14 @@ impl Offer {
         }
         if self.page_streams > MAX_PAGE_STREAMS {
             return Err(ProtocolError::TooLarge { what, found, limit: u64::from(MAX_PAGE_STREAMS) });
+        }
+        let (what, found) = ("the number of connections", u64::from(self.connections));
+        if found == 0 {
+            return Err(ProtocolError::Value { what, found });
+        }
+        let most = self.page_streams.min(MAX_CONNECTIONS);
+        if self.connections > most {
+            return Err(ProtocolError::TooLarge { what, found, limit: u64::from(most) });
         }
         Ok(())
     }
@@ -204,7 +231,7 @@ pub enum WorkloadKind {
 pub enum Upstream {
     /// Who the receiver is.
     Hello(crate::handshake::Hello),
-    /// The memory is there; send pages.
+    /// The memory is there; send pages. Also the answer to `Join`.
     Accept,
     /// The receiver will not take this workload; nothing was changed.
     Refuse {

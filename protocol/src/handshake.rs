@@ -50,8 +50,12 @@ pub const KNOWN_PAGES: &str = "known-pages";
 /// The receiver counts and drops the bytes of a [`Probe`](crate::control::Downstream::Probe).
 pub const PROBE: &str = "probe";
 
+/// The page streams of one migration may be spread over several connections.
+pub const CONNECTIONS: &str = "connections";
+
 /// The capabilities of this release. All of version 1.0 is the base.
-pub const CAPABILITIES: &[&str] = &[POST_COPY, PACKED_PAGES, DELTA_PAGES, KNOWN_PAGES, PROBE, RESUME];
+pub const CAPABILITIES: &[&str] =
+    &[POST_COPY, PACKED_PAGES, DELTA_PAGES, KNOWN_PAGES, PROBE, RESUME, CONNECTIONS];
 
 /// First bytes of a control stream, decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

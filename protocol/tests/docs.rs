@@ -20,7 +20,7 @@ use std::path::Path;
 const DOCUMENTS: [&str; 2] = ["wire-protocol.md", "control-protocol.md"];
 
 /// Public constants that are not numbers or texts of the wire.
-const NOT_LIMITS: [&str; 8] = [
+const NOT_LIMITS: [&str; 9] = [
     "handshake::CAPABILITIES",
     "handshake::OURS",
     "handshake::POST_COPY",
@@ -29,6 +29,7 @@ const NOT_LIMITS: [&str; 8] = [
     "handshake::DELTA_PAGES",
     "handshake::KNOWN_PAGES",
     "handshake::PROBE",
+    "handshake::CONNECTIONS",
 ];
 
 fn document(name: &str) -> String {
@@ -53,6 +54,7 @@ fn limits() -> BTreeMap<&'static str, String> {
         ("frame::PREAMBLE_BYTES", number(frame::PREAMBLE_BYTES as u64)),
         ("frame::POST_COPY_STREAMS", number(frame::POST_COPY_STREAMS.into())),
         ("frame::STRIPE_PAGES", number(frame::STRIPE_PAGES)),
+        ("control::MAX_CONNECTIONS", number(control::MAX_CONNECTIONS.into())),
         ("handshake::ALPN", text(handshake::ALPN)),
         ("handshake::MAGIC", text(&handshake::MAGIC)),
         ("handshake::MAJOR", number(handshake::MAJOR.into())),

@@ -314,12 +314,23 @@ fn an_offer_from_outside_is_checked() {
         name: name.into(),
         layout: samples::layout(),
         page_streams,
+        connections: 1,
     };
     offer("web-1.example_com", 1).check(4 << 30).unwrap();
     offer(&"x".repeat(control::MAX_NAME_BYTES), frame::MAX_PAGE_STREAMS).check(4 << 30).unwrap();
     assert!(offer("web-1", 1).check((4 << 30) - 1).is_err());
     assert!(offer("web-1", 0).check(4 << 30).is_err());
     assert!(offer("web-1", frame::MAX_PAGE_STREAMS + 1).check(4 << 30).is_err());
+    let over = |connections, page_streams| {
+        let offer = Offer { connections, ..offer("web-1", page_streams) };
+        offer.check(4 << 30).is_ok()
+    };
+    let most = control::MAX_CONNECTIONS;
+    assert!(over(1, 1) && over(2, 2) && over(most, most));
+    assert!(!over(0, 1) && !over(2, 1) && !over(most + 1, most + 1));
+    let old = serde_json::to_value(offer("web-1", 1)).unwrap();
+    assert!(old.get("connections").is_none(), "an older peer is told of no more than it knows");
+    assert_eq!(serde_json::from_value::<Offer>(old).unwrap().connections, 1);
     for name in ["", ".", "..", "../x", "a/b", "-v", "a b", "a\n", "ä", "_", &"x".repeat(65)] {
         assert!(offer(name, 1).check(4 << 30).is_err(), "{name:?}");
     }

@@ -286,7 +286,7 @@ impl Shared {
         let migration = match visitor.wish {
             Wish::Offer(..) => return self.wait(visitor),
             Wish::Probe(bytes) => return self.probe(visitor, bytes),
-            Wish::Ask(migration) | Wish::Join(migration) | Wish::Resume(migration) => migration,
+            Wish::Ask(migration) | Wish::Join(migration, _) | Wish::Resume(migration) => migration,
         };
         let brought = self.lock().bring(migration, visitor);
         match brought {
@@ -328,6 +328,10 @@ impl Shared {
     /// Tells a visitor what became of its migration.
     fn tell_outcome(&self, mut visitor: Visitor) {
         let Wish::Ask(migration) = visitor.wish else {
+            if matches!(visitor.wish, Wish::Join(..)) {
+                let reason = "no further connection of this migration is due there";
+                return self.refuse(visitor, RefuseCode::NoSuchMigration, reason);
+            }
             let reason = "what arrived of this migration is not there any more (the receiver was started anew, or its \
                           --keep is over): send it again";
             return self.refuse(visitor, RefuseCode::NoSuchMigration, reason);

@@ -58,7 +58,6 @@ impl Inbound<'_> {
         let reason = lost.to_string();
         self.observer.event(&Event::LinkLost { reason, wait_us: micros(self.options.keep) });
         let until = Instant::now() + self.options.keep;
-        let mut came_back = self.came_back.take();
         loop {
             self.cancel.check()?;
             let visitors = self.visitors.as_ref();
@@ -70,7 +69,7 @@ impl Inbound<'_> {
                 return Err(lost);
             }
             let next = || visitors.and_then(|visitors| visitors.next(left.min(LOOK)));
-            match came_back.take().or_else(next) {
+            match self.came_back.take().or_else(next) {
                 Some(visitor) if matches!(visitor.wish, Wish::Resume(_)) => {
                     match self.take_up(course, visitor) {
                         Err(error) if is_lost(&error) => {
@@ -115,7 +114,6 @@ impl Inbound<'_> {
         self.observer.event(&Event::CameBack { round, arrived_pages });
         tracing::info!(round, arrived_pages, peer = visitor.peer, "the sender came back");
         self.report.resumes += 1;
-        self.streams = Streams::accept(self.talk.link()?, course, round, self.keeps, idle)?;
-        Ok(())
+        self.take_streams(course)
     }
 }

@@ -58,6 +58,8 @@ pub(super) struct Course {
     pub(super) layout: Arc<Layout>,
     pub(super) memory: Arc<dyn PageMemory>,
     pub(super) page_streams: u16,
+    /// Stream *n* is on connection *n* modulo these.
+    pub(super) connections: u16,
 }
 
 impl Streams {
@@ -66,18 +68,19 @@ impl Streams {
         Self { threads: Vec::new(), shared: Arc::default() }
     }
 
-    /// Takes the page streams that the sender opens, from `round` on.
+    /// Takes the page streams that the sender opens, from `round` on; there are none yet.
     pub(super) fn accept(
+        &mut self,
         link: &mut dyn Link,
         course: &Course,
         round: u32,
         keeps: bool,
         limit: Duration,
-    ) -> Result<Self> {
-        let Course { layout, memory, page_streams: count } = course;
-        let (mut streams, count) = (Self::none(), *count);
+    ) -> Result<()> {
+        let Course { layout, memory, page_streams: count, connections } = course;
+        let (count, connections) = (*count, usize::from(*connections));
         {
-            let mut state = streams.shared.lock();
+            let mut state = self.shared.lock();
             state.streams = vec![Stream { rounds: round, ..Stream::default() }; usize::from(count)];
             if keeps {
                 state.arrived = layout.spaces.iter().map(|space| PageSet::empty(space.pages)).collect();
@@ -85,23 +88,26 @@ impl Streams {
         }
         for number in 0..count {
             let stream = link.accept_page_stream(limit)?;
-            let (layout, memory, shared) = (layout.clone(), memory.clone(), streams.shared.clone());
+            let (layout, memory, shared) = (layout.clone(), memory.clone(), self.shared.clone());
+            let connection = usize::from(number) % connections;
             let thread = std::thread::Builder::new()
                 .name(format!("pages-in-{number}"))
                 .stack_size(STACK_BYTES)
                 .spawn(move || {
                     let decoder = Decoder::new(layout.clone(), count);
                     let both = (Parser::new(layout, count).beginning_with(round), decoder);
-                    if let Err(error) = run(stream, both, memory.as_ref(), &shared) {
+                    if let Err(error) = run(stream, both, memory.as_ref(), &shared, |number| {
+                        number % connections == connection
+                    }) {
                         shared.change(|state| {
                             state.failure.get_or_insert(error);
                         });
                     }
                 })
                 .map_err(|error| Error::Host(format!("could not start a thread: {error}")))?;
-            streams.threads.push(thread);
+            self.threads.push(thread);
         }
-        Ok(streams)
+        Ok(())
     }
 
     /// Bytes that arrived on all streams.
@@ -225,12 +231,13 @@ fn ended_early(rounds: u32) -> Error {
     Error::Protocol(ProtocolError::OutOfOrder { expected: "the last round's pages", found })
 }
 
-/// One stream, from its first byte to its clean end.
+/// One stream, from its first byte to its clean end. `belongs` says which numbers its connection may carry.
 fn run(
     mut stream: Box<dyn PageReceiver>,
     (mut parser, mut decoder): (Parser, Decoder),
     memory: &dyn PageMemory,
     shared: &Shared,
+    belongs: impl Fn(usize) -> bool,
 ) -> Result<()> {
     let mut number = 0;
     while let Some(bytes) = stream.read()? {
@@ -241,6 +248,12 @@ fn run(
                 Item::Stream(stream) => {
                     number = usize::from(stream);
                     decoder.stream = stream;
+                    if !belongs(number) {
+                        return Err(Error::Protocol(ProtocolError::Value {
+                            what: "the number of a page stream of another connection",
+                            found: stream.into(),
+                        }));
+                    }
                     shared.change(|state| claim(state, number))?;
                 }
                 Item::Bytes { space, offset, bytes } => {

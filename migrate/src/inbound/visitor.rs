@@ -23,8 +23,8 @@ pub(super) enum Wish {
     Offer(Box<Offer>, Vec<u8>),
     /// What became of a migration?
     Ask(MigrationId),
-    /// A further connection of a migration that is under way.
-    Join(MigrationId),
+    /// A further connection of a migration that is under way, and its number.
+    Join(MigrationId, u16),
     /// The connection of a migration was lost, and this one takes its place.
     Resume(MigrationId),
     /// How fast is the path, for at most so many bytes?
@@ -37,7 +37,7 @@ impl Wish {
         match word {
             Downstream::Offer(offer) => Ok(Self::Offer(Box::new(offer), blob)),
             Downstream::Ask { migration } => Ok(Self::Ask(migration)),
-            Downstream::Join { migration, .. } => Ok(Self::Join(migration)),
+            Downstream::Join { migration, connection } => Ok(Self::Join(migration, connection)),
             Downstream::Resume { migration } => Ok(Self::Resume(migration)),
             Downstream::Probe { bytes } => Ok(Self::Probe(bytes)),
             Downstream::Cancel { reason } => Err(Error::PeerFailed { reason: clean(&reason) }),
@@ -50,7 +50,7 @@ impl Wish {
         match self {
             Self::Offer(..) => "Offer",
             Self::Ask(_) => "Ask",
-            Self::Join(_) => "Join",
+            Self::Join(..) => "Join",
             Self::Resume(_) => "Resume",
             Self::Probe(_) => "Probe",
         }

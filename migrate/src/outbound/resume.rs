@@ -11,11 +11,11 @@
 use super::lanes::Lanes;
 use super::settle::last_word;
 use super::{Outbound, check_deadline, understood};
-use crate::conversation::{Sender, out_of_order};
+use crate::conversation::out_of_order;
 use crate::error::{Error, Result};
 use crate::report::{Event, micros};
 use protocol::control::{Downstream, MAX_BLOB_BYTES, RefuseCode, Upstream};
-use protocol::handshake::{self, Hello};
+use protocol::handshake;
 use protocol::page::PageSet;
 use protocol::sparse;
 use std::time::{Duration, Instant};
@@ -95,23 +95,9 @@ impl Outbound<'_> {
 
     /// Dials, says `Resume`, and gives back to the dirty log what the destination lacks.
     fn take_up(&mut self, sent: super::lanes::Sent) -> Result<()> {
-        let link = (self.dial)()?;
-        if link.peer_key() != self.peer_key {
-            return Err(Error::Identity(format!(
-                "{} answers where {} was: that is another host, and does not have what was sent",
-                link.peer(),
-                self.report.peer
-            )));
-        }
         let (limit, migration, cancel) = (self.options.stall, self.options.migration, self.cancel);
         let mut watch = || cancel.check().map(|()| 0);
-        let mut talk = Sender::new(link, MAX_BLOB_BYTES);
-        talk.introduce(&Downstream::Hello(Hello::ours()), limit)?;
-        talk.preamble(limit, &mut watch)?;
-        match understood(talk.hear("the destination's greeting", limit, &mut watch)?.0)? {
-            Upstream::Hello(hello) => hello.agree()?,
-            other => return Err(out_of_order("Hello", other.name())),
-        };
+        let mut talk = self.dial_again(MAX_BLOB_BYTES)?;
         talk.say(&Downstream::Resume { migration }, &[], limit)?;
         let (answer, blob) = talk.hear("the destination to say what arrived", limit, &mut watch)?;
         match understood(answer)? {

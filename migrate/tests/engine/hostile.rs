@@ -116,14 +116,14 @@ impl Peer {
 
 pub(crate) fn offer() -> Offer {
     let (kind, name) = (WorkloadKind::Vm, "guest".to_owned());
-    Offer { migration: OURS, kind, name, layout: layout(), page_streams: 2 }
+    Offer { migration: OURS, kind, name, layout: layout(), page_streams: 2, connections: 1 }
 }
 
 pub(crate) fn preamble(stream: u16) -> Vec<u8> {
     StreamPreamble { stream }.encode().to_vec()
 }
 
-fn end(round: u32) -> Vec<u8> {
+pub(crate) fn end(round: u32) -> Vec<u8> {
     Frame::RoundEnd { round }.encode(&[]).to_vec()
 }
 

@@ -18,6 +18,7 @@ mod steering;
 mod hostile;
 mod postcopy;
 mod desk;
+mod connections;
 mod resume;
 mod stalls;
 mod hot;

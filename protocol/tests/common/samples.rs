@@ -200,6 +200,7 @@ pub(crate) fn downstream() -> Vec<Downstream> {
             name: "web-1".into(),
             layout: layout(),
             page_streams: 4,
+            connections: 1,
         }),
         Downstream::State { last_round: 5 },
         Downstream::Commit { migration: MIGRATION },

@@ -46,13 +46,15 @@ pub(crate) fn any_layout() -> impl Strategy<Value = Layout> {
 }
 
 pub(crate) fn downstream() -> impl Strategy<Value = Downstream> {
-    let offer = (migration(), select(&samples::WORKLOAD_KINDS[..]), text(), any_layout(), any::<u16>());
-    let offer = offer.prop_map(|(migration, kind, name, layout, page_streams)| Offer {
+    let offer =
+        (migration(), select(&samples::WORKLOAD_KINDS[..]), text(), any_layout(), any::<(u16, u16)>());
+    let offer = offer.prop_map(|(migration, kind, name, layout, (page_streams, connections))| Offer {
         migration,
         kind,
         name,
         layout,
         page_streams,
+        connections,
     });
     prop_oneof![
         hello().prop_map(Downstream::Hello),

@@ -55,6 +55,11 @@ impl Network {
         self.lock().cables.iter().for_each(Cable::cut);
     }
 
+    /// How many connections were made.
+    pub fn dialled(&self) -> usize {
+        self.lock().cables.len()
+    }
+
     /// Connects.
     ///
     /// # Errors

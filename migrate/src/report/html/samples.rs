@@ -59,6 +59,7 @@ pub(crate) fn busy() -> Report {
         tracking: "manual-initially-set".into(),
         memory_bytes: 1 << 30,
         page_streams: 2,
+        connections: crate::report::Connections::default(),
         phases: phases.map(|(phase, duration_us)| PhaseTime { phase, duration_us }).to_vec(),
         sent_pages,
         packed_pages: 0,
