@@ -20,6 +20,7 @@ pub mod select;
 pub mod converge;
 pub mod controls;
 pub mod history;
+pub mod connections;
 pub mod estimate;
 mod probe;
 mod codec;

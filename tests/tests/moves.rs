@@ -60,6 +60,24 @@ fn a_busy_guest_moves_in_every_pattern() {
 }
 
 #[test]
+fn a_busy_guest_moves_over_two_connections() {
+    if without_kvm("a_busy_guest_moves_over_two_connections") {
+        return;
+    }
+    let (a, b) = pair();
+    a.run_ledger("v", "128MiB", "fill=64M ws=32M rate=40 seed=9", &[]);
+    a.wait_ledger_running("v");
+    let (receiver, address) = b.receive(&[]);
+    let sent = a.run(&["send", "v", &address, "--connections", "2"]).success();
+    receiver.finish().success();
+    b.assert_sound("v");
+    let report = sent.event("report").unwrap_or_else(|| panic!("{sent:#?}")).clone();
+    assert_eq!(report["outcome"]["type"], "moved");
+    assert_eq!(report["connections"]["number"], 2, "{report:#}");
+    assert_eq!(report["connections"]["reason"], "asked for");
+}
+
+#[test]
 fn a_guest_that_writes_as_fast_as_it_can_moves_when_forced() {
     if without_kvm("a_guest_that_writes_as_fast_as_it_can_moves_when_forced") {
         return;

@@ -6,6 +6,7 @@ mod daemon;
 use super::{cancel_on_signals, emit, say, send};
 use crate::cancel::CancelFlag;
 use crate::cli::Common;
+use crate::connections;
 use crate::destination::vm::Place;
 use crate::error::{Error, Result};
 use crate::exit;
@@ -116,7 +117,12 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         // Nobody is here to answer afterwards.
         options.forget = args.ask_timeout;
     }
-    let mut listener = Listener::bind(args.listen, &keys, send::settings(args.link_timeout))?;
+    let mut settings = send::settings(args.link_timeout);
+    if connections::Host::now().has_many_cores() {
+        // One socket serves all connections, but each of them can be decrypted by another thread.
+        settings.workers = 2;
+    }
+    let mut listener = Listener::bind(args.listen, &keys, settings)?;
     let address = listener.local_addr().to_string();
     if common.json {
         emit(&json!({"event": "listening", "address": address, "fingerprint": fingerprint}));

@@ -4,6 +4,7 @@ use super::limits::LimitArgs;
 use super::target::Target;
 use super::{cancel_on_signals, emit};
 use crate::cli::Common;
+use crate::connections::{self, Host, Meter, Wanted};
 use crate::controls::{check_bandwidth, check_limits};
 use crate::converge::Limits;
 use crate::converge::trace::Recorder;
@@ -48,6 +49,9 @@ pub struct Args {
     /// not for the last pages, which are sent while the VM stands still.
     #[arg(long, value_name = "RATE", default_value = "0", value_parser = units::bandwidth)]
     bandwidth: u64,
+    /// How many connections carry the pages: 1 to 8, or auto for as many as paid in earlier moves to that host.
+    #[arg(long, value_name = "N|auto", default_value = "auto")]
+    connections: Wanted,
     /// How pages are packed: for comparing, and for finding faults.
     #[arg(long, value_enum, default_value = "measured", hide = true)]
     pack: Packs,
@@ -122,6 +126,9 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         options.fixed_cost = fixed;
         options.fixed_cost_known_from = u32::try_from(moves).unwrap_or(u32::MAX);
     }
+    let carried = history.as_ref().map(|history| history.carried(&peer)).unwrap_or_default();
+    options.connections = connections::choose(args.connections, &carried, Host::now());
+    options.page_streams = options.page_streams.max(options.connections.number);
     if args.hot_pages_last {
         options.hot = HotRule::default();
     }
@@ -151,7 +158,8 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     if let Err(error) = &server {
         tracing::warn!("this migration cannot be steered from outside: {error}");
     }
-    let mut speedometer = Speedometer::new(gauge, observer.as_mut());
+    let mut meter = Meter::new(observer.as_mut());
+    let mut speedometer = Speedometer::new(gauge, &mut meter);
     let mut watched = Watched { board, inner: &mut speedometer };
     let sent = outbound::send(Box::new(source), link, &mut dial, &options, &cancel, &mut watched);
     drop(server);
@@ -167,7 +175,10 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         tracing::warn!("{error}");
     }
     if let (Some(history), Outcome::Moved) = (history, &report.outcome) {
-        history.record(&peer, Duration::from_micros(report.fixed.actual_us)).unwrap_or_else(|error| {
+        // What a limit held back says nothing of what connections carry.
+        let carried = meter.carried(report.connections.number).filter(|_| args.bandwidth == 0);
+        let fixed = Duration::from_micros(report.fixed.actual_us);
+        history.record(&peer, fixed, carried).unwrap_or_else(|error| {
             tracing::warn!(%error, "what this move cost is not remembered");
         });
     }

@@ -280,12 +280,15 @@ fn keep_freed_memory() {
     drop(std::hint::black_box(Vec::<u8>::with_capacity(16 << 20)));
 }
 
+/// What the kernel calls the threads that run the transport.
+pub(crate) const THREAD_NAME: &str = "quic";
+
 /// The threads that run the transport of one endpoint.
 fn runtime(settings: &Settings) -> Result<Arc<Runtime>> {
     KEEP_FREED_MEMORY.call_once(keep_freed_memory);
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(settings.workers.max(1))
-        .thread_name("quic")
+        .thread_name(THREAD_NAME)
         .enable_all()
         .build()
         .map(Arc::new)

@@ -4,7 +4,8 @@ use crate::harness::{SECOND, World, desk_at, receiving, sending};
 use crate::hostile::{Peer, end, offer, page, preamble};
 use migrate::cancel::CancelFlag;
 use migrate::destination::scripted as place;
-use migrate::error::Error;
+use migrate::destination::{Destination, Incomplete, PageMemory, Refusal};
+use migrate::error::{Error, Result};
 use migrate::identity::Fingerprint;
 use migrate::inbound;
 use migrate::link::duplex::{Cut, Direction, Network, Profile};
@@ -15,7 +16,8 @@ use proptest::prelude::*;
 use protocol::MigrationId;
 use protocol::control::{Downstream, Offer, RefuseCode, Upstream};
 use protocol::handshake::Hello;
-use std::sync::Arc;
+use protocol::page::PageSet;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 const ALICE: Fingerprint = Fingerprint::from_digest([1; 32]);
@@ -155,12 +157,12 @@ fn join(connection: u16) -> Downstream {
     Downstream::Join { migration: offer().migration, connection }
 }
 
-fn assert_refused(answer: Option<Upstream>, expected: RefuseCode) {
+fn assert_refused((_, answer): (Peer, Option<Upstream>), expected: RefuseCode) {
     assert!(matches!(&answer, Some(Upstream::Refuse { code, .. }) if *code == expected), "{answer:?}");
 }
 
 /// Runs a receiver against a hostile sender; the error that it ends with.
-fn serve(network: &Network, destination: Box<place::Scripted>, sender: impl FnOnce()) -> Error {
+fn serve(network: &Network, destination: Box<dyn Destination + Send>, sender: impl FnOnce()) -> Error {
     let accepting = network.clone();
     let desk = &desk_at(Box::new(move |limit| accepting.accept(limit)), &Arc::default(), Box::new(|_| {}));
     std::thread::scope(|scope| {
@@ -178,6 +180,80 @@ fn somewhere() -> Box<place::Scripted> {
     place::Scripted::new(Witness::default(), None)
 }
 
+/// A destination that makes room for as long as somebody holds the other end.
+struct Waiting(Box<place::Scripted>, mpsc::Receiver<()>);
+
+impl Destination for Waiting {
+    fn prepare(&mut self, offer: &Offer, machine: &[u8]) -> std::result::Result<(), Refusal> {
+        let _ = self.1.recv();
+        self.0.prepare(offer, machine)
+    }
+
+    fn memory(&self) -> Arc<dyn PageMemory> {
+        self.0.memory()
+    }
+
+    fn load(&mut self, state: &[u8]) -> Result<()> {
+        self.0.load(state)
+    }
+
+    fn start(self: Box<Self>, migration: MigrationId) -> Result<String> {
+        self.0.start(migration)
+    }
+
+    fn expect(&mut self, missing: &[PageSet]) -> Result<()> {
+        self.0.expect(missing)
+    }
+
+    fn start_incomplete(self: Box<Self>, migration: MigrationId) -> Result<Arc<dyn Incomplete>> {
+        self.0.start_incomplete(migration)
+    }
+
+    fn take_up(&self, migration: MigrationId) -> Result<Option<Arc<dyn Incomplete>>> {
+        self.0.take_up(migration)
+    }
+
+    fn discard(self: Box<Self>) {
+        self.0.discard();
+    }
+}
+
+#[test]
+fn who_joins_before_the_offer_is_accepted_is_refused() {
+    let network = Network::new(Profile::default(), None);
+    let (hold, held) = mpsc::channel();
+    let error = serve(&network, Box::new(Waiting(somewhere(), held)), || {
+        let mut first = offering(&network);
+        let mut early = Peer(network.dial_as(ALICE).unwrap());
+        early.greet(&Downstream::Hello(Hello::ours())).say(&join(1), &[]).skip_preamble();
+        assert!(matches!(early.hear(), Some(Upstream::Hello(_))));
+        // Until then nobody looks.
+        assert_eq!(early.hear::<Upstream>(), None);
+        drop(hold);
+        let word = early.hear();
+        assert_refused((early, word), RefuseCode::BadOffer);
+        assert_eq!(first.hear(), Some(Upstream::Accept));
+        first.say(&Downstream::Cancel { reason: "enough".into() }, &[]).stay();
+    });
+    assert!(matches!(error.root(), Error::PeerFailed { .. }), "{error}");
+}
+
+#[test]
+fn pages_that_follow_are_on_the_first_connection() {
+    let world = World::new(11, 40);
+    let options = over(3, 3);
+    options.controls.change(|limits| {
+        limits.post_copy_after = Some(1);
+        limits.downtime = Duration::from_nanos(1);
+    });
+    let network = Network::new(Profile::default(), None);
+    let ended = attempt(&world, &network, &options);
+    world.assert_moved(&ended);
+    assert!(!world.witness.saw_wrong_bytes());
+    assert!(ended.sent.unwrap().post_copy.unwrap().missing_pages > 0);
+    assert_eq!(network.dialled(), 3);
+}
+
 #[test]
 fn further_connections_are_taken_once_each_and_from_nobody_else() {
     let network = Network::new(Profile::default(), None);
@@ -185,21 +261,21 @@ fn further_connections_are_taken_once_each_and_from_nobody_else() {
         let mut first = offering(&network);
         assert_eq!(first.hear(), Some(Upstream::Accept));
         for number in [0, 2, u16::MAX] {
-            assert_refused(answer(&network, ALICE, Hello::ours(), &join(number)).1, RefuseCode::BadOffer);
+            assert_refused(answer(&network, ALICE, Hello::ours(), &join(number)), RefuseCode::BadOffer);
         }
         let elsewhere = Downstream::Join { migration: MigrationId(5), connection: 1 };
         for (who, word) in [(BOB, &join(1)), (ALICE, &elsewhere)] {
-            assert_refused(answer(&network, who, Hello::ours(), word).1, RefuseCode::NoSuchMigration);
+            assert_refused(answer(&network, who, Hello::ours(), word), RefuseCode::NoSuchMigration);
         }
         let plain = Hello { capabilities: vec![], ..Hello::ours() };
-        assert_refused(answer(&network, ALICE, plain, &join(1)).1, RefuseCode::BadOffer);
+        assert_refused(answer(&network, ALICE, plain, &join(1)), RefuseCode::BadOffer);
         // All of that changed nothing.
         let (mut second, heard) = answer(&network, ALICE, Hello::ours(), &join(1));
         assert_eq!(heard, Some(Upstream::Accept));
         let _streams = (first.stream(&[&preamble(0), &end(0)]), second.stream(&[&preamble(1), &end(0)]));
         first.say(&Downstream::RoundSent { round: 0 }, &[]);
         assert_eq!(first.hear(), Some(Upstream::RoundDone { round: 0 }));
-        assert_refused(answer(&network, ALICE, Hello::ours(), &join(1)).1, RefuseCode::NoSuchMigration);
+        assert_refused(answer(&network, ALICE, Hello::ours(), &join(1)), RefuseCode::NoSuchMigration);
         first.say(&Downstream::Cancel { reason: "enough".into() }, &[]);
         first.stay();
     });
@@ -215,7 +291,7 @@ fn a_number_is_taken_once_while_others_are_due() {
         assert_eq!(first.hear(), Some(Upstream::Accept));
         let (_second, heard) = answer(&network, ALICE, Hello::ours(), &join(1));
         assert_eq!(heard, Some(Upstream::Accept));
-        assert_refused(answer(&network, ALICE, Hello::ours(), &join(1)).1, RefuseCode::Busy);
+        assert_refused(answer(&network, ALICE, Hello::ours(), &join(1)), RefuseCode::Busy);
         // The third does not come, and what was waited for is named.
         let heard = (0..3).find_map(|_| first.hear());
         assert!(
@@ -261,7 +337,7 @@ fn an_offer_of_more_connections_than_can_be_is_refused() {
         let error = serve(&network, somewhere(), || {
             let hello = if capable { Hello::ours() } else { Hello { capabilities: vec![], ..Hello::ours() } };
             let word = Downstream::Offer(Offer { connections, ..offer() });
-            assert_refused(answer(&network, ALICE, hello, &word).1, RefuseCode::BadOffer);
+            assert_refused(answer(&network, ALICE, hello, &word), RefuseCode::BadOffer);
         });
         assert!(matches!(error.root(), Error::Refused { code: RefuseCode::BadOffer, .. }), "{error}");
     }

@@ -70,6 +70,7 @@ pub(super) fn sent(page: &mut String, report: &Report) {
                 ("Packets lost", link.lost_packets.to_string()),
                 ("Largest packet", format!("{} bytes", link.mtu_bytes)),
                 ("Page streams", report.page_streams.to_string()),
+                ("Connections", format!("{}: {}", report.connections.number, report.connections.reason)),
             ],
         );
     });
