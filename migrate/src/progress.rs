@@ -8,6 +8,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use protocol::page::PAGE_SIZE;
 use std::io::{IsTerminal as _, Write as _};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 /// The observer for this command line, with the test hook around it where the environment asks for it.
 pub fn observer(common: &Common) -> Box<dyn Observer> {
