@@ -128,8 +128,8 @@ fn a_link_that_is_cut_for_seconds_is_taken_up_where_it_stood() {
     if without_kvm("a_link_that_is_cut_for_seconds_is_taken_up_where_it_stood") {
         return;
     }
-    for round in [0, 1] {
-        println!("the link is cut for 3 s in round {round}");
+    for (round, connections) in [(0, "1"), (1, "1"), (0, "2")] {
+        println!("the link of {connections} connections is cut for 3 s in round {round}");
         let (a, b) = trusting_pair(Path::new(PROGRAM));
         a.run_ledger("v", "128MiB", "fill=96M ws=32M rate=30", &[]);
         a.wait_ledger_running("v");
@@ -137,8 +137,8 @@ fn a_link_that_is_cut_for_seconds_is_taken_up_where_it_stood() {
         let relay = Relay::start(&address, Weather::default(), 1);
         // Slow enough that the cut comes in the middle of a round.
         let to = relay.address();
-        let arguments =
-            ["send", "v", &to, "--link-timeout", "1s", "--retry-for", "60s", "--bandwidth", "80MB/s"];
+        let limits = ["--link-timeout", "1s", "--retry-for", "60s", "--bandwidth", "80MB/s"];
+        let arguments = [&["send", "v", &to, "--connections", connections], &limits[..]].concat();
         let mut sender = a.start(&arguments);
         sender.wait_for("the round", |line| line["event"] == "round-begin" && line["round"] == round);
         sender.wait_for("some of it", |line| line["event"] == "progress" && line["round"] == round);
