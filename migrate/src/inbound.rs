@@ -40,6 +40,7 @@ mod decode;
 mod streams;
 mod resume;
 mod ledger;
+mod verify;
 mod settle;
 mod postcopy;
 
@@ -62,6 +63,7 @@ use protocol::sparse;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use streams::{Course, Streams};
+use verify::Digests;
 use visitor::{Visitor, tell};
 
 /// The shortest time between two reports of progress.
@@ -131,6 +133,7 @@ pub fn receive(
         cancel,
         observer,
         streams: Streams::none(),
+        verifies: visitor.capabilities.contains(&handshake::VERIFY),
         post_copy: visitor.post_copy,
         layout: Arc::default(),
         missing: None,
@@ -191,6 +194,7 @@ pub fn take_up(
         observer,
         streams: Streams::none(),
         keeps: false,
+        verifies: false,
         came_back: None,
         round: 0,
         received_before_bytes: 0,
@@ -224,13 +228,23 @@ struct Inbound<'a> {
     cancel: &'a CancelFlag,
     observer: &'a mut dyn Observer,
     streams: Streams,
-    /// Both ends can do it.
+    /// Both ends can compare memory before the start.
+    verifies: bool,
+    /// Both ends can do post-copy.
     post_copy: bool,
     layout: Arc<Layout>,
     /// What the sender announced as missing.
     missing: Option<Vec<PageSet>>,
     report: ArrivalReport,
     last_tick: Instant,
+}
+
+/// What comes behind the last round.
+enum Last {
+    /// The workload's state.
+    State(Vec<u8>),
+    /// Digests of its memory, and only then its state.
+    Digests(Digests),
 }
 
 /// What a loaded destination was told to do.
@@ -264,7 +278,19 @@ impl Inbound<'_> {
     /// Everything up to `Ready`. An error leaves nothing in doubt: there can be no `Commit` yet.
     fn until_ready(&mut self, destination: &mut dyn Destination, offer: Offer, machine: &[u8]) -> Result<()> {
         let course = self.phase(Phase::Offer, |me| me.offer(destination, offer, machine))?;
-        let state = self.phase(Phase::Rounds, |me| me.rounds(&course))?;
+        let state = loop {
+            match self.phase(Phase::Rounds, |me| me.rounds(&course))? {
+                Last::State(state) => break state,
+                Last::Digests(first) => match self.phase(Phase::Verify, |me| me.verify(&course, first)) {
+                    Err(lost) if self.keeps && resume::is_lost(&lost) => {
+                        self.phase(Phase::Resume, |me| me.keep(&course, lost))?;
+                    }
+                    done => break done?,
+                },
+            }
+        };
+        self.report.rounds += 1;
+        self.report.state_bytes = state.len() as u64;
         let missing = self.missing.take();
         self.phase(Phase::State, |_| {
             destination.load(&state)?;
@@ -317,9 +343,9 @@ impl Inbound<'_> {
         Ok(course)
     }
 
-    /// Acknowledges rounds until the state comes; answers it once every page stream has ended. A link that is lost
-    /// meanwhile may be taken up again.
-    fn rounds(&mut self, course: &Course) -> Result<Vec<u8>> {
+    /// Acknowledges rounds until what follows the last one; answers a state once every page stream has ended. A link
+    /// that is lost meanwhile may be taken up again.
+    fn rounds(&mut self, course: &Course) -> Result<Last> {
         loop {
             match self.rounds_of_link() {
                 Err(lost) if self.keeps && resume::is_lost(&lost) => self.keep(course, lost)?,
@@ -328,7 +354,7 @@ impl Inbound<'_> {
         }
     }
 
-    fn rounds_of_link(&mut self) -> Result<Vec<u8>> {
+    fn rounds_of_link(&mut self) -> Result<Last> {
         let idle = self.options.idle;
         loop {
             let round = self.round;
@@ -349,14 +375,17 @@ impl Inbound<'_> {
                     tracing::info!(pages, "the sender announces missing pages");
                     self.missing = Some(missing);
                 }
+                (Downstream::Verify { last_round, first: 0 }, blob)
+                    if self.verifies && self.missing.is_none() && last_round == round =>
+                {
+                    return Ok(Last::Digests(Digests { last_round, blob }));
+                }
                 (Downstream::State { last_round }, state) if last_round == round => {
                     {
                         let (streams, mut watch) = self.watching();
                         streams.await_end(last_round, idle, &mut watch)?;
                     }
-                    self.report.rounds += 1;
-                    self.report.state_bytes = state.len() as u64;
-                    return Ok(state);
+                    return Ok(Last::State(state));
                 }
                 (other, _) => return Err(out_of_order("RoundSent or State of this round", other.name())),
             }

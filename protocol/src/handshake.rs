@@ -50,8 +50,11 @@ pub const KNOWN_PAGES: &str = "known-pages";
 /// The receiver counts and drops the bytes of a [`Probe`](crate::control::Downstream::Probe).
 pub const PROBE: &str = "probe";
 
+/// Both ends compare digests over all memory before the workload may start.
+pub const VERIFY: &str = "verify";
+
 /// The capabilities of this release. All of version 1.0 is the base.
-pub const CAPABILITIES: &[&str] = &[POST_COPY, PACKED_PAGES, DELTA_PAGES, KNOWN_PAGES, PROBE, RESUME];
+pub const CAPABILITIES: &[&str] = &[POST_COPY, PACKED_PAGES, DELTA_PAGES, KNOWN_PAGES, PROBE, RESUME, VERIFY];
 
 /// First bytes of a control stream, decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

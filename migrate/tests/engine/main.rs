@@ -21,3 +21,4 @@ mod desk;
 mod resume;
 mod stalls;
 mod hot;
+mod verify;
