@@ -5,7 +5,7 @@
 //! ```
 //!
 //! Word *w* of a space stands for its pages 64 *w* to 64 *w* + 63, the lowest in bit 0. Segments come in ascending
-//! order, so there is at most one word for a page. A segment ends where [`GAP_WORDS`] words or more are empty, which is
+//! order, so there is at most one word for a page. A segment ends where `GAP_WORDS` words or more are empty, which is
 //! what another header costs: so the encoding is never longer than the plain bitmap by more than one header a space,
 //! and a terabyte of which a few pages are missing takes a few bytes for each of them.
 

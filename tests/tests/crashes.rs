@@ -143,7 +143,7 @@ fn the_receiver_dies_in_each_of_its_own_phases() {
     if without_kvm("the_receiver_dies_in_each_of_its_own_phases") {
         return;
     }
-    for phase in ["greet", "offer", "rounds", "state", "ready"] {
+    for phase in ["offer", "rounds", "state", "ready"] {
         println!("the receiver is killed when it enters {phase}");
         let (a, b) = trusting_pair(Path::new(PROGRAM));
         a.run_ledger("v", "64MiB", GUEST, &[]);

@@ -131,12 +131,14 @@ fn a_link_that_is_cut_for_seconds_is_taken_up_where_it_stood() {
     for round in [0, 1] {
         println!("the link is cut for 3 s in round {round}");
         let (a, b) = trusting_pair(Path::new(PROGRAM));
-        a.run_ledger("v", "128MiB", "fill=96M ws=32M rate=60", &[]);
+        a.run_ledger("v", "128MiB", "fill=96M ws=32M rate=30", &[]);
         a.wait_ledger_running("v");
         let (receiver, address) = b.receive(&["--link-timeout", "1s", "--keep", "60s"]);
         let relay = Relay::start(&address, Weather::default(), 1);
         // Slow enough that the cut comes in the middle of a round.
-        let arguments = ["send", "v", &relay.address(), "--link-timeout", "1s", "--retry-for", "60s"];
+        let to = relay.address();
+        let arguments =
+            ["send", "v", &to, "--link-timeout", "1s", "--retry-for", "60s", "--bandwidth", "80MB/s"];
         let mut sender = a.start(&arguments);
         sender.wait_for("the round", |line| line["event"] == "round-begin" && line["round"] == round);
         sender.wait_for("some of it", |line| line["event"] == "progress" && line["round"] == round);

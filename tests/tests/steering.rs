@@ -43,6 +43,15 @@ fn wait_status(host: &Host, name: &str, wanted: impl Fn(&Value) -> bool) -> Valu
     }
 }
 
+/// Waits until nothing of this name moves.
+fn wait_no_status(host: &Host, name: &str) {
+    let until = Instant::now() + STEP_LIMIT;
+    while host.run(&["status", name]).code != 4 {
+        assert!(Instant::now() < until, "{name} still moves");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
 /// What is served at `http://ADDR/metrics`.
 fn scrape(url: &str) -> String {
     let address = url.strip_prefix("http://").and_then(|rest| rest.strip_suffix("/metrics")).expect("a URL");
@@ -90,7 +99,8 @@ fn a_move_is_watched_scraped_and_given_other_limits() {
 
     let page = scrape(&sent);
     assert_eq!(metric(&page, "migrate_running"), 1.0);
-    assert!(metric(&page, "migrate_sent_bytes_total") > 64e6, "{page}");
+    // Of 64 MiB that were filled some are zero, and some may have been packed.
+    assert!(metric(&page, "migrate_sent_bytes_total") > 16e6, "{page}");
     assert!(metric(&page, "migrate_dirty_rate_bytes_per_second") > 1e6, "{page}");
     let page = scrape(&received);
     assert!(metric(&page, "migrate_received_bytes_total") > 1e6, "{page}");
@@ -129,6 +139,8 @@ fn a_move_is_cancelled_from_either_end_and_the_guest_goes_on() {
         assert!(receiver.is_running(), "a cancelled attempt does not end the receiver");
         assert_eq!(a.phase("v").as_deref(), Some("running"));
         a.wait_phase("v", Some("running"));
+        // Its end at the receiver may come a moment later, and must not be taken for the next one's.
+        wait_no_status(&b, "v");
     }
     a.assert_sound("v");
     a.run(&["send", "v", &address]).success();

@@ -63,7 +63,7 @@ pub struct Plan<'a> {
     pub can_throttle: bool,
     /// Who decides.
     pub policy: Policy,
-    /// Decides how bandwidth and rates stray, each by at most [`STRAYS`] around its mean.
+    /// Decides how bandwidth and rates stray, each by at most 5 % around its mean.
     pub seed: u64,
 }
 

@@ -3,7 +3,7 @@
 //! Every chart is an SVG with a title and a description, and its numbers stand in a table behind it. Charts are as wide
 //! as the page: positions across are percentages, heights and text are pixels, so that text keeps its size on a phone.
 //!
-//! Whatever comes from a peer, a guest or a file goes through [`text::Text`]; the page forbids itself everything but its own
+//! Whatever comes from a peer, a guest or a file goes through `text::Text`; the page forbids itself everything but its own
 //! style besides (`Content-Security-Policy`).
 
 mod text;
