@@ -10,10 +10,11 @@ use migrate::inbound;
 use migrate::link::duplex::{Cut, Direction, Network, Profile, pair};
 use migrate::outbound::{self, Options, Packs};
 use migrate::report::{Phase, Quiet};
-use migrate::source::scripted::{Call, Who};
+use migrate::source::scripted::{Call, Machine, Who};
 use proptest::prelude::*;
 use protocol::control::{Downstream, Upstream};
 use protocol::handshake::{Hello, VERIFY};
+use protocol::layout::{Layout, Space, SpaceKind};
 use protocol::page::{PAGE_SIZE, SpaceId};
 
 /// Stripes of the harness's layout.
@@ -213,6 +214,56 @@ proptest! {
             }
             Err(_) => world.assert_stayed_and_moves_next(&ended),
         }
+    }
+}
+
+/// A workload of so many stripes that their digests come in three parts.
+fn large(seed: u64) -> World {
+    let spaces = (0..300).map(|id| Space {
+        id: SpaceId(id),
+        kind: SpaceKind::Memory,
+        pages: 2,
+        guest_address: u64::from(id) << 20,
+    });
+    let mut world = World::new(seed, 1);
+    world.machine = Machine::new(Layout { spaces: spaces.collect() }, seed, 1, world.witness.clone());
+    world
+}
+
+#[test]
+fn digests_of_a_large_workload_go_in_parts_which_a_lost_link_may_come_between() {
+    world_of_parts_moves(None);
+    for message in 3..6 {
+        for direction in [Direction::Down, Direction::Up] {
+            world_of_parts_moves(Some(Cut::Before(direction, message)));
+        }
+    }
+}
+
+fn world_of_parts_moves(cut: Option<Cut>) {
+    let world = large(9);
+    let network = Network::new(Profile::default(), [cut]);
+    let options = Options { retry: 20 * SECOND, ..verifying() };
+    let receiving = inbound::Options { keep: 20 * SECOND, ..receiving() };
+    let cancel = CancelFlag::default();
+    let ended = world.attempt_with(&network, None, &receiving, &options, &cancel, &mut Quiet, &mut Quiet);
+    world.assert_moved(&ended);
+    let report = ended.sent.unwrap();
+    assert_eq!(report.resumes, u32::from(cut.is_some()), "{cut:?}");
+    assert!(report.verify_us > 0);
+}
+
+#[test]
+fn a_difference_is_named_once_all_parts_were_compared() {
+    for space in [0, 130, 299] {
+        let mut world = large(u64::from(space));
+        world.site = Site::with_broken((SpaceId(space), 4097, 1));
+        let ended = attempt(&world, &Options { packs: Packs::Never, ..verifying() });
+        let Error::PeerFailed { reason } = ended.error() else { panic!("{}", ended.error()) };
+        let named = format!("pages 0 to 1 of space {space}, and 1 of 300 stripes");
+        assert!(reason.contains(&named), "{reason}");
+        world.site = Site::default();
+        world.assert_stayed_and_moves_next(&ended);
     }
 }
 
