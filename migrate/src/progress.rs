@@ -8,6 +8,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use protocol::page::PAGE_SIZE;
 use std::io::{IsTerminal as _, Write as _};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 /// The observer for this command line, with the test hook around it where the environment asks for it.
 pub fn observer(common: &Common) -> Box<dyn Observer> {
@@ -166,6 +167,9 @@ struct Hold {
     points: String,
 }
 
+/// How long the handlers of signals that waited may take.
+const SIGNALS_HANDLED: Duration = Duration::from_millis(20);
+
 /// How many of the points this process has reached: each stops it once, however many migrations it sees.
 static REACHED: AtomicUsize = AtomicUsize::new(0);
 
@@ -183,6 +187,8 @@ impl Observer for Hold {
             if let Err(error) = rustix::process::kill_process(own, rustix::process::Signal::STOP) {
                 tracing::error!(%error, "this process could not stop itself");
             }
+            // A signal that came meanwhile is handled by any of the threads that wake now, and this one must not overtake it.
+            std::thread::sleep(SIGNALS_HANDLED);
         }
     }
 }
