@@ -5,6 +5,7 @@ mod faulting;
 pub mod scripted;
 
 use crate::error::Result;
+use crate::memory::PageReader;
 use protocol::MigrationId;
 use protocol::control::{Offer, RefuseCode};
 use protocol::layout::Layout;
@@ -111,18 +112,12 @@ pub struct Refusal {
 }
 
 /// Memory that is written, and read again, by page streams. Ranges were checked against the layout by the caller.
-pub trait PageMemory: Send + Sync {
+pub trait PageMemory: PageReader {
     /// Writes `bytes` at a byte offset of a space.
     ///
     /// # Errors
     /// `Host`.
     fn write(&self, space: SpaceId, offset: u64, bytes: &[u8]) -> Result<()>;
-
-    /// Copies `buffer.len()` bytes from a byte offset of a space: what was written there last.
-    ///
-    /// # Errors
-    /// `Host`.
-    fn read(&self, space: SpaceId, offset: u64, buffer: &mut [u8]) -> Result<()>;
 
     /// Makes every byte of the run zero, without allocating pages that were never written.
     ///

@@ -41,6 +41,7 @@ mod join;
 mod streams;
 mod resume;
 mod ledger;
+mod verify;
 mod settle;
 mod postcopy;
 
@@ -63,6 +64,7 @@ use protocol::sparse;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use streams::{Course, Streams};
+use verify::Digests;
 use visitor::{Visitor, tell};
 
 /// The shortest time between two reports of progress.
@@ -133,6 +135,7 @@ pub fn receive(
         cancel,
         observer,
         streams: Streams::none(),
+        verifies: visitor.capabilities.contains(&handshake::VERIFY),
         post_copy: visitor.post_copy,
         layout: Arc::default(),
         missing: None,
@@ -194,6 +197,7 @@ pub fn take_up(
         streams: Streams::none(),
         keeps: false,
         may_join: false,
+        verifies: false,
         came_back: None,
         round: 0,
         received_before_bytes: 0,
@@ -229,13 +233,23 @@ struct Inbound<'a> {
     cancel: &'a CancelFlag,
     observer: &'a mut dyn Observer,
     streams: Streams,
-    /// Both ends can do it.
+    /// Both ends can compare memory before the start.
+    verifies: bool,
+    /// Both ends can do post-copy.
     post_copy: bool,
     layout: Arc<Layout>,
     /// What the sender announced as missing.
     missing: Option<Vec<PageSet>>,
     report: ArrivalReport,
     last_tick: Instant,
+}
+
+/// What comes behind the last round.
+enum Last {
+    /// The workload's state.
+    State(Vec<u8>),
+    /// Digests of its memory, and only then its state.
+    Digests(Digests),
 }
 
 /// What a loaded destination was told to do.
@@ -269,7 +283,19 @@ impl Inbound<'_> {
     /// Everything up to `Ready`. An error leaves nothing in doubt: there can be no `Commit` yet.
     fn until_ready(&mut self, destination: &mut dyn Destination, offer: Offer, machine: &[u8]) -> Result<()> {
         let course = self.phase(Phase::Offer, |me| me.offer(destination, offer, machine))?;
-        let state = self.phase(Phase::Rounds, |me| me.rounds(&course))?;
+        let state = loop {
+            match self.phase(Phase::Rounds, |me| me.rounds(&course))? {
+                Last::State(state) => break state,
+                Last::Digests(first) => match self.phase(Phase::Verify, |me| me.verify(&course, first)) {
+                    Err(lost) if self.keeps && resume::is_lost(&lost) => {
+                        self.phase(Phase::Resume, |me| me.keep(&course, lost))?;
+                    }
+                    done => break done?,
+                },
+            }
+        };
+        self.report.rounds += 1;
+        self.report.state_bytes = state.len() as u64;
         let missing = self.missing.take();
         self.phase(Phase::State, |_| {
             destination.load(&state)?;
@@ -330,9 +356,9 @@ impl Inbound<'_> {
         self.streams.accept(self.talk.link()?, course, self.round, self.keeps, self.options.idle)
     }
 
-    /// Acknowledges rounds until the state comes; answers it once every page stream has ended. A link that is lost
-    /// meanwhile may be taken up again.
-    fn rounds(&mut self, course: &Course) -> Result<Vec<u8>> {
+    /// Acknowledges rounds until what follows the last one; answers a state once every page stream has ended. A link
+    /// that is lost meanwhile may be taken up again.
+    fn rounds(&mut self, course: &Course) -> Result<Last> {
         loop {
             match self.rounds_of_link() {
                 Err(lost) if self.keeps && resume::is_lost(&lost) => self.keep(course, lost)?,
@@ -341,7 +367,7 @@ impl Inbound<'_> {
         }
     }
 
-    fn rounds_of_link(&mut self) -> Result<Vec<u8>> {
+    fn rounds_of_link(&mut self) -> Result<Last> {
         let idle = self.options.idle;
         loop {
             let round = self.round;
@@ -362,14 +388,17 @@ impl Inbound<'_> {
                     tracing::info!(pages, "the sender announces missing pages");
                     self.missing = Some(missing);
                 }
+                (Downstream::Verify { last_round, first: 0 }, blob)
+                    if self.verifies && self.missing.is_none() && last_round == round =>
+                {
+                    return Ok(Last::Digests(Digests { last_round, blob }));
+                }
                 (Downstream::State { last_round }, state) if last_round == round => {
                     {
                         let (streams, mut watch) = self.watching();
                         streams.await_end(last_round, idle, &mut watch)?;
                     }
-                    self.report.rounds += 1;
-                    self.report.state_bytes = state.len() as u64;
-                    return Ok(state);
+                    return Ok(Last::State(state));
                 }
                 (other, _) => return Err(out_of_order("RoundSent or State of this round", other.name())),
             }

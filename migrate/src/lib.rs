@@ -16,6 +16,7 @@ pub mod cancel;
 pub mod identity;
 pub mod source;
 pub mod memory;
+mod digest;
 pub mod select;
 pub mod converge;
 pub mod controls;

@@ -14,6 +14,22 @@ use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt as _;
 
+/// Memory that several threads can read at once. Ranges were checked against the layout by the caller.
+pub trait PageReader: Send + Sync {
+    /// Copies `buffer.len()` bytes from a byte offset of a space: what was written there last. What was never touched
+    /// reads as zeros and stays untouched.
+    ///
+    /// # Errors
+    /// `Workload` or `Host`.
+    fn read(&self, space: SpaceId, offset: u64, buffer: &mut [u8]) -> Result<()>;
+
+    /// Whether no page of the run was ever touched, so that all of it reads as zeros. `false` is never wrong.
+    ///
+    /// # Errors
+    /// `Workload` or `Host`.
+    fn is_untouched(&self, run: PageRun) -> Result<bool>;
+}
+
 /// The memory of a layout, one memfd for each space.
 pub struct GuestMemory {
     spaces: Vec<Space>,
@@ -164,14 +180,21 @@ impl Space {
     }
 }
 
+impl PageReader for GuestMemory {
+    fn read(&self, space: SpaceId, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        Self::read(self, space, offset, buffer)
+    }
+
+    fn is_untouched(&self, run: PageRun) -> Result<bool> {
+        let data = self.range(run.space, run.offset(), run.bytes())?.first_data(run.first)?;
+        Ok(data.is_none_or(|page| page >= run.end()))
+    }
+}
+
 impl PageMemory for GuestMemory {
     fn write(&self, space: SpaceId, offset: u64, bytes: &[u8]) -> Result<()> {
         let space = self.range(space, offset, bytes.len())?;
         space.file.write_all_at(bytes, offset).map_err(|error| refused("written", &error))
-    }
-
-    fn read(&self, space: SpaceId, offset: u64, buffer: &mut [u8]) -> Result<()> {
-        Self::read(self, space, offset, buffer)
     }
 
     fn zero(&self, run: PageRun) -> Result<()> {
@@ -220,9 +243,14 @@ mod tests {
         let mut set = PageSet::full(pages);
         memory.remove_holes(space, 0, pages, &mut set).unwrap();
         assert!(set.is_empty());
+        let stripe = |first| PageRun { space, first, count: 512 };
+        assert!(memory.is_untouched(stripe(0)).unwrap());
+        memory.read(space, 0, &mut vec![1; pages as usize * PAGE_SIZE]).unwrap();
         assert_eq!(allocated(&memory), 0);
 
         memory.write(space, 700 * 4096 + 5, b"abc").unwrap();
+        assert!(!memory.is_untouched(stripe(512)).unwrap() && memory.is_untouched(stripe(1024)).unwrap());
+        assert!(memory.is_untouched(stripe(pages)).is_err());
         let mut set = PageSet::full(pages);
         memory.remove_holes(space, 0, pages, &mut set).unwrap();
         assert!(set.contains(700));

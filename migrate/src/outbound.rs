@@ -1,7 +1,7 @@
 //! The sending side of a migration: from a running workload to one that runs elsewhere.
 //!
 //! ```text
-//! greet ─▶ offer ─▶ track ─▶ rounds ─▶ freeze ─▶ state ─▶ ready ─▶ pledge ║ commit ─▶ (ask) ─▶ settle
+//! greet ─▶ offer ─▶ track ─▶ rounds ─▶ freeze ─▶ (verify) ─▶ state ─▶ ready ─▶ pledge ║ commit ─▶ (ask) ─▶ settle
 //!                                                                        ║
 //!    a failure up to here resumes the source                             ║  from here on only the
 //!                                                                        ║  destination's word does
@@ -36,6 +36,7 @@ mod lanes;
 mod rounds;
 mod resume;
 mod join;
+mod verify;
 mod commit;
 mod settle;
 mod postcopy;
@@ -90,6 +91,8 @@ pub struct Options {
     pub connections: Connections,
     /// Which ways of packing pages may be used.
     pub packs: Packs,
+    /// Whether all memory is compared while the workload stands still, before it may start there.
+    pub verify: bool,
     /// The longest the peer may leave us waiting with nothing moving on the link.
     pub stall: Duration,
     /// The longest the destination may take to make room for the workload.
@@ -114,6 +117,7 @@ impl Options {
             page_streams: 2,
             connections: Connections::default(),
             packs: Packs::default(),
+            verify: false,
             stall: Duration::from_secs(10),
             // Touching fresh memory was measured at up to 2 s/GiB on a machine that must get it back from its host.
             prepare: Duration::from_secs(120),
@@ -242,6 +246,8 @@ struct Outbound<'a> {
     /// When the first round began, over whichever link.
     rounds_begun: Option<Instant>,
     frozen_at: Option<Instant>,
+    /// What comparing memory was forecast to take.
+    verify_cost: Duration,
     /// Whether both ends can do post-copy.
     peer_can_post_copy: bool,
     /// Once it is decided that the last pages follow behind the start: what is missing, known from the freeze on.
@@ -279,6 +285,7 @@ impl<'a> Outbound<'a> {
             state_bytes: 0,
             resumes: 0,
             downtime_us: 0,
+            verify_us: 0,
             fixed: FixedPart {
                 assumed_us: micros(options.fixed_cost),
                 known_from: options.fixed_cost_known_from,
@@ -313,6 +320,7 @@ impl<'a> Outbound<'a> {
             rounds_since: None,
             rounds_begun: None,
             frozen_at: None,
+            verify_cost: Duration::ZERO,
             peer_can_post_copy: false,
             missing: None,
         }
@@ -353,6 +361,9 @@ impl<'a> Outbound<'a> {
     fn until_ready(&mut self) -> Result<()> {
         self.phase(Phase::Rounds, Self::rounds)?;
         self.phase(Phase::Freeze, Self::freeze)?;
+        if self.options.verify {
+            self.phase(Phase::Verify, Self::verify)?;
+        }
         self.phase(Phase::State, Self::state)?;
         self.phase(Phase::Ready, Self::ready)
     }
@@ -406,7 +417,7 @@ impl<'a> Outbound<'a> {
                         Connections { number: 1, reason: "the destination's release takes only one".into() };
                 }
                 self.agreed = capabilities;
-                Ok(())
+                self.check_verify()
             }
             other => Err(out_of_order("Hello", other.name())),
         }
@@ -440,7 +451,7 @@ impl<'a> Outbound<'a> {
 
     fn track(&mut self) -> Result<()> {
         self.report.tracking = self.source.track()?;
-        Ok(())
+        if self.options.verify { self.forecast_verify() } else { Ok(()) }
     }
 
     fn pledge(&mut self) -> Result<()> {

@@ -35,6 +35,8 @@ pub enum Phase {
     Rounds,
     /// The workload is stopped, and what it wrote since the last round follows.
     Freeze,
+    /// All memory is compared with the source's.
+    Verify,
     /// Its state follows the last pages.
     State,
     /// The destination loads the state and checks everything.
@@ -62,6 +64,7 @@ impl Phase {
             Self::Track => "track",
             Self::Rounds => "rounds",
             Self::Freeze => "freeze",
+            Self::Verify => "verify",
             Self::State => "state",
             Self::Ready => "ready",
             Self::Pledge => "pledge",
@@ -82,6 +85,7 @@ impl fmt::Display for Phase {
             Self::Track => "tracking writes",
             Self::Rounds => "copying memory",
             Self::Freeze => "stopping the workload for the last pages",
+            Self::Verify => "comparing memory",
             Self::State => "moving the state",
             Self::Ready => "waiting for the destination to be ready",
             Self::Pledge => "pledging the source",
@@ -184,7 +188,7 @@ pub struct FixedPart {
     pub assumed_us: u64,
     /// The moves to this peer that it was known from; 0 for a guess.
     pub known_from: u32,
-    /// What it was, besides round trips; 0 when the workload did not move.
+    /// What it was, besides round trips; 0 when the workload did not move, or memory was compared.
     pub actual_us: u64,
     /// Of it: stopping the workload.
     pub pause_us: u64,
@@ -238,6 +242,9 @@ pub struct Report {
     /// From the call that froze the workload to the word that it runs at the destination, or until it was
     /// resumed here; 0 when it was never frozen.
     pub downtime_us: u64,
+    /// The part of it in which memory was compared; 0 where nobody asked for that.
+    #[serde(default)]
+    pub verify_us: u64,
     /// The part of the downtime that no page explains.
     #[serde(default)]
     pub fixed: FixedPart,

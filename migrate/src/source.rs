@@ -4,6 +4,7 @@ pub mod vm;
 pub mod scripted;
 
 use crate::error::Result;
+use crate::memory::PageReader;
 use protocol::MigrationId;
 use protocol::control::WorkloadKind;
 use protocol::layout::Layout;
@@ -55,7 +56,7 @@ pub trait Source {
     fn take(&mut self, space: SpaceId, first: u64, count: u64) -> Result<()>;
 
     /// Removes from `pages` those that were never touched and so read as zeros, without touching them. Called
-    /// behind `take`, for the same range, or once the workload is frozen.
+    /// behind `take`, for the same range, or once the workload is frozen, or where nothing depends on it.
     ///
     /// # Errors
     /// `Workload`.
@@ -66,6 +67,12 @@ pub trait Source {
     /// # Errors
     /// `Workload`.
     fn read(&self, run: PageRun, buffer: &mut [u8]) -> Result<()>;
+
+    /// The same memory, for several threads at once.
+    ///
+    /// # Errors
+    /// `Host`.
+    fn reader(&self) -> Result<Box<dyn PageReader>>;
 
     /// These pages were taken and not delivered: they are dirty again, so that the next attempt is correct.
     ///

@@ -55,6 +55,12 @@ pub const MAX_PROBE_BYTES: u64 = 4 << 30;
 /// The most connections of one migration.
 pub const MAX_CONNECTIONS: u16 = 8;
 
+/// The most stripes in one [`Verify`](Downstream::Verify): 256 MiB of memory, so that no single step of it takes long.
+pub const MAX_VERIFY_STRIPES: usize = 128;
+
+/// Bytes of a digest in [`Verify`](Downstream::Verify): BLAKE3 of the stripe's pages, or zeros where all of them are zero.
+pub const STRIPE_DIGEST_BYTES: usize = 32;
+
 /// Checks a workload's name: 1 to [`MAX_NAME_BYTES`] letters, digits, `.`, `_` and `-`, the first one a
 /// letter or a digit. It becomes part of a file name and a word on a command line, so it can be neither a path nor an
 /// option.
@@ -88,6 +94,14 @@ pub enum Downstream {
     Missing {
         /// How many they are.
         pages: u64,
+    },
+    /// The workload is frozen, its last pages are in `last_round`: compare these digests with your memory. The blob has
+    /// [`STRIPE_DIGEST_BYTES`] for each of 1 to [`MAX_VERIFY_STRIPES`] stripes. Needs the capability `verify`.
+    Verify {
+        /// The round that must have ended on every page stream before memory is looked at.
+        last_round: u32,
+        /// The first of these stripes, counted over all spaces from 0.
+        first: u64,
     },
     /// The workload is frozen, its last pages are in `last_round`; the blob is its [state](crate::state).
     State {
@@ -147,6 +161,7 @@ impl Downstream {
             Self::Offer(_) => "Offer",
             Self::RoundSent { .. } => "RoundSent",
             Self::Missing { .. } => "Missing",
+            Self::Verify { .. } => "Verify",
             Self::State { .. } => "State",
             Self::Commit { .. } => "Commit",
             Self::Done { .. } => "Done",
@@ -245,6 +260,11 @@ pub enum Upstream {
         /// The round, from 0.
         round: u32,
     },
+    /// The answer to `Verify`.
+    Verified {
+        /// Stripes that were compared so far.
+        stripes: u64,
+    },
     /// The state is loaded and everything was checked; only `Commit` is missing.
     Ready,
     /// The workload runs here.
@@ -310,6 +330,7 @@ impl Upstream {
             Self::Accept => "Accept",
             Self::Refuse { .. } => "Refuse",
             Self::RoundDone { .. } => "RoundDone",
+            Self::Verified { .. } => "Verified",
             Self::Ready => "Ready",
             Self::Started { .. } => "Started",
             Self::Want { .. } => "Want",

@@ -53,9 +53,12 @@ pub const PROBE: &str = "probe";
 /// The page streams of one migration may be spread over several connections.
 pub const CONNECTIONS: &str = "connections";
 
+/// Both ends compare digests over all memory before the workload may start.
+pub const VERIFY: &str = "verify";
+
 /// The capabilities of this release. All of version 1.0 is the base.
 pub const CAPABILITIES: &[&str] =
-    &[POST_COPY, PACKED_PAGES, DELTA_PAGES, KNOWN_PAGES, PROBE, RESUME, CONNECTIONS];
+    &[POST_COPY, PACKED_PAGES, DELTA_PAGES, KNOWN_PAGES, PROBE, RESUME, CONNECTIONS, VERIFY];
 
 /// First bytes of a control stream, decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

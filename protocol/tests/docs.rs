@@ -20,7 +20,7 @@ use std::path::Path;
 const DOCUMENTS: [&str; 2] = ["wire-protocol.md", "control-protocol.md"];
 
 /// Public constants that are not numbers or texts of the wire.
-const NOT_LIMITS: [&str; 9] = [
+const NOT_LIMITS: [&str; 10] = [
     "handshake::CAPABILITIES",
     "handshake::OURS",
     "handshake::POST_COPY",
@@ -30,6 +30,7 @@ const NOT_LIMITS: [&str; 9] = [
     "handshake::KNOWN_PAGES",
     "handshake::PROBE",
     "handshake::CONNECTIONS",
+    "handshake::VERIFY",
 ];
 
 fn document(name: &str) -> String {
@@ -44,6 +45,8 @@ fn limits() -> BTreeMap<&'static str, String> {
     BTreeMap::from([
         ("control::MAX_BLOB_BYTES", number(control::MAX_BLOB_BYTES.into())),
         ("control::MAX_PROBE_BYTES", number(control::MAX_PROBE_BYTES)),
+        ("control::MAX_VERIFY_STRIPES", number(control::MAX_VERIFY_STRIPES as u64)),
+        ("control::STRIPE_DIGEST_BYTES", number(control::STRIPE_DIGEST_BYTES as u64)),
         ("control::MAX_NAME_BYTES", number(control::MAX_NAME_BYTES as u64)),
         ("envelope::HEADER_BYTES", number(envelope::HEADER_BYTES as u64)),
         ("envelope::MAX_JSON_BYTES", number(envelope::MAX_JSON_BYTES.into())),

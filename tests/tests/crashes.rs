@@ -31,6 +31,7 @@ const BEFORE_COMMIT: &[(&str, bool)] = &[
     ("track", true),
     ("rounds", true),
     ("freeze", true),
+    ("verify", true),
     ("state", true),
     ("ready", true),
     ("pledge", true),
@@ -49,8 +50,12 @@ fn held_at(phase: &str) -> Scene {
     a.run_ledger("v", "64MiB", GUEST, &[]);
     a.wait_ledger_running("v");
     let (receiver, address) = b.receive(&["--link-timeout", "2s"]);
-    let mut sender =
-        a.start_held(&["send", "v", &address, "--link-timeout", "2s", "--ask-timeout", "3s"], phase);
+    let mut words = vec!["send", "v", &address, "--link-timeout", "2s", "--ask-timeout", "3s"];
+    if phase == "verify" {
+        // Comparing memory is downtime, and a busy host shall not refuse it.
+        words.extend(["--verify", "--downtime", "20s"]);
+    }
+    let mut sender = a.start_held(&words, phase);
     sender.wait_held();
     Scene { a, b, sender, receiver }
 }

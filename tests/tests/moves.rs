@@ -7,6 +7,7 @@
 
 use e2e::{Host, trusting_pair, without_kvm};
 use serde_json::Value;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_migrate-under-test");
@@ -135,12 +136,47 @@ fn memory_that_was_never_touched_is_neither_sent_nor_allocated() {
     a.wait_ledger_running("v");
     let report = hop(&a, &b);
     assert!(report["sent_bytes"].as_u64().expect("bytes") < 128 << 20, "{report:#}");
-    let status =
-        std::fs::read_to_string(format!("/proc/{}/status", b.vm_pid("v"))).expect("the status of the VMM");
-    let shared = status.lines().find_map(|line| line.strip_prefix("RssShmem:")).expect("a field");
-    let kib: u64 = shared.split_whitespace().next().and_then(|kib| kib.parse().ok()).expect("a number");
+    let kib = allocated_kib(&b);
     assert!(kib < 192 << 10, "{kib} KiB of guest memory are there at the destination");
     b.assert_sound("v");
+}
+
+/// Memory of the VM `v` that its host has given it, by the files that hold it.
+fn allocated_kib(host: &Host) -> u64 {
+    let files = std::fs::read_dir(format!("/proc/{}/fd", host.vm_pid("v"))).expect("the files of the VMM");
+    let paths = files.filter_map(|file| Some(file.ok()?.path()));
+    let memory = paths.filter(|path| {
+        std::fs::read_link(path).is_ok_and(|link| link.to_string_lossy().starts_with("/memfd:"))
+    });
+    memory.map(|path| std::fs::metadata(path).expect("a memory file").blocks() / 2).sum()
+}
+
+#[test]
+fn memory_is_compared_and_not_allocated_by_that() {
+    if without_kvm("memory_is_compared_and_not_allocated_by_that") {
+        return;
+    }
+    let (a, b) = pair();
+    a.run_ledger("v", "2GiB", "fill=48M ws=16M rate=20", &[]);
+    a.wait_ledger_running("v");
+    let before = allocated_kib(&a);
+    assert!((48 << 10..1 << 20).contains(&before), "{before} KiB");
+    let (receiver, address) = b.receive(&[]);
+    let sent = a.run(&["send", "v", &address, "--verify", "--downtime", "20s"]).success();
+    let received = receiver.finish().success();
+    b.assert_sound("v");
+    let after = allocated_kib(&b);
+    assert!(after < before + (64 << 10), "{before} KiB were there, and {after} KiB are");
+    let report = sent.event("report").unwrap_or_else(|| panic!("{sent:#?}"));
+    let verify_us = report["verify_us"].as_u64().expect("a time");
+    assert!(verify_us > 0 && verify_us < report["downtime_us"].as_u64().expect("a time"), "{report:#}");
+    assert_eq!(report["fixed"]["actual_us"], 0, "{report:#}");
+    for lines in [&sent.lines, &received.lines] {
+        assert!(lines.iter().any(|line| line["phase"] == "verify"), "{lines:#?}");
+    }
+    let refused = b.run(&["send", "v", &address, "--verify", "--post-copy"]);
+    assert_eq!(refused.code, 2, "{refused:#?}");
+    println!("compared in {verify_us} us");
 }
 
 #[test]

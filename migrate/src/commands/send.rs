@@ -55,6 +55,10 @@ pub struct Args {
     /// How pages are packed: for comparing, and for finding faults.
     #[arg(long, value_enum, default_value = "measured", hide = true)]
     pack: Packs,
+    /// Compare all memory at both ends before the VM starts there, by BLAKE3: it stands still meanwhile. A difference ends the
+    /// move, and the VM goes on here. Not together with --post-copy.
+    #[arg(long, conflicts_with = "post_copy")]
+    verify: bool,
     /// Serve figures as OpenMetrics at http://ADDR:PORT/metrics while it moves.
     #[arg(long, value_name = "ADDR:PORT")]
     metrics: Option<SocketAddr>,
@@ -120,6 +124,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         options.controls.cap_bandwidth(Some(args.bandwidth));
     }
     options.packs = args.pack;
+    options.verify = args.verify;
     let peer = link.peer_key().to_string();
     let history = paths::state_dir(common.state_dir.as_deref()).map(|dir| History::in_dir(&dir));
     if let Some((fixed, moves)) = history.as_ref().and_then(|history| history.fixed(&peer)) {
@@ -174,7 +179,8 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         // The VM has moved or it has not: that is what the exit code is about.
         tracing::warn!("{error}");
     }
-    if let (Some(history), Outcome::Moved) = (history, &report.outcome) {
+    // How long the rest takes cannot be told from a downtime in which memory was compared.
+    if let (Some(history), Outcome::Moved, false) = (history, &report.outcome, args.verify) {
         // What a limit held back says nothing of what connections carry.
         let carried = meter.carried(report.connections.number).filter(|_| args.bandwidth == 0);
         let fixed = Duration::from_micros(report.fixed.actual_us);

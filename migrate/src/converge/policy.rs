@@ -87,6 +87,14 @@ impl OnStall {
     pub const IN_ORDER: [Self; 4] = [Self::Minimum, Self::Throttle, Self::PostCopy, Self::Cancel];
 }
 
+impl Limits {
+    /// The longest downtime that any decision would accept, or `None` where it may be forced.
+    pub fn most_downtime(&self) -> Option<Duration> {
+        let stalled = self.on_stall.contains(&OnStall::Minimum).then_some(self.max_downtime);
+        (self.on_timeout != OnTimeout::Force).then(|| self.downtime.max(stalled.unwrap_or_default()))
+    }
+}
+
 /// Everything a decision looks at.
 #[derive(Debug, Clone, Copy)]
 pub struct Situation<'a> {

@@ -4,13 +4,14 @@ mod site;
 
 use super::{Destination, Incomplete, PageMemory, Refusal};
 use crate::error::{Error, Result};
+use crate::memory::PageReader;
 use crate::source::scripted::{Who, Witness};
 use protocol::MigrationId;
 use protocol::control::{Offer, RefuseCode};
 use protocol::layout::Layout;
 use protocol::page::{PAGE_SIZE, PageRun, PageSet, SpaceId};
 use protocol::state::State;
-pub use site::Site;
+pub use site::{BrokenCell, Site};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// The calls a destination can get, in the order in which the engine makes them.
@@ -45,6 +46,7 @@ pub struct Scripted {
 pub(super) struct Memory {
     pub(super) spaces: Vec<Mutex<Vec<u8>>>,
     fail_at: Option<Call>,
+    broken: Option<BrokenCell>,
 }
 
 impl Scripted {
@@ -55,7 +57,7 @@ impl Scripted {
 
     /// The same on a host that remembers what runs on it.
     pub fn at(site: Site, witness: Witness, fail_at: Option<Call>) -> Box<Self> {
-        let memory = Arc::new(Memory { spaces: Vec::new(), fail_at });
+        let memory = Arc::new(Memory { spaces: Vec::new(), fail_at, broken: None });
         Box::new(Self {
             witness,
             fail_at,
@@ -84,7 +86,7 @@ impl Destination for Scripted {
         }
         let memory = |pages: u64| Mutex::new(vec![0; pages as usize * PAGE_SIZE]);
         let spaces = offer.layout.spaces.iter().map(|space| memory(space.pages)).collect();
-        self.memory = Arc::new(Memory { spaces, fail_at: self.fail_at });
+        self.memory = Arc::new(Memory { spaces, fail_at: self.fail_at, broken: self.site.broken() });
         self.layout = offer.layout.clone();
         Ok(())
     }
@@ -158,14 +160,28 @@ impl Memory {
     }
 }
 
+impl PageReader for Memory {
+    fn read(&self, space: SpaceId, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        let bytes = buffer.len();
+        self.change(space, offset, bytes, |memory| buffer.copy_from_slice(memory))?;
+        if let Some(byte) =
+            self.broken.filter(|broken| broken.0 == space).and_then(|(_, at, _)| at.checked_sub(offset))
+            && let (Some(byte), Some((.., mask))) = (buffer.get_mut(byte as usize), self.broken)
+        {
+            *byte ^= mask;
+        }
+        Ok(())
+    }
+
+    fn is_untouched(&self, _: PageRun) -> Result<bool> {
+        Ok(false)
+    }
+}
+
 impl PageMemory for Memory {
     fn write(&self, space: SpaceId, offset: u64, bytes: &[u8]) -> Result<()> {
         fail(self.fail_at, Call::Write)?;
         self.change(space, offset, bytes.len(), |memory| memory.copy_from_slice(bytes))
-    }
-
-    fn read(&self, space: SpaceId, offset: u64, buffer: &mut [u8]) -> Result<()> {
-        self.change(space, offset, buffer.len(), |memory| buffer.copy_from_slice(memory))
     }
 
     fn zero(&self, run: PageRun) -> Result<()> {

@@ -135,7 +135,7 @@ impl Outbound<'_> {
     fn decide(&self, elapsed: Duration) -> Entry {
         // In whole microseconds, as a trace keeps them: what is replayed must be what was decided.
         let whole = |time| Duration::from_micros(micros(time));
-        let (fixed, elapsed) = (whole(self.fixed_cost()), whole(elapsed));
+        let (fixed, elapsed) = (whole(self.fixed_cost() + self.verify_cost), whole(elapsed));
         let (rounds, limits) = (&self.measured, self.limits());
         let (can_throttle, can_post_copy) = (self.source.can_throttle(), self.can_post_copy());
         let now = Situation { rounds, fixed, elapsed, can_throttle, can_post_copy, limits: &limits };
@@ -154,9 +154,9 @@ impl Outbound<'_> {
         Ok(())
     }
 
-    /// Whether both ends can do post-copy.
+    /// Whether both ends can do post-copy, and the operator does not want all memory compared before the start.
     fn can_post_copy(&self) -> bool {
-        self.peer_can_post_copy
+        self.peer_can_post_copy && !self.options.verify
     }
 
     /// Goes on with the memory behind the workload instead of before it: from now on what is missing is noted, and not
@@ -252,7 +252,7 @@ impl Outbound<'_> {
     }
 
     /// The number of the round that is sent while the workload stands still.
-    fn last_round(&self) -> u32 {
+    pub(super) fn last_round(&self) -> u32 {
         self.round
     }
 
@@ -265,7 +265,12 @@ impl Outbound<'_> {
 
     /// What of the downtime is left when round trips, the overhead of a round and the last pages are taken away: the
     /// same as [`Options::fixed_cost`](super::Options::fixed_cost) stands for, so that the next move can count with it.
+    ///
+    /// Comparing memory hides it: it begins while the last pages are on their way.
     pub(super) fn learn_fixed_part(&mut self, downtime: Duration) {
+        if self.options.verify {
+            return;
+        }
         let trips = self.fixed_cost().saturating_sub(self.options.fixed_cost);
         let last = self.report.rounds.last();
         let last_bytes = last.map_or(0, |round| round.sent_bytes.max(round.sent_pages * PAGE_SIZE as u64));

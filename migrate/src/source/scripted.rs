@@ -9,6 +9,7 @@ mod witness;
 
 use super::{Committed, Completed, Donor, Source, Workload};
 use crate::error::{Error, Result};
+use crate::memory::PageReader;
 use protocol::MigrationId;
 use protocol::control::WorkloadKind;
 use protocol::layout::Layout;
@@ -29,6 +30,7 @@ pub enum Call {
     Read,
     Throttle,
     Freeze,
+    Look,
     State,
     Pledge,
     HandOver,
@@ -40,7 +42,7 @@ pub enum Call {
 
 impl Call {
     /// All of them.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Track,
         Self::Harvest,
         Self::Take,
@@ -48,6 +50,7 @@ impl Call {
         Self::Read,
         Self::Throttle,
         Self::Freeze,
+        Self::Look,
         Self::State,
         Self::Pledge,
         Self::HandOver,
@@ -331,6 +334,10 @@ impl Source for Scripted {
         Ok(())
     }
 
+    fn reader(&self) -> Result<Box<dyn PageReader>> {
+        Ok(Box::new(ScriptedReader { machine: self.machine.clone() }))
+    }
+
     fn redirty(&mut self, pages: &[PageSet]) -> Result<()> {
         let mut vm = self.called(Call::Redirty)?;
         for (dirty, pages) in vm.dirty.iter_mut().zip(pages) {
@@ -416,6 +423,26 @@ impl Drop for Scripted {
         if !self.settled && vm.stage == Stage::Frozen {
             self.resumes(&mut vm);
         }
+    }
+}
+
+/// The memory of a machine, for whoever only looks at it.
+struct ScriptedReader {
+    machine: Machine,
+}
+
+impl PageReader for ScriptedReader {
+    fn read(&self, space: SpaceId, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        let mut vm = self.machine.lock();
+        vm.called(Call::Look)?;
+        let at = offset as usize;
+        buffer.copy_from_slice(&vm.memory[usize::from(space.0)][at..at + buffer.len()]);
+        Ok(())
+    }
+
+    fn is_untouched(&self, run: PageRun) -> Result<bool> {
+        let touched = &self.machine.lock().touched[usize::from(run.space.0)];
+        Ok(touched.next_set(run.first).is_none_or(|page| page >= run.end()))
     }
 }
 

@@ -1,7 +1,7 @@
 //! A VM under the `vmm` crate as a source.
 
 use crate::error::{Error, Result};
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, PageReader};
 use crate::source::{Committed, Completed, Donor, Source, Workload};
 use crate::speed::Gauge;
 use protocol::MigrationId;
@@ -104,6 +104,10 @@ impl Source for VmSource {
 
     fn read(&self, run: PageRun, buffer: &mut [u8]) -> Result<()> {
         self.memory.read(run.space, run.offset(), buffer)
+    }
+
+    fn reader(&self) -> Result<Box<dyn PageReader>> {
+        Ok(Box::new(self.memory.duplicate()?))
     }
 
     fn redirty(&mut self, pages: &[PageSet]) -> Result<()> {

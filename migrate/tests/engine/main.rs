@@ -22,3 +22,4 @@ mod connections;
 mod resume;
 mod stalls;
 mod hot;
+mod verify;

@@ -75,11 +75,15 @@ proptest! {
         page_streams in 1u16..=4,
         pages_per_call in 0u64..4,
         latency_us in prop_oneof![Just(0u64), Just(300)],
+        verify in prop::bool::weighted(0.25),
     ) {
         let world = World::new(seed, pages_per_call);
         let profile = Profile { latency: Duration::from_micros(latency_us), seed, ..Profile::default() };
         let network = Network::new(profile, cuts.into_iter().map(Some));
-        let options = outbound::Options { page_streams, ..retrying() };
+        let options = outbound::Options { page_streams, verify, ..retrying() };
+        if verify {
+            options.controls.change(|limits| limits.downtime = 60 * SECOND);
+        }
         let (ended, ..) = attempt(&world, &network, &options);
         assert_moved_or_stayed(&world, &ended);
     }

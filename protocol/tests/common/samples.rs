@@ -11,7 +11,7 @@ use protocol::steer::{self, Answer, Order};
 
 pub(crate) const MIGRATION: MigrationId = MigrationId(0x0011_2233_4455_6677_8899_aabb_ccdd_eeff);
 
-pub(crate) const DOWNSTREAM_TYPES: [&str; 13] = [
+pub(crate) const DOWNSTREAM_TYPES: [&str; 14] = [
     "hello",
     "offer",
     "state",
@@ -25,8 +25,9 @@ pub(crate) const DOWNSTREAM_TYPES: [&str; 13] = [
     "join",
     "resume",
     "probe",
+    "verify",
 ];
-pub(crate) const UPSTREAM_TYPES: [&str; 14] = [
+pub(crate) const UPSTREAM_TYPES: [&str; 15] = [
     "hello",
     "accept",
     "refuse",
@@ -41,6 +42,7 @@ pub(crate) const UPSTREAM_TYPES: [&str; 14] = [
     "incomplete",
     "probed",
     "resumed",
+    "verified",
 ];
 pub(crate) const REQUEST_TYPES: [&str; 22] = [
     "hello",
@@ -100,6 +102,7 @@ pub(crate) fn downstream_type(message: &Downstream) -> &'static str {
         Downstream::Join { .. } => 10,
         Downstream::Resume { .. } => 11,
         Downstream::Probe { .. } => 12,
+        Downstream::Verify { .. } => 13,
     }]
 }
 
@@ -119,6 +122,7 @@ pub(crate) fn upstream_type(message: &Upstream) -> &'static str {
         Upstream::Incomplete { .. } => 11,
         Upstream::Probed { .. } => 12,
         Upstream::Resumed { .. } => 13,
+        Upstream::Verified { .. } => 14,
     }]
 }
 
@@ -213,6 +217,7 @@ pub(crate) fn downstream() -> Vec<Downstream> {
         Downstream::Join { migration: MIGRATION, connection: 1 },
         Downstream::Resume { migration: MIGRATION },
         Downstream::Probe { bytes: 4 << 30 },
+        Downstream::Verify { last_round: 5, first: 128 },
     ]
 }
 
@@ -235,6 +240,7 @@ pub(crate) fn upstream() -> Vec<Upstream> {
         Upstream::Incomplete { migration: MIGRATION },
         Upstream::Probed { bytes: 1_875_000_000, duration_us: 1_500_000 },
         Upstream::Resumed { round: 2 },
+        Upstream::Verified { stripes: 256 },
     ]
 }
 

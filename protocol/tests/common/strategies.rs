@@ -71,6 +71,7 @@ pub(crate) fn downstream() -> impl Strategy<Value = Downstream> {
             .prop_map(|(migration, connection)| Downstream::Join { migration, connection }),
         migration().prop_map(|migration| Downstream::Resume { migration }),
         any::<u64>().prop_map(|bytes| Downstream::Probe { bytes }),
+        (any::<u32>(), any::<u64>()).prop_map(|(last_round, first)| Downstream::Verify { last_round, first }),
     ]
 }
 
@@ -88,6 +89,7 @@ pub(crate) fn upstream() -> impl Strategy<Value = Upstream> {
         migration().prop_map(|migration| Upstream::Complete { migration }),
         migration().prop_map(|migration| Upstream::Incomplete { migration }),
         any::<u32>().prop_map(|round| Upstream::Resumed { round }),
+        any::<u64>().prop_map(|stripes| Upstream::Verified { stripes }),
         text().prop_map(|reason| Upstream::Failed { reason }),
         (any::<u64>(), any::<u64>()).prop_map(|(bytes, duration_us)| Upstream::Probed { bytes, duration_us }),
         (migration(), select(&samples::OUTCOMES[..]))

@@ -15,7 +15,10 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A host: it outlives the engines that serve its workload.
 #[derive(Clone, Default)]
-pub struct Site(Arc<Mutex<Option<Arc<Guest>>>>);
+pub struct Site(Arc<Mutex<Option<Arc<Guest>>>>, Option<BrokenCell>);
+
+/// A byte of memory, by its space and offset, that reads as what was written XOR this.
+pub type BrokenCell = (SpaceId, u64, u8);
 
 /// A workload whose guest touches its pages in a seeded order, and must see what the source froze with.
 struct Guest {
@@ -37,6 +40,15 @@ struct State {
 }
 
 impl Site {
+    /// A host with a memory cell that does not keep what is written to it.
+    pub fn with_broken(cell: BrokenCell) -> Self {
+        Self(Arc::default(), Some(cell))
+    }
+
+    pub(super) fn broken(&self) -> Option<BrokenCell> {
+        self.1
+    }
+
     pub(super) fn start(
         &self,
         migration: MigrationId,

@@ -112,5 +112,14 @@ pub(super) fn figures(page: &mut String, all: &[(&str, String, String)]) {
 
 /// Whether the workload stands still in a phase at the source.
 pub(super) fn stands_still(phase: Phase) -> bool {
-    matches!(phase, Phase::Freeze | Phase::State | Phase::Ready | Phase::Pledge | Phase::Commit | Phase::Ask)
+    matches!(
+        phase,
+        Phase::Freeze
+            | Phase::Verify
+            | Phase::State
+            | Phase::Ready
+            | Phase::Pledge
+            | Phase::Commit
+            | Phase::Ask
+    )
 }

@@ -70,6 +70,7 @@ pub(crate) fn busy() -> Report {
         state_bytes: 21_504,
         resumes: 0,
         downtime_us: 5_560,
+        verify_us: 0,
         fixed: FixedPart { assumed_us: 2_500, known_from: 3, actual_us: 2_700, pause_us: 900, save_us: 500 },
         total_us: 2_026_160,
         post_copy: None,
