@@ -180,8 +180,11 @@ impl Streams {
         done: impl Fn(&Stream) -> Result<bool>,
     ) -> Result<()> {
         let (mut still_since, mut moved) = (Instant::now(), self.bytes());
-        let mut state = self.shared.lock();
         loop {
+            // Without the lock, because it may look at the streams itself; and before the look below, because between that
+            // and the wait the lock is held: what changes then would not be noticed until the slice is over.
+            watch()?;
+            let mut state = self.shared.lock();
             if let Some(error) = state.failure.take() {
                 return Err(error);
             }
@@ -198,11 +201,7 @@ impl Streams {
             } else if still_since.elapsed() >= idle {
                 return Err(Error::TimedOut { what, after: idle });
             }
-            // Whoever watches may look at the streams itself.
-            drop(state);
-            watch()?;
-            state = self.shared.lock();
-            state = self.shared.changed.wait_timeout(state, SLICE).unwrap_or_else(PoisonError::into_inner).0;
+            drop(self.shared.changed.wait_timeout(state, SLICE).unwrap_or_else(PoisonError::into_inner).0);
         }
     }
 }
