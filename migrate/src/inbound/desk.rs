@@ -352,8 +352,7 @@ impl Shared {
         if self.probing.swap(true, Relaxed) {
             return self.refuse(visitor, RefuseCode::Busy, "another path is being measured: try again");
         }
-        let served = probed::serve(visitor, bytes, self.greeting);
-        self.probing.store(false, Relaxed);
+        let served = probed::serve(visitor, bytes, self.greeting, Probing(&self.probing));
         match served {
             Ok(()) => tracing::info!(peer, "measured a path"),
             Err(error) => self.turned_away(peer, error),
@@ -479,5 +478,14 @@ impl Drop for Visitors {
         while let Ok(visitor) = self.visitors.try_recv() {
             self.dismiss(visitor);
         }
+    }
+}
+
+/// Whoever has it measures the path; the next one may once it is dropped.
+pub(super) struct Probing<'a>(&'a AtomicBool);
+
+impl Drop for Probing<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Relaxed);
     }
 }

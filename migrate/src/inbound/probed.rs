@@ -1,5 +1,6 @@
 //! A visitor who measures the path: its bytes are counted and dropped.
 
+use super::desk::Probing;
 use super::visitor::{Visitor, tell};
 use crate::error::{Error, Result};
 use crate::link::PageReceiver;
@@ -11,12 +12,18 @@ use std::time::{Duration, Instant};
 /// The longest that one may take: a prober sends for less than two seconds.
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// Counts what comes. `greeting` bounds the wait for its stream.
+/// Counts what comes. `greeting` bounds the wait for its stream; `probing` is let go of before the answer.
 ///
 /// # Errors
 /// `Refused` for more bytes than are allowed; `TimedOut`; those of the link.
-pub(super) fn serve(mut visitor: Visitor, bytes: u64, greeting: Duration) -> Result<()> {
+pub(super) fn serve(
+    mut visitor: Visitor,
+    bytes: u64,
+    greeting: Duration,
+    probing: Probing<'_>,
+) -> Result<()> {
     if bytes > MAX_PROBE_BYTES {
+        drop(probing);
         let reason =
             format!("{bytes} bytes are more than a path is measured with: {MAX_PROBE_BYTES} are allowed");
         visitor.refuse(RefuseCode::BadOffer, &reason);
@@ -33,6 +40,8 @@ pub(super) fn serve(mut visitor: Visitor, bytes: u64, greeting: Duration) -> Res
         Ok(outcome) => outcome,
         Err(_) => Err(Error::TimedOut { what: "the end of a path's measurement", after: LIMIT }),
     };
+    // Before the answer: whoever has that may come again at once.
+    drop(probing);
     match outcome {
         Ok((bytes, took)) => {
             tell(&mut visitor.talk, &Upstream::Probed { bytes, duration_us: micros(took) });
