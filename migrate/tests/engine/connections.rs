@@ -180,11 +180,12 @@ fn somewhere() -> Box<place::Scripted> {
     place::Scripted::new(Witness::default(), None)
 }
 
-/// A destination that makes room for as long as somebody holds the other end.
-struct Waiting(Box<place::Scripted>, mpsc::Receiver<()>);
+/// A destination that makes room for as long as somebody holds the other end, and says when it begins.
+struct Waiting(Box<place::Scripted>, mpsc::Receiver<()>, mpsc::Sender<()>);
 
 impl Destination for Waiting {
     fn prepare(&mut self, offer: &Offer, machine: &[u8]) -> std::result::Result<(), Refusal> {
+        let _ = self.2.send(());
         let _ = self.1.recv();
         self.0.prepare(offer, machine)
     }
@@ -222,8 +223,11 @@ impl Destination for Waiting {
 fn who_joins_before_the_offer_is_accepted_is_refused() {
     let network = Network::new(Profile::default(), None);
     let (hold, held) = mpsc::channel();
-    let error = serve(&network, Box::new(Waiting(somewhere(), held)), || {
+    let (begins, begun) = mpsc::channel();
+    let error = serve(&network, Box::new(Waiting(somewhere(), held, begins)), || {
         let mut first = offering(&network);
+        // Before the offer is looked at there is no such migration.
+        begun.recv_timeout(Duration::from_secs(10)).unwrap();
         let mut early = Peer(network.dial_as(ALICE).unwrap());
         early.greet(&Downstream::Hello(Hello::ours())).say(&join(1), &[]).skip_preamble();
         assert!(matches!(early.hear(), Some(Upstream::Hello(_))));
