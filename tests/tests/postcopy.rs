@@ -185,12 +185,12 @@ fn both_engines_die_and_others_bring_it_to_its_end() {
 }
 
 #[test]
-fn four_vcpus_and_memory_above_four_gib_move_by_post_copy() {
-    if without_kvm("four_vcpus_and_memory_above_four_gib_move_by_post_copy") {
+fn four_vcpus_and_a_second_space_move_by_post_copy() {
+    if without_kvm("four_vcpus_and_a_second_space_move_by_post_copy") {
         return;
     }
     let (a, b) = trusting_pair(Path::new(PROGRAM));
-    // 3 GiB lie below 4 GiB, the rest of memory above: the guest's data reaches there.
+    // What is more than 3 GiB lies above 4 GiB, in a space of its own. The pages that follow are those of the first.
     a.run_ledger("v", "3328MiB", "fill=64M ws=48M rate=120", &["--vcpus", "4"]);
     a.wait_ledger_running("v");
     let (receiver, address) = b.receive(&[]);
