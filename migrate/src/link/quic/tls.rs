@@ -70,7 +70,7 @@ impl Gate {
     }
 }
 
-/// TLS 1.2 is not compiled in, and QUIC has none.
+/// Both ends are configured for TLS 1.3 alone: QUIC has nothing else.
 fn no_tls12() -> rustls::Error {
     rustls::Error::PeerMisbehaved(PeerMisbehaved::SelectedUnofferedPsk)
 }
