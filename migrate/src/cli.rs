@@ -23,7 +23,7 @@ Example, on two hosts that trust each other's keys (migrate keys --help):
   a$ migrate send web b.example:7700
 
 Exit codes: 0 done, 2 usage, 3 this host, 4 the VM, 5 keys, 6 refused by the destination, 7 link lost,
-8 protocol broken, 9 not converged, 10 in doubt (see migrate recover), 11 guest broken, 130 interrupted.";
+8 protocol broken, 9 not converged, 10 in doubt (see migrate recover), 11 guest broken, 12 store, 130 interrupted.";
 
 /// What every verb understands.
 #[derive(Debug, Clone, Args)]

@@ -48,6 +48,9 @@ pub enum Error {
     /// This host lacks something or refused something.
     #[error("{0}")]
     Host(String),
+    /// The store of checkpoints did not do what it was asked, or what lies there is damaged: names the checkpoint and the object.
+    #[error("{0}")]
+    Store(String),
     /// The migration did not converge within the bounds the operator set.
     #[error("{0}")]
     NotConverged(String),

@@ -17,6 +17,7 @@ pub fn code(error: &Error) -> u8 {
         Error::Protocol(_) => 8,
         Error::NotConverged(_) => 9,
         Error::InDoubt(_) => 10,
+        Error::Store(_) => 12,
         Error::Interrupted(_) => 130,
     }
 }
@@ -33,6 +34,7 @@ pub fn class(error: &Error) -> &'static str {
         Error::Protocol(_) => "protocol",
         Error::NotConverged(_) => "not-converged",
         Error::InDoubt(_) => "in-doubt",
+        Error::Store(_) => "store",
         Error::Interrupted(_) => "interrupted",
     }
 }

@@ -27,6 +27,7 @@ mod probe;
 mod codec;
 pub mod cap;
 pub mod outbound;
+pub mod store;
 mod conversation;
 pub mod link;
 pub mod inbound;

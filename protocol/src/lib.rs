@@ -9,6 +9,7 @@
 //!  envelope ─▶ handshake ─▶ control ─▶ (control stream) agreement flows both ways
 //!  envelope ─▶ monitor ─▶ (unix socket)               engine and VMM
 //!  envelope ─▶ steer ─▶ (unix socket)                 operator and engine
+//!  checkpoint ─▶ (objects of a store)                what is written down
 //!  state ─▶ the blob inside `control::Downstream::State` and `monitor`'s save and load
 //! ```
 //!
@@ -27,6 +28,7 @@ pub mod control;
 pub mod state;
 pub mod monitor;
 pub mod steer;
+pub mod checkpoint;
 
 mod error;
 mod id;

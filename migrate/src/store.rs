@@ -1,0 +1,138 @@
+//! Where checkpoints lie: objects that are written once.
+//!
+//! ```text
+//! checkpoint ─▶ objects ─▶ store (local | s3 | memory)
+//! restore    ◀─ objects ◀─
+//! ```
+//!
+//! A store knows names and bytes. What the objects are called and what is in them is `protocol::checkpoint`'s; that a
+//! checkpoint exists only when all of it is durable is `crate::checkpoint`'s.
+
+use crate::error::Result;
+use std::ops::Range;
+use std::time::{Duration, SystemTime};
+
+/// A place for objects that are written once.
+///
+/// *An object that `finish` or `put` has answered for is durable and whole:* it survives the host's losing power right behind the answer,
+/// and nobody ever reads a part of it. *Before that nobody reads it at all*, and what a crash leaves of it is no object: it is listed by
+/// [`Store::leftovers`] alone.
+pub trait Store: Send + Sync {
+    /// What an operator calls it: a path or an URL.
+    fn place(&self) -> String;
+
+    /// Begins an object of unknown length. Its name must not be taken.
+    ///
+    /// # Errors
+    /// `Store` when it is taken, or nothing can be written.
+    fn create(&self, name: &str) -> Result<Box<dyn ObjectWriter>>;
+
+    /// Writes a short object, whole.
+    ///
+    /// # Errors
+    /// `Store` when the name is taken, or it cannot be written.
+    fn put(&self, name: &str, bytes: &[u8]) -> Result<()>;
+
+    /// Opens an object for reading.
+    ///
+    /// # Errors
+    /// `Store`, saying so when there is none of this name.
+    fn open(&self, name: &str) -> Result<Box<dyn ObjectReader>>;
+
+    /// Whether there is an object of this name.
+    ///
+    /// # Errors
+    /// `Store`.
+    fn contains(&self, name: &str) -> Result<bool>;
+
+    /// The objects whose names begin so, in the order of their names.
+    ///
+    /// # Errors
+    /// `Store`.
+    fn list(&self, prefix: &str) -> Result<Vec<ObjectInfo>>;
+
+    /// Removes an object; it is no error if there is none.
+    ///
+    /// # Errors
+    /// `Store`.
+    fn delete(&self, name: &str) -> Result<()>;
+
+    /// What crashes left that is no object: names for [`Store::remove_leftover`], with ages.
+    ///
+    /// # Errors
+    /// `Store`.
+    fn leftovers(&self) -> Result<Vec<ObjectInfo>>;
+
+    /// Removes what a crash left.
+    ///
+    /// # Errors
+    /// `Store`.
+    fn remove_leftover(&self, name: &str) -> Result<()>;
+
+    /// Becomes the one writer, until the lease is dropped. `owner` is for whoever is refused meanwhile.
+    ///
+    /// # Errors
+    /// `Store` naming the owner there is, and for how long.
+    fn lock(&self, owner: &str) -> Result<Box<dyn Lease>>;
+
+    /// Whether reading what was written costs about as much as writing it, as over a network: content that may be stored already is
+    /// not looked for then.
+    fn is_remote(&self) -> bool;
+}
+
+/// An object that is being written. Dropped before `finish`, it never was.
+pub trait ObjectWriter: Send {
+    /// Adds bytes at its end.
+    ///
+    /// # Errors
+    /// `Store`.
+    fn append(&mut self, bytes: &[u8]) -> Result<()>;
+
+    /// Makes it durable and visible. Answers its length in bytes.
+    ///
+    /// # Errors
+    /// `Store`; it never was, then.
+    fn finish(self: Box<Self>) -> Result<u64>;
+}
+
+/// An object that is read, by several threads at once.
+pub trait ObjectReader: Send + Sync {
+    /// Its length in bytes.
+    fn bytes(&self) -> u64;
+
+    /// Fills `buffer` from a byte offset on.
+    ///
+    /// # Errors
+    /// `Store`, also when the object ends before that.
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<()>;
+
+    /// Fills `buffer`, whose length is the sum of the ranges' lengths, with them, one behind the other. Far fewer requests than ranges
+    /// where those are dear.
+    ///
+    /// # Errors
+    /// As `read_at`.
+    fn read_ranges(&self, ranges: &[Range<u64>], buffer: &mut [u8]) -> Result<()>;
+}
+
+/// An object in a list.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ObjectInfo {
+    /// Its name.
+    pub name: String,
+    /// Its length in bytes.
+    pub bytes: u64,
+    /// When it was written.
+    pub written: SystemTime,
+}
+
+/// The right to write.
+pub trait Lease: Send {
+    /// Fails once the right may have been lost: before an object that makes others valid is written, this is asked.
+    ///
+    /// # Errors
+    /// `Store` saying who has it now.
+    fn check(&self) -> Result<()>;
+
+    /// How long it has been held.
+    fn held_for(&self) -> Duration;
+}
