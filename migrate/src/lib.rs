@@ -28,6 +28,8 @@ mod codec;
 pub mod cap;
 pub mod outbound;
 pub mod store;
+pub mod vault;
+pub mod checkpoint;
 mod conversation;
 pub mod link;
 pub mod inbound;
