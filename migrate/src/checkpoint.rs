@@ -40,16 +40,15 @@ use protocol::checkpoint::name::CheckpointId;
 use protocol::page::PageSet;
 pub use report::CheckpointReport;
 use stage::Stage;
-use std::io::Read as _;
 use std::thread::Scope;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 use stop::Measured;
 use writer::{Progress, Writers};
 
 /// What the operator wants.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// The checkpoint's name: see [`new_checkpoint_id`].
+    /// The checkpoint's name: see [`new_id`](crate::vault::new_id).
     pub id: CheckpointId,
     /// A full one, whatever a delta could stand on.
     pub full: bool,
@@ -82,22 +81,6 @@ impl Options {
             group: None,
         }
     }
-}
-
-/// A name for a checkpoint that begins now.
-///
-/// # Errors
-/// `Host` when the kernel has no randomness.
-pub fn new_checkpoint_id() -> Result<CheckpointId> {
-    let mut random = [0; 4];
-    std::fs::File::open("/dev/urandom")
-        .and_then(|mut file| file.read_exact(&mut random))
-        .map_err(|error| Error::Host(format!("/dev/urandom gave no randomness: {error}")))?;
-    Ok(CheckpointId::new(unix_now().as_secs(), u32::from_le_bytes(random)))
-}
-
-fn unix_now() -> Duration {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
 /// A checkpoint that does not exist: why, and what was done until then.
@@ -273,7 +256,7 @@ impl<'env, 'run> Taking<'env, 'run> {
         if deltas > MAX_CHAIN_DELTAS {
             return Err(format!("{MAX_CHAIN_DELTAS} deltas on each other are the most there can be"));
         }
-        Ok((Parent { id, digest: parent.digest }, deltas))
+        Ok((parent.as_parent(), deltas))
     }
 
     fn warn(&mut self, warning: String) {

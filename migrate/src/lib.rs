@@ -29,7 +29,6 @@ pub mod cap;
 pub mod outbound;
 pub mod store;
 pub mod vault;
-pub mod vault;
 pub mod checkpoint;
 mod conversation;
 pub mod link;

@@ -5,12 +5,16 @@ use super::writer::Writers;
 use super::{CheckpointReport, Failed, Taking};
 use crate::error::{Error, Result};
 use crate::report::{Event, Phase, PhaseTime, micros};
+use crate::source::Durable;
 use protocol::checkpoint::index::At;
 use protocol::checkpoint::manifest::{Manifest, Segment};
 use protocol::checkpoint::name;
 use protocol::checkpoint::object::Kind;
 use protocol::page::PageSet;
 use std::time::{Duration, Instant};
+
+/// What takes checkpoints, as it says itself.
+const SOFTWARE: &str = concat!("migrate ", env!("CARGO_PKG_VERSION"));
 
 /// How often it is looked whether the writers are done.
 const LOOK: Duration = Duration::from_millis(2);
@@ -42,14 +46,15 @@ impl Taking<'_, '_> {
                 At::Extent { .. } => self.report.data_pages += pages,
             }
         }
-        let index = self.vault.put(Kind::Index, &name::index(id), &body.encode())?;
+        let index = self.vault.put_index(id, &body)?;
         let state = self.vault.put_state(id, &workload.machine, &self.state)?;
         self.report.index_bytes = index.bytes;
-        self.count();
+        self.report.written_pages = self.progress.data_pages();
+        self.report.stored_bytes = self.progress.stored_bytes();
         let manifest = Manifest {
             id,
             taken_unix_ms: self.taken_unix_ms,
-            software: concat!("migrate ", env!("CARGO_PKG_VERSION")).into(),
+            software: SOFTWARE.into(),
             workload: workload.name.clone(),
             kind: workload.kind,
             layout: workload.layout.clone(),
@@ -67,7 +72,7 @@ impl Taking<'_, '_> {
         self.lease.check()?;
         self.cancel.pass()?;
         self.may_exist = true;
-        self.report.index_bytes += self.vault.commit(&manifest)?.bytes;
+        self.report.index_bytes += self.vault.put_json(Kind::Manifest, &name::manifest(id), &manifest)?.bytes;
         self.report.committed = true;
         Ok(())
     }
@@ -77,7 +82,7 @@ impl Taking<'_, '_> {
         let begun = Instant::now();
         self.observer.event(&Event::Phase { phase: Phase::Settle });
         let ended = if self.options.suspend {
-            self.source.end()
+            self.source.end(Durable::new(self.options.id))
         } else {
             if let Err(error) = self.source.set_baseline(self.options.id) {
                 self.warn(format!("the next checkpoint will not be a delta on this one: {error}"));
@@ -112,16 +117,14 @@ impl Taking<'_, '_> {
         self.observer.event(&Event::Phase { phase: Phase::Settle });
         let begun = Instant::now();
         self.thaw();
-        let redirtied = if self.taken.iter().all(PageSet::is_empty) {
-            Ok(())
-        } else {
-            self.source.redirty(&self.taken)
-        };
+        let redirtied =
+            if self.taken.iter().all(PageSet::is_empty) { Ok(()) } else { self.source.redirty(&self.taken) };
         if let Err(error) = redirtied {
             // The VMM gives back what a session took and no checkpoint has, when the session ends.
             tracing::warn!(%error, "dirty bits could not be given back");
         }
-        self.count();
+        self.report.written_pages = self.progress.data_pages();
+        self.report.stored_bytes = self.progress.stored_bytes();
         if !self.may_exist {
             self.remove_own();
         }
@@ -146,10 +149,5 @@ impl Taking<'_, '_> {
                 tracing::debug!(%error, object, "left to the store's garbage collection");
             }
         }
-    }
-
-    fn count(&mut self) {
-        self.report.written_pages = self.progress.data_pages();
-        self.report.stored_bytes = self.progress.stored_bytes();
     }
 }

@@ -10,9 +10,10 @@
 use super::Taking;
 use super::stage::LOAD_PAGES;
 use super::stop::{Decision, Measured, decide};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::report::{Event, Progress, RoundReport, micros, rate};
 use crate::select::{Batch, Selector, batches};
+use crate::vault::now_unix_ms;
 use protocol::ProtocolError;
 use protocol::control::MAX_BLOB_BYTES;
 use protocol::page::{PAGE_SIZE, PageRun, PageSet, SpaceId};
@@ -80,7 +81,7 @@ impl Taking<'_, '_> {
         self.stage.hold(true);
         self.source.freeze()?;
         self.frozen_at = Some(frozen_at);
-        self.taken_unix_ms = u64::try_from(super::unix_now().as_millis()).unwrap_or(u64::MAX);
+        self.taken_unix_ms = now_unix_ms();
         self.report.freeze_us = micros(frozen_at.elapsed());
         // Again, now that nothing writes: devices had writes in flight until this call.
         let plan = self.harvest(Selector::Precopy)?;
@@ -115,7 +116,9 @@ impl Taking<'_, '_> {
         }
         if state.len() as u64 > u64::from(MAX_BLOB_BYTES) {
             let (found, limit) = (state.len() as u64, u64::from(MAX_BLOB_BYTES));
-            return Err(ProtocolError::TooLarge { what: "the workload's state in bytes", found, limit }.into());
+            return Err(
+                ProtocolError::TooLarge { what: "the workload's state in bytes", found, limit }.into()
+            );
         }
         self.state = state;
         Ok(())

@@ -10,13 +10,14 @@
 //! as the bound may be taken then, because a workload that stands still costs more than memory does.
 
 use crate::error::{Error, Result};
+use crate::vault::RAW_EXTENT_PAGES;
 use protocol::page::{PAGE_SIZE, PageRun};
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// Pages of a load: 256 KiB, which stay in a core's cache while they are looked at, packed and summed.
-pub(super) const LOAD_PAGES: u32 = 64;
+/// Pages of a load: those of one extent, 256 KiB, which stay in a core's cache while they are looked at, packed and summed.
+pub(super) const LOAD_PAGES: u32 = RAW_EXTENT_PAGES as u32;
 
 const BUFFER_BYTES: usize = LOAD_PAGES as usize * PAGE_SIZE;
 
@@ -68,12 +69,7 @@ impl Stage {
     pub(super) fn new(live_bytes: u64) -> Self {
         let live_buffers = usize::try_from(live_bytes).unwrap_or(usize::MAX) / BUFFER_BYTES;
         let (queued, freed) = (Condvar::new(), Condvar::new());
-        Self(Arc::new(Shared {
-            state: Mutex::default(),
-            queued,
-            freed,
-            live_buffers: live_buffers.max(2),
-        }))
+        Self(Arc::new(Shared { state: Mutex::default(), queued, freed, live_buffers: live_buffers.max(2) }))
     }
 
     /// Pages that can be in use while the workload runs.
@@ -86,11 +82,7 @@ impl Stage {
     ///
     /// # Errors
     /// Why writing failed, or what `watch` says.
-    pub(super) fn buffer(
-        &self,
-        frozen: bool,
-        watch: &mut dyn FnMut() -> Result<()>,
-    ) -> Result<Box<[u8]>> {
+    pub(super) fn buffer(&self, frozen: bool, watch: &mut dyn FnMut() -> Result<()>) -> Result<Box<[u8]>> {
         let most = self.0.live_buffers * if frozen { 2 } else { 1 };
         let mut state = self.wait(|state| state.used < most, watch)?;
         state.used += 1;
@@ -336,6 +328,8 @@ mod tests {
         let error = stage.buffer(false, &mut patient()).unwrap_err();
         assert_eq!(error.to_string(), "no space");
         writer.join().unwrap();
-        assert!(stage.next().is_none() && stage.check().is_err() && stage.make_room(1, &mut patient()).is_err());
+        assert!(
+            stage.next().is_none() && stage.check().is_err() && stage.make_room(1, &mut patient()).is_err()
+        );
     }
 }

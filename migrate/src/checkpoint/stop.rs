@@ -57,7 +57,11 @@ impl Decision {
 /// Decides behind the last of these rounds. `fixed` is what a pause takes without pages.
 pub(super) fn decide(rounds: &[Measured], fixed: Duration, budget: Duration) -> Decision {
     let remaining = rounds.last().map_or(0, |round| round.remaining_pages);
-    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a positive number of nanoseconds")]
+    #[allow(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "a positive number of nanoseconds"
+    )]
     let copying_ns = (remaining as f64 * ns_per_page(rounds)) as u64;
     let predicted = fixed + Duration::from_nanos(copying_ns);
     if predicted <= budget {

@@ -5,21 +5,19 @@
 use super::packing::Packing;
 use super::placement::{Lying, Written};
 use super::stage::{Load, Stage};
-use protocol::payload::is_zero;
 use crate::error::{Error, Result};
-use crate::vault::{SegmentWriter, Vault};
+use crate::vault::{SegmentWriter, Vault, ZSTD_EXTENT_PAGES};
 use protocol::checkpoint::index::{At, Placed};
 use protocol::checkpoint::manifest::Segment;
 use protocol::checkpoint::name::CheckpointId;
+use protocol::checkpoint::segment::Encoding;
 use protocol::page::{PAGE_SIZE, PageRun};
+use protocol::payload::is_zero;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::thread::{Scope, ScopedJoinHandle};
 
 /// A segment is full once it has so many bytes.
 const SEGMENT_BYTES: u64 = 64 << 20;
-
-/// The most pages that are packed as one: whoever needs one of them reads all of them.
-const PACKED_PAGES: usize = 16;
 
 /// Writers: one for each core of a small host. More would only wait for the store.
 const WRITERS: usize = 2;
@@ -149,15 +147,14 @@ struct Writer<'a> {
     id: CheckpointId,
     progress: &'a Progress,
     pack: bool,
-    segment: Option<Open<'a>>,
+    segment: Option<Open>,
     output: Output,
     packing: Packing,
 }
 
-struct Open<'a> {
+struct Open {
     number: u32,
-    writer: SegmentWriter<'a>,
-    stored_bytes: u64,
+    writer: SegmentWriter,
 }
 
 impl Writer<'_> {
@@ -178,11 +175,14 @@ impl Writer<'_> {
         let mut packs = self.pack && !bytes.is_empty() && self.packing.try_next();
         let (mut at, mut places) = (0, Vec::new());
         while at < bytes.len() {
-            let most = if packs { PACKED_PAGES * PAGE_SIZE } else { bytes.len() };
+            let most = if packs { usize::from(ZSTD_EXTENT_PAGES) * PAGE_SIZE } else { bytes.len() };
             let part = &bytes[at..bytes.len().min(at + most)];
-            let (extent, stored_bytes) = self.append(part, packs)?;
+            let (extent, packed) = self.append(part, packs)?;
             places.push((extent, part.len() / PAGE_SIZE));
-            packs = packs && self.packing.tried(part.len() as u64, stored_bytes);
+            if packs {
+                self.packing.tried(packed);
+                packs = packed;
+            }
             at += part.len();
         }
         self.place(load, &data, &places);
@@ -199,7 +199,9 @@ impl Writer<'_> {
                 if is_zero(&buffer[from..from + PAGE_SIZE]) {
                     let placed = Placed { run: one, at: At::Zeros };
                     match self.output.written.lying.last_mut() {
-                        Some(last) if last.load == load && last.placed.run.end() == page => last.placed.run.count += 1,
+                        Some(last) if last.load == load && last.placed.run.end() == page => {
+                            last.placed.run.count += 1
+                        }
                         _ => self.output.written.lying.push(Lying { load, placed }),
                     }
                     self.progress.zero_pages.fetch_add(1, Ordering::Relaxed);
@@ -219,9 +221,9 @@ impl Writer<'_> {
         data
     }
 
-    /// Writes an extent. Answers its position and how long it became.
-    fn append(&mut self, bytes: &[u8], pack: bool) -> Result<(u32, u64)> {
-        if self.segment.as_ref().is_some_and(|open| open.stored_bytes >= SEGMENT_BYTES) {
+    /// Writes an extent. Answers its position, and whether it was worth packing.
+    fn append(&mut self, bytes: &[u8], pack: bool) -> Result<(u32, bool)> {
+        if self.segment.as_ref().is_some_and(|open| open.writer.bytes() >= SEGMENT_BYTES) {
             self.finish_segment()?;
         }
         let open = match &mut self.segment {
@@ -229,18 +231,16 @@ impl Writer<'_> {
             none => {
                 let number = self.progress.segments.fetch_add(1, Ordering::Relaxed);
                 let writer = SegmentWriter::begin(self.vault, self.id, number)?;
-                none.insert(Open { number, writer, stored_bytes: 0 })
+                none.insert(Open { number, writer })
             }
         };
-        let (mut extent, sums) = open.writer.append(bytes, pack)?;
-        // Segments are listed in the order of their numbers.
-        extent.segment = open.number;
+        let mut sums = Vec::with_capacity(bytes.len() / PAGE_SIZE);
+        let extent = open.writer.append(bytes, pack, &mut sums)?;
         let stored_bytes = u64::from(extent.stored_bytes);
-        open.stored_bytes += stored_bytes;
         self.progress.stored_bytes.fetch_add(stored_bytes, Ordering::Relaxed);
         let extents = &mut self.output.written.extents;
         extents.push((extent, sums));
-        Ok((extents.len() as u32 - 1, stored_bytes))
+        Ok((extents.len() as u32 - 1, extent.encoding == Encoding::Zstd))
     }
 
     /// Notes where runs lie whose pages follow each other in some extents.
