@@ -73,12 +73,12 @@ pub fn restore(
     cancel: &CancelFlag,
     observer: &mut dyn FnMut(&Event),
 ) -> Result<Report> {
-    let mut clock = Clock::start();
-    let chain = clock.time(Step::Chain, observer, |_| vault.chain(id))?;
+    let mut clock = Clock::start(observer);
+    let chain = clock.time(Step::Chain, |_| vault.chain(id))?;
     let newest = newest(&chain, id)?;
     let migration = name_of(&newest.digest)?;
-    let mut run = Run { vault, chain: &chain, newest, migration, options, cancel, clock };
-    run.restore(destination, observer)
+    let run = Run { vault, chain: &chain, newest, migration, options, cancel };
+    run.restore(destination, &mut clock)
 }
 
 /// Goes on with a workload that was restored lazily and misses pages, because the restore that served it is gone.
@@ -94,16 +94,16 @@ pub fn take_up(
     cancel: &CancelFlag,
     observer: &mut dyn FnMut(&Event),
 ) -> Result<Report> {
-    let mut clock = Clock::start();
-    let chain = clock.time(Step::Chain, observer, |_| vault.chain(id))?;
+    let mut clock = Clock::start(observer);
+    let chain = clock.time(Step::Chain, |_| vault.chain(id))?;
     let newest = newest(&chain, id)?;
     if mark(&newest.digest) != migration.0 >> 64 {
         return Err(Error::Workload(format!(
             "the VM was not restored from checkpoint {id}, so its missing pages are not there: name the one it was restored from"
         )));
     }
-    let mut run = Run { vault, chain: &chain, newest, migration, options, cancel, clock };
-    run.take_up(destination, observer)
+    let run = Run { vault, chain: &chain, newest, migration, options, cancel };
+    run.take_up(destination, &mut clock)
 }
 
 fn newest(chain: &[Committed], id: CheckpointId) -> Result<&Committed> {
@@ -129,11 +129,10 @@ struct Run<'a> {
     migration: MigrationId,
     options: &'a Options,
     cancel: &'a CancelFlag,
-    clock: Clock,
 }
 
 impl Run<'_> {
-    fn restore(&mut self, mut destination: Box<dyn Destination>, observer: &mut dyn FnMut(&Event)) -> Result<Report> {
+    fn restore(&self, mut destination: Box<dyn Destination>, clock: &mut Clock<'_>) -> Result<Report> {
         let manifest = &self.newest.manifest;
         let offer = Offer {
             migration: self.migration,
@@ -145,41 +144,43 @@ impl Run<'_> {
         };
         // Before anything of it is read: so much memory would have to be here.
         offer.check(self.options.max_memory_bytes).map_err(|error| {
-            let reason = format!("checkpoint {}: {error}; free some memory, or say --max-memory", manifest.id);
+            let reason =
+                format!("checkpoint {}: {error}; free some memory, or say --max-memory", manifest.id);
             Error::Refused { code: RefuseCode::Memory, reason }
         })?;
-        let (machine, state) = self.clock.time(Step::State, observer, |_| self.vault.state(manifest))?;
+        let (machine, state) = clock.time(Step::State, |_| self.vault.state(manifest))?;
         let gathered = thread::scope(|scope| {
             let gathering = scope.spawn(|| self.gather());
             let begun = Instant::now();
-            observer(&Event::Step { step: Step::Prepare });
+            clock.tell(&Event::Step { step: Step::Prepare });
             let prepared = destination.prepare(&offer, &machine);
             let prepare = begun.elapsed();
             (prepared, prepare, joined(gathering.join()), begun.elapsed() - prepare)
         });
         let (prepared, prepare, gathered, waited) = gathered;
-        self.clock.note(Step::Prepare, prepare);
-        self.clock.note(Step::Indexes, waited);
-        let ready = prepared.map_err(|Refusal { code, reason }| Error::Refused { code, reason }).and(gathered);
+        clock.note(Step::Prepare, prepare);
+        clock.note(Step::Indexes, waited);
+        let ready =
+            prepared.map_err(|Refusal { code, reason }| Error::Refused { code, reason }).and(gathered);
         let gathered = match ready {
             Ok(gathered) => gathered,
             Err(error) => return Err(discarded(destination, error)),
         };
         if self.options.lazy && gathered.fetch.plan().data_pages() > 0 {
-            self.lazily(destination, &gathered, &state, observer)
+            self.lazily(destination, &gathered, &state, clock)
         } else {
-            self.eagerly(destination, &gathered, &state, observer)
+            self.eagerly(destination, &gathered, &state, clock)
         }
     }
 
     /// Goes on with a workload that was started already.
-    fn take_up(&mut self, destination: &dyn Destination, observer: &mut dyn FnMut(&Event)) -> Result<Report> {
-        let gathered = self.clock.time(Step::Indexes, observer, |_| self.gather())?;
+    fn take_up(&self, destination: &dyn Destination, clock: &mut Clock<'_>) -> Result<Report> {
+        let gathered = clock.time(Step::Indexes, |_| self.gather())?;
         let workload = destination.take_up(self.migration)?.ok_or_else(|| {
             Error::Workload("the VM misses no pages any more: there is nothing to take up".into())
         })?;
-        let running_us = self.clock.elapsed_us();
-        self.serve(workload.as_ref(), &gathered, running_us, observer)
+        let running_us = clock.elapsed_us();
+        self.serve(workload.as_ref(), &gathered, running_us, clock)
     }
 
     /// Reads what tells where the pages lie: the indexes, newest first, until no page is left of which an older one could tell, and
@@ -203,61 +204,59 @@ impl Run<'_> {
     }
 
     fn eagerly(
-        &mut self,
+        &self,
         mut destination: Box<dyn Destination>,
         gathered: &Gathered<'_>,
         state: &[u8],
-        observer: &mut dyn FnMut(&Event),
+        clock: &mut Clock<'_>,
     ) -> Result<Report> {
         let memory = destination.memory();
         let (threads, cancel) = (self.options.threads, self.cancel);
-        let read = self.clock.time(Step::Read, observer, |observer| {
-            eager::read(&gathered.fetch, &*memory, threads, cancel, observer)
-        });
+        let read = clock
+            .time(Step::Read, |observer| eager::read(&gathered.fetch, &*memory, threads, cancel, observer));
         let ready = read
-            .and_then(|()| self.clock.time(Step::Load, observer, |_| destination.load(state)))
+            .and_then(|()| clock.time(Step::Load, |_| destination.load(state)))
             .and_then(|()| cancel.pass());
         if let Err(error) = ready {
             return Err(discarded(destination, error));
         }
-        let name = self.clock.time(Step::Start, observer, |_| destination.start(self.migration))?;
-        let running_us = self.clock.elapsed_us();
-        observer(&Event::Running { name: name.clone(), running_us, missing_pages: 0 });
-        Ok(self.report(name, gathered, running_us, None))
+        let name = clock.time(Step::Start, |_| destination.start(self.migration))?;
+        let running_us = clock.elapsed_us();
+        clock.tell(&Event::Running { name: name.clone(), running_us, missing_pages: 0 });
+        Ok(self.report(name, gathered, running_us, None, clock))
     }
 
     fn lazily(
-        &mut self,
+        &self,
         mut destination: Box<dyn Destination>,
         gathered: &Gathered<'_>,
         state: &[u8],
-        observer: &mut dyn FnMut(&Event),
+        clock: &mut Clock<'_>,
     ) -> Result<Report> {
         let missing = &gathered.fetch.plan().data;
-        let loaded = self.clock.time(Step::Load, observer, |_| destination.load(state));
+        let loaded = clock.time(Step::Load, |_| destination.load(state));
         let ready = loaded
-            .and_then(|()| self.clock.time(Step::Expect, observer, |_| destination.expect(missing)))
+            .and_then(|()| clock.time(Step::Expect, |_| destination.expect(missing)))
             .and_then(|()| self.cancel.pass());
         if let Err(error) = ready {
             return Err(discarded(destination, error));
         }
-        let workload =
-            self.clock.time(Step::Start, observer, |_| destination.start_incomplete(self.migration))?;
-        let running_us = self.clock.elapsed_us();
-        self.serve(workload.as_ref(), gathered, running_us, observer)
+        let workload = clock.time(Step::Start, |_| destination.start_incomplete(self.migration))?;
+        let running_us = clock.elapsed_us();
+        self.serve(workload.as_ref(), gathered, running_us, clock)
     }
 
     fn serve(
-        &mut self,
+        &self,
         workload: &dyn Incomplete,
         gathered: &Gathered<'_>,
         running_us: u64,
-        observer: &mut dyn FnMut(&Event),
+        clock: &mut Clock<'_>,
     ) -> Result<Report> {
         let missing_pages = workload.missing().iter().map(PageSet::count).sum();
-        observer(&Event::Running { name: workload.name().into(), running_us, missing_pages });
+        clock.tell(&Event::Running { name: workload.name().into(), running_us, missing_pages });
         let (threads, cancel) = (self.options.threads, self.cancel);
-        let served = self.clock.time(Step::Stream, observer, |observer| {
+        let served = clock.time(Step::Stream, |observer| {
             Serving::new(workload, &gathered.fetch, &gathered.recorded)?.run(threads, cancel, observer)
         });
         let (recorder, lazily) = served?;
@@ -265,10 +264,17 @@ impl Run<'_> {
         if let Err(error) = self.vault.put_touched(self.newest.manifest.id, recorder.runs()) {
             tracing::info!(%error, "what was touched first is not recorded");
         }
-        Ok(self.report(workload.name().into(), gathered, running_us, Some(lazily)))
+        Ok(self.report(workload.name().into(), gathered, running_us, Some(lazily), clock))
     }
 
-    fn report(&self, name: String, gathered: &Gathered<'_>, running_us: u64, lazily: Option<Lazily>) -> Report {
+    fn report(
+        &self,
+        name: String,
+        gathered: &Gathered<'_>,
+        running_us: u64,
+        lazily: Option<Lazily>,
+        clock: &Clock<'_>,
+    ) -> Report {
         let (manifest, plan) = (&self.newest.manifest, gathered.fetch.plan());
         Report {
             checkpoint: manifest.id,
@@ -279,9 +285,9 @@ impl Run<'_> {
             memory_bytes: manifest.layout.total_bytes(),
             data_pages: plan.data_pages(),
             stored_bytes: plan.stored_bytes(),
-            steps: self.clock.steps().to_vec(),
+            steps: clock.steps().to_vec(),
             running_us,
-            total_us: self.clock.elapsed_us(),
+            total_us: clock.elapsed_us(),
             lazily,
         }
     }

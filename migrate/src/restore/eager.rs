@@ -10,7 +10,7 @@ use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How often progress is told.
 const TELL: Duration = Duration::from_millis(100);
@@ -31,7 +31,14 @@ pub(super) fn read(
 ) -> Result<()> {
     let groups = fetch.plan().groups(GAP_BYTES, GROUP_BYTES);
     let total_pages = fetch.plan().data_pages();
-    let work = Work { fetch, memory, groups, next: AtomicUsize::new(0), done_pages: AtomicU64::new(0), failed: Mutex::default() };
+    let work = Work {
+        fetch,
+        memory,
+        groups,
+        next: AtomicUsize::new(0),
+        done_pages: AtomicU64::new(0),
+        failed: Mutex::default(),
+    };
     thread::scope(|scope| {
         let spawn = |_| {
             thread::Builder::new()
@@ -54,7 +61,7 @@ pub(super) fn read(
                 work.fail(Error::Host("a thread that read the checkpoint ended unexpectedly".into()));
             }
         }
-        Ok(())
+        Ok::<_, Error>(())
     })?;
     let failed = work.failed.lock().unwrap_or_else(PoisonError::into_inner).take();
     failed.map_or(Ok(()), Err)
@@ -100,8 +107,8 @@ impl Work<'_> {
 
     /// Waits until it is time to tell again, or all are done.
     fn wait(&self, limit: Duration, workers: &[thread::ScopedJoinHandle<'_, ()>]) {
-        let until = std::time::Instant::now() + limit;
-        while std::time::Instant::now() < until && !workers.iter().all(thread::ScopedJoinHandle::is_finished) {
+        let until = Instant::now() + limit;
+        while Instant::now() < until && !workers.iter().all(thread::ScopedJoinHandle::is_finished) {
             thread::sleep(Duration::from_millis(1));
         }
     }

@@ -26,11 +26,11 @@ pub(super) struct Scratch {
 }
 
 /// How an extent is read.
-enum Way<'a> {
+enum Way {
     /// All of it, checked by its digest.
     Whole(Range<u64>),
     /// Only what is needed, checked page by page: the ranges, and the parts they are for.
-    Parts(Vec<(Range<u64>, &'a Part)>),
+    Parts(Vec<(Range<u64>, Part)>),
 }
 
 impl<'a> Fetch<'a> {
@@ -55,7 +55,12 @@ impl<'a> Fetch<'a> {
     ///
     /// # Errors
     /// `Store` naming checkpoint and object, or the sink's.
-    pub(super) fn group(&self, group: Range<usize>, scratch: &mut Scratch, sink: &mut Sink<'_>) -> Result<()> {
+    pub(super) fn group(
+        &self,
+        group: Range<usize>,
+        scratch: &mut Scratch,
+        sink: &mut Sink<'_>,
+    ) -> Result<()> {
         let needs = self.plan.needs.get(group).unwrap_or_default();
         let Some(first) = needs.first() else { return Ok(()) };
         let segment = first.segment as usize;
@@ -76,7 +81,13 @@ impl<'a> Fetch<'a> {
         self.group(extent..extent + 1, scratch, sink)
     }
 
-    fn read(&self, reader: &SegmentReader, needs: &[Need], scratch: &mut Scratch, sink: &mut Sink<'_>) -> Result<()> {
+    fn read(
+        &self,
+        reader: &SegmentReader,
+        needs: &[Need],
+        scratch: &mut Scratch,
+        sink: &mut Sink<'_>,
+    ) -> Result<()> {
         let ways: Vec<_> = needs.iter().map(|need| self.way(reader, need)).collect();
         let mut ranges = Vec::with_capacity(needs.len());
         for way in &ways {
@@ -118,15 +129,14 @@ impl<'a> Fetch<'a> {
     }
 
     /// Pages of a raw extent are read alone where less than half of it is needed.
-    fn way(&self, reader: &SegmentReader, need: &Need) -> Way<'_> {
+    fn way(&self, reader: &SegmentReader, need: &Need) -> Way {
         let parts = self.plan.parts(need);
         let few = self.plan.pages(need) * 2 < u64::from(need.extent.pages);
-        let alone = |part| {
-            // No part leaves its extent of at most 256 pages.
-            let Part { page, run } = part;
-            Some((reader.part(&need.extent, *page, run.count as u16)?, part))
-        };
-        let ranges = (few && need.extent.encoding == Encoding::Raw).then(|| parts.iter().map(alone).collect()).flatten();
+        // No part leaves its extent of at most 256 pages.
+        let alone = |part: &Part| Some((reader.part(&need.extent, part.page, part.run.count as u16)?, *part));
+        let ranges = (few && need.extent.encoding == Encoding::Raw)
+            .then(|| parts.iter().map(alone).collect())
+            .flatten();
         ranges.map_or_else(|| Way::Whole(reader.whole(&need.extent)), Way::Parts)
     }
 
@@ -155,7 +165,7 @@ pub(super) fn is_of_the_store(error: &Error) -> bool {
 /// The bytes of a part in its extent's pages.
 fn bytes_of<'a>(part: &Part, pages: &'a [u8]) -> Result<&'a [u8]> {
     let start = usize::from(part.page) * PAGE_SIZE;
-    pages
-        .get(start..start + part.run.bytes())
-        .ok_or_else(|| Error::Store(format!("pages {}+{} leave their extent", part.run.first, part.run.count)))
+    pages.get(start..start + part.run.bytes()).ok_or_else(|| {
+        Error::Store(format!("pages {}+{} leave their extent", part.run.first, part.run.count))
+    })
 }

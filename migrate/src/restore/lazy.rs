@@ -69,7 +69,11 @@ impl<'a> Serving<'a> {
     ///
     /// # Errors
     /// `Workload` when the workload misses what the checkpoint does not have: it is of another one.
-    pub(super) fn new(workload: &'a dyn Incomplete, fetch: &'a Fetch<'a>, recorded: &[PageRun]) -> Result<Self> {
+    pub(super) fn new(
+        workload: &'a dyn Incomplete,
+        fetch: &'a Fetch<'a>,
+        recorded: &[PageRun],
+    ) -> Result<Self> {
         let plan = fetch.plan();
         let fits = workload.missing().len() == plan.data.len();
         let strange = |(missing, data): (&protocol::page::PageSet, &protocol::page::PageSet)| {
@@ -133,7 +137,10 @@ impl<'a> Serving<'a> {
             };
             let begun = spawn("touches", &Self::watch)
                 .and_then(|_| spawn("asked", &|me| me.read(Order::take_asked)))
-                .and_then(|_| (0..threads.max(1)).try_for_each(|_| spawn("stream", &|me| me.read(Order::take)).map(drop)));
+                .and_then(|_| {
+                    (0..threads.max(1))
+                        .try_for_each(|_| spawn("stream", &|me| me.read(Order::take)).map(drop))
+                });
             let done = begun.and_then(|()| self.attend(cancel, observer));
             self.lock().stop = true;
             self.changed.notify_all();

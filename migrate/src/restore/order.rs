@@ -19,7 +19,7 @@ enum State {
 
 /// The extents that are still to come.
 #[derive(Debug)]
-pub struct Order {
+pub(super) struct Order {
     states: Vec<State>,
     asked: VecDeque<u32>,
     /// The order of the stream; what was taken meanwhile is passed over.
@@ -31,7 +31,7 @@ pub struct Order {
 
 impl Order {
     /// `count` extents, streamed in the order of their first mention in `stream`; what it does not mention comes last.
-    pub fn new(count: usize, stream: impl IntoIterator<Item = u32>) -> Self {
+    pub(super) fn new(count: usize, stream: impl IntoIterator<Item = u32>) -> Self {
         let mut order = Self {
             states: vec![State::Waiting; count],
             asked: VecDeque::new(),
@@ -44,12 +44,12 @@ impl Order {
     }
 
     /// Extents that are not in place.
-    pub fn left(&self) -> usize {
+    pub(super) fn left(&self) -> usize {
         self.left
     }
 
     /// Somebody waits for a page of this one. Whether that is news: one that is being read is on its way.
-    pub fn ask(&mut self, extent: u32) -> bool {
+    pub(super) fn ask(&mut self, extent: u32) -> bool {
         match self.states.get_mut(extent as usize) {
             Some(state @ State::Waiting) => {
                 *state = State::Asked;
@@ -61,14 +61,14 @@ impl Order {
     }
 
     /// The next one that somebody waits for.
-    pub fn take_asked(&mut self) -> Option<u32> {
+    pub(super) fn take_asked(&mut self) -> Option<u32> {
         let extent = self.asked.pop_front()?;
         self.states[extent as usize] = State::Taken;
         Some(extent)
     }
 
     /// The next one, asked for or not.
-    pub fn take(&mut self) -> Option<u32> {
+    pub(super) fn take(&mut self) -> Option<u32> {
         if let Some(asked) = self.take_asked() {
             return Some(asked);
         }
@@ -83,7 +83,7 @@ impl Order {
     }
 
     /// All of it is in place.
-    pub fn placed(&mut self, extent: u32) {
+    pub(super) fn placed(&mut self, extent: u32) {
         if let Some(state) = self.states.get_mut(extent as usize).filter(|state| **state != State::Placed) {
             *state = State::Placed;
             self.left -= 1;
@@ -91,7 +91,7 @@ impl Order {
     }
 
     /// It could not be read: it comes again, behind all others.
-    pub fn failed(&mut self, extent: u32) {
+    pub(super) fn failed(&mut self, extent: u32) {
         if let Some(state) = self.states.get_mut(extent as usize).filter(|state| **state == State::Taken) {
             *state = State::Waiting;
             self.enqueue(extent);

@@ -120,39 +120,40 @@ pub enum Event {
     },
 }
 
-/// The steps of a restore, timed.
-pub(super) struct Clock {
+/// The steps of a restore, timed and told.
+pub(super) struct Clock<'a> {
     begun: Instant,
     steps: Vec<StepTime>,
+    observer: &'a mut dyn FnMut(&Event),
 }
 
-impl Clock {
-    pub(super) fn start() -> Self {
-        Self { begun: Instant::now(), steps: Vec::new() }
+impl<'a> Clock<'a> {
+    pub(super) fn start(observer: &'a mut dyn FnMut(&Event)) -> Self {
+        Self { begun: Instant::now(), steps: Vec::new(), observer }
     }
 
     /// Does one step.
-    pub(super) fn time<T>(
-        &mut self,
-        step: Step,
-        observer: &mut dyn FnMut(&Event),
-        body: impl FnOnce(&mut dyn FnMut(&Event)) -> T,
-    ) -> T {
-        observer(&Event::Step { step });
+    pub(super) fn time<T>(&mut self, step: Step, body: impl FnOnce(&mut dyn FnMut(&Event)) -> T) -> T {
+        self.tell(&Event::Step { step });
         let begun = Instant::now();
-        let done = body(observer);
-        self.steps.push(StepTime { step, duration_us: micros(begun.elapsed()) });
+        let done = body(self.observer);
+        self.note(step, begun.elapsed());
         done
-    }
-
-    /// Microseconds since the beginning.
-    pub(super) fn elapsed_us(&self) -> u64 {
-        micros(self.begun.elapsed())
     }
 
     /// A step that was timed elsewhere.
     pub(super) fn note(&mut self, step: Step, took: Duration) {
         self.steps.push(StepTime { step, duration_us: micros(took) });
+    }
+
+    /// Says what happened.
+    pub(super) fn tell(&mut self, event: &Event) {
+        (self.observer)(event);
+    }
+
+    /// Microseconds since the beginning.
+    pub(super) fn elapsed_us(&self) -> u64 {
+        micros(self.begun.elapsed())
     }
 
     /// What took how long so far.

@@ -5,14 +5,14 @@ use protocol::layout::Layout;
 use protocol::page::{PageRun, PageSet, SpaceId};
 
 /// What is touched now. Bounded: what comes behind [`MAX_RUNS`] runs is not recorded, and matters little by then.
-pub struct Recorder {
+pub(super) struct Recorder {
     seen: Vec<PageSet>,
     runs: Vec<PageRun>,
 }
 
 impl Recorder {
     /// Nothing was touched yet.
-    pub fn new(layout: &Layout) -> Self {
+    pub(super) fn new(layout: &Layout) -> Self {
         Self {
             seen: layout.spaces.iter().map(|space| PageSet::empty(space.pages)).collect(),
             runs: Vec::new(),
@@ -20,7 +20,7 @@ impl Recorder {
     }
 
     /// Somebody touched this page.
-    pub fn note(&mut self, space: SpaceId, page: u64) {
+    pub(super) fn note(&mut self, space: SpaceId, page: u64) {
         let Some(seen) = self
             .seen
             .get_mut(usize::from(space.0))
@@ -38,14 +38,14 @@ impl Recorder {
     }
 
     /// The order so far.
-    pub fn runs(&self) -> &[PageRun] {
+    pub(super) fn runs(&self) -> &[PageRun] {
         &self.runs
     }
 }
 
 /// One order of several: a run of each in turn, so that what any of them touched early comes early. What came before is not left out:
 /// whoever walks the order does so.
-pub fn merged(records: &[Vec<PageRun>]) -> Vec<PageRun> {
+pub(super) fn merged(records: &[Vec<PageRun>]) -> Vec<PageRun> {
     let longest = records.iter().map(Vec::len).max().unwrap_or(0);
     (0..longest).flat_map(|at| records.iter().filter_map(move |record| record.get(at).copied())).collect()
 }
