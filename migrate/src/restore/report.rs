@@ -30,6 +30,23 @@ pub enum Step {
     Stream,
 }
 
+impl Step {
+    /// The step as one word, as in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Chain => "chain",
+            Self::State => "state",
+            Self::Prepare => "prepare",
+            Self::Indexes => "indexes",
+            Self::Read => "read",
+            Self::Load => "load",
+            Self::Expect => "expect",
+            Self::Start => "start",
+            Self::Stream => "stream",
+        }
+    }
+}
+
 /// How long a step took.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct StepTime {
