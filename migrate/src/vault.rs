@@ -14,6 +14,7 @@ mod write;
 mod read;
 mod catalogue;
 mod resolve;
+mod touched;
 
 pub use catalogue::{Committed, Damaged, Listing};
 pub use read::{SegmentReader, Unpacker};
