@@ -135,6 +135,8 @@ struct Taking<'env, 'run> {
     /// While the workload stands still: since when.
     frozen_at: Option<Instant>,
     taken_unix_ms: u64,
+    /// How long the last pages took to be copied.
+    frozen_copying: Duration,
     /// The description of the machine, and the workload's state.
     state: Vec<u8>,
     /// Whether the manifest may be in the store.
@@ -172,6 +174,7 @@ impl<'env, 'run> Taking<'env, 'run> {
             begun: Instant::now(),
             frozen_at: None,
             taken_unix_ms: 0,
+            frozen_copying: Duration::ZERO,
             state: Vec::new(),
             may_exist: false,
         }

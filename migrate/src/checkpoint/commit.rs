@@ -24,7 +24,8 @@ impl Taking<'_, '_> {
     pub(super) fn wait_for(&mut self, writers: Writers<'_>) -> Result<(Written, Vec<Segment>)> {
         self.stage.close();
         while !writers.are_done() {
-            if let Err(error) = self.watch() {
+            self.tell_writing();
+            if let Err(error) = self.cancel.check() {
                 self.stage.fail(Error::Interrupted(error.to_string()));
                 return Err(error);
             }

@@ -4,13 +4,13 @@ use crate::report::{GuestSpeed, PhaseTime, RoundReport};
 use protocol::checkpoint::name::CheckpointId;
 use serde::{Deserialize, Serialize};
 
-/// The version of a report's JSON. Members may be added under the same version.
-pub const REPORT_VERSION: u32 = 1;
+/// See [`CheckpointReport::version`].
+const REPORT_VERSION: u32 = 1;
 
 /// What one checkpoint did. Of one that failed: what it did until then.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CheckpointReport {
-    /// [`REPORT_VERSION`].
+    /// The version of this JSON. Members may be added under the same version.
     pub version: u32,
     /// Its name.
     pub id: CheckpointId,
@@ -56,6 +56,8 @@ pub struct CheckpointReport {
     pub freeze_us: u64,
     /// Of it: the state.
     pub state_us: u64,
+    /// Of it: everything but copying pages.
+    pub fixed_us: u64,
     /// From the first call to the end.
     pub total_us: u64,
     /// Whether the workload ended with it.
@@ -94,6 +96,7 @@ impl CheckpointReport {
             pause_us: 0,
             freeze_us: 0,
             state_us: 0,
+            fixed_us: 0,
             total_us: 0,
             suspended: false,
             guest: None,

@@ -70,7 +70,7 @@ impl Taking<'_, '_> {
     fn make_room(&mut self, plan: Vec<PageSet>, pages: u64) -> Result<Vec<PageSet>> {
         let waiting = Instant::now();
         let stage = self.stage.clone();
-        stage.make_room(pages.min(stage.live_pages()), &mut || self.watch())?;
+        stage.make_room(pages.min(stage.live_pages()), &mut || self.cancel.check())?;
         if waiting.elapsed() < Duration::from_millis(1) { Ok(plan) } else { self.harvest(Selector::Precopy) }
     }
 
@@ -85,7 +85,8 @@ impl Taking<'_, '_> {
         self.report.freeze_us = micros(frozen_at.elapsed());
         // Again, now that nothing writes: devices had writes in flight until this call.
         let plan = self.harvest(Selector::Precopy)?;
-        let (mut report, _) = self.read_pages(true, plan)?;
+        let (mut report, measured) = self.read_pages(true, plan)?;
+        self.frozen_copying = measured.copying;
         (report.frozen, report.duration_us) = (true, micros(frozen_at.elapsed()));
         self.round_is_over(report);
         Ok(())
@@ -103,6 +104,7 @@ impl Taking<'_, '_> {
         let pause = self.frozen_at.map_or(Duration::ZERO, |frozen_at| frozen_at.elapsed());
         self.stage.hold(false);
         self.report.pause_us = micros(pause);
+        self.report.fixed_us = micros(pause.saturating_sub(self.frozen_copying));
         if !self.options.suspend {
             self.frozen_at = None;
             let predicted = Duration::from_micros(self.report.predicted_pause_us);
@@ -180,12 +182,7 @@ impl Taking<'_, '_> {
 
     fn buffer(&mut self, frozen: bool) -> Result<Box<[u8]>> {
         let stage = self.stage.clone();
-        stage.buffer(frozen, &mut || self.watch())
-    }
-
-    /// Whether to go on waiting.
-    pub(super) fn watch(&self) -> Result<()> {
-        self.cancel.check()
+        stage.buffer(frozen, &mut || self.cancel.check())
     }
 
     /// Reports progress if the last report is long enough ago.
@@ -202,6 +199,24 @@ impl Taking<'_, '_> {
             sent_bytes,
             rate_bytes_per_s: rate(sent_bytes, begun.elapsed()),
             predicted_downtime_us: Some(self.report.predicted_pause_us).filter(|us| *us > 0),
+        }));
+    }
+
+    /// The same behind the rounds: what is not written yet.
+    pub(super) fn tell_writing(&mut self) {
+        if self.told.elapsed() < TICK {
+            return;
+        }
+        self.told = Instant::now();
+        let (done_pages, remaining_pages) = (self.progress.pages(), self.stage.staged_pages());
+        let sent_bytes = done_pages * PAGE_SIZE as u64;
+        self.observer.event(&Event::Progress(Progress {
+            round: self.round.saturating_sub(1),
+            done_pages,
+            remaining_pages,
+            sent_bytes,
+            rate_bytes_per_s: rate(sent_bytes, self.begun.elapsed()),
+            predicted_downtime_us: None,
         }));
     }
 

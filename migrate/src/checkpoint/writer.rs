@@ -46,9 +46,9 @@ impl Progress {
         self.data_pages.load(Ordering::Relaxed)
     }
 
-    /// Pages found to be zeros, each as often as it was.
-    pub(super) fn zero_pages(&self) -> u64 {
-        self.zero_pages.load(Ordering::Relaxed)
+    /// Pages looked at, each as often as it was.
+    pub(super) fn pages(&self) -> u64 {
+        self.data_pages() + self.zero_pages.load(Ordering::Relaxed)
     }
 
     /// Segments that were begun.

@@ -19,7 +19,16 @@ fn assert_harmless(world: &World, before: Option<protocol::checkpoint::name::Che
 
 #[test]
 fn every_failing_call_of_the_source_leaves_it_running_and_the_next_checkpoint_right() {
-    let calls = [Call::Track, Call::Harvest, Call::Take, Call::Present, Call::Read, Call::Freeze, Call::State, Call::Thaw];
+    let calls = [
+        Call::Track,
+        Call::Harvest,
+        Call::Take,
+        Call::Present,
+        Call::Read,
+        Call::Freeze,
+        Call::State,
+        Call::Thaw,
+    ];
     for (round, call) in calls.into_iter().enumerate() {
         for nth in [0, 1, 5] {
             let what = format!("{call:?} {nth}");
