@@ -27,6 +27,8 @@ mod probe;
 mod codec;
 pub mod cap;
 pub mod outbound;
+pub mod schedule;
+pub mod retention;
 pub mod store;
 mod conversation;
 pub mod link;
