@@ -14,6 +14,10 @@ mod write;
 mod read;
 mod catalogue;
 mod resolve;
+#[cfg(test)]
+pub(crate) mod sample;
+#[cfg(test)]
+mod tests;
 
 pub use catalogue::{Committed, Damaged, Listing};
 pub use read::{SegmentReader, Unpacker};
