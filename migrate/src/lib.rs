@@ -28,6 +28,7 @@ mod codec;
 pub mod cap;
 pub mod outbound;
 pub mod store;
+pub mod seal;
 mod conversation;
 pub mod link;
 pub mod inbound;
