@@ -29,6 +29,7 @@ pub mod cap;
 pub mod outbound;
 pub mod store;
 pub mod vault;
+pub mod seal;
 mod conversation;
 pub mod link;
 pub mod inbound;
