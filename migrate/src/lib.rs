@@ -32,6 +32,7 @@ pub mod retention;
 pub mod store;
 pub mod seal;
 pub mod vault;
+pub mod checkpoint;
 pub mod restore;
 mod conversation;
 pub mod link;
