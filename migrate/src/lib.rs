@@ -28,6 +28,7 @@ mod codec;
 pub mod cap;
 pub mod outbound;
 pub mod store;
+pub mod seal;
 pub mod vault;
 pub mod restore;
 mod conversation;

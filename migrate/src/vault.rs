@@ -15,6 +15,10 @@ mod read;
 mod catalogue;
 mod resolve;
 mod touched;
+#[cfg(test)]
+pub(crate) mod sample;
+#[cfg(test)]
+mod tests;
 
 pub use catalogue::{Committed, Damaged, Listing};
 pub use read::{SegmentReader, Unpacker};

@@ -2,6 +2,7 @@
 
 use super::{Vault, what};
 use crate::error::{Error, Result};
+use crate::store::Lease;
 use protocol::checkpoint::manifest::{Group, HexDigest, MAX_CHAIN_DELTAS, MAX_MEMBERS, Manifest, Parent};
 use protocol::checkpoint::name::{self, CHECKPOINTS, CheckpointId, GROUPS};
 use protocol::checkpoint::object::{Digest, Kind};
@@ -47,6 +48,18 @@ pub struct Listing {
 }
 
 impl Vault {
+    /// Makes a checkpoint exist, whose segments, index and state are durable. Whoever writes must still be the only one.
+    ///
+    /// # Errors
+    /// `Store`: it does not exist, then.
+    pub fn commit(&self, lease: &dyn Lease, manifest: Manifest) -> Result<Committed> {
+        let name = name::manifest(manifest.id);
+        manifest.validate(manifest.id).map_err(|error| self.wrong(&name).unwritable(&error))?;
+        lease.check()?;
+        let part = self.put_json(Kind::Manifest, &name, &manifest)?;
+        Ok(Committed { manifest, digest: part.digest.0 })
+    }
+
     /// The checkpoint of this name, if it exists.
     ///
     /// # Errors

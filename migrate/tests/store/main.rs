@@ -1,4 +1,10 @@
 //! Stores of checkpoints: what every one of them must keep, and what each must survive.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests, which clippy does not see as tests"
+)]
 
 mod contract;
 mod local;
