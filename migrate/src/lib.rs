@@ -30,6 +30,7 @@ pub mod outbound;
 pub mod store;
 pub mod seal;
 pub mod vault;
+pub mod checkpoint;
 pub mod restore;
 mod conversation;
 pub mod link;
