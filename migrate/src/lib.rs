@@ -29,6 +29,8 @@ pub mod cap;
 pub mod outbound;
 pub mod store;
 pub mod seal;
+pub mod vault;
+pub mod restore;
 mod conversation;
 pub mod link;
 pub mod inbound;
