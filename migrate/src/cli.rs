@@ -54,6 +54,8 @@ enum Verb {
     Send(commands::send::Args),
     /// Take a VM that another host sends.
     Receive(commands::receive::Args),
+    /// Start a VM from a checkpoint.
+    Restore(commands::restore::Args),
     /// Forecast what moving a VM would take, without moving it.
     Estimate(commands::estimate::Args),
     /// Show the migrations that are under way on this host.
@@ -98,6 +100,7 @@ pub fn run() -> ExitCode {
         Verb::Vm(verb) => commands::vm::run(&cli.common, verb),
         Verb::Send(args) => commands::send::run(&cli.common, &args),
         Verb::Receive(args) => commands::receive::run(&cli.common, &args),
+        Verb::Restore(args) => commands::restore::run(&cli.common, &args),
         Verb::Estimate(args) => commands::estimate::run(&cli.common, &args),
         Verb::Status(args) => commands::status::run(&cli.common, &args),
         Verb::Cancel(args) => commands::cancel::run(&cli.common, &args),

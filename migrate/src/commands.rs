@@ -12,6 +12,7 @@ pub mod report;
 pub mod replay;
 pub mod estimate;
 pub mod keys;
+pub mod restore;
 pub mod recover;
 pub mod ledger;
 pub mod completions;

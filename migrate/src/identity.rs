@@ -11,7 +11,7 @@
 //! counts is the [`Fingerprint`] of the key in them, which the operator carries from one host to the other once
 //! (`migrate keys show` here, `migrate keys trust` there), as with SSH.
 
-mod files;
+pub(crate) mod files;
 mod fingerprint;
 mod trust;
 

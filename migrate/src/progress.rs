@@ -3,6 +3,7 @@
 use crate::cli::Common;
 use crate::commands::{emit, say};
 use crate::report::{ArrivalReport, Event, Observer, Outcome, Report, RoundReport};
+use crate::restore;
 use crate::units::{show_bytes, show_rate, show_us};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use protocol::page::PAGE_SIZE;
@@ -181,16 +182,64 @@ impl Observer for Hold {
             Event::RoundBegin { round, .. } => format!("round-{round}"),
             _ => return,
         };
-        if self.points.split(',').nth(REACHED.load(Ordering::SeqCst)).is_some_and(|point| point == here) {
-            REACHED.fetch_add(1, Ordering::SeqCst);
-            let own = rustix::process::getpid();
-            if let Err(error) = rustix::process::kill_process(own, rustix::process::Signal::STOP) {
-                tracing::error!(%error, "this process could not stop itself");
+        stop_at(&self.points, &here);
+    }
+}
+
+/// Stops this process if this is the next of the points to stop at.
+fn stop_at(points: &str, here: &str) {
+    if points.split(',').nth(REACHED.load(Ordering::SeqCst)).is_none_or(|point| point != here) {
+        return;
+    }
+    REACHED.fetch_add(1, Ordering::SeqCst);
+    let own = rustix::process::getpid();
+    if let Err(error) = rustix::process::kill_process(own, rustix::process::Signal::STOP) {
+        tracing::error!(%error, "this process could not stop itself");
+    }
+    // A signal that came meanwhile is handled by any of the threads that wake now, and this one must not overtake it.
+    std::thread::sleep(SIGNALS_HANDLED);
+}
+
+/// What a restore shows: plain lines, or JSON for scripts; with the test hook where the environment asks for it.
+pub fn restoring(common: &Common) -> impl FnMut(&restore::report::Event) + use<> {
+    use restore::report::Event as Restoring;
+    let json = common.json;
+    let points = std::env::var("MIGRATE_TEST_HOLD").unwrap_or_default();
+    move |event| {
+        match event {
+            event if json => emit(event),
+            Restoring::Running { name, running_us, missing_pages } => {
+                let more = match missing_pages {
+                    0 => String::new(),
+                    pages => format!("; {} of its memory follow", show_bytes(pages * PAGE_SIZE as u64)),
+                };
+                note(&format!("{name} runs after {}{more}", show_us(*running_us)));
             }
-            // A signal that came meanwhile is handled by any of the threads that wake now, and this one must not overtake it.
-            std::thread::sleep(SIGNALS_HANDLED);
+            // That the store is in trouble is logged as a warning.
+            Restoring::Step { .. } | Restoring::Reading { .. } | Restoring::StoreTrouble { .. } => {}
+        }
+        if let Restoring::Step { step } = event {
+            stop_at(&points, step.name());
         }
     }
+}
+
+/// Prints what was restored, for people.
+pub fn show_restored(report: &restore::report::Report) {
+    let links = match report.links {
+        1 => "a full checkpoint".into(),
+        links => format!("a chain of {links} checkpoints"),
+    };
+    say(&format!(
+        "{} is restored from {}: {} of {} in memory, from {} in {links}; it ran after {}, and is whole after {}",
+        report.name,
+        report.checkpoint,
+        show_bytes(report.data_pages * PAGE_SIZE as u64),
+        show_bytes(report.memory_bytes),
+        show_bytes(report.stored_bytes),
+        show_us(report.running_us),
+        show_us(report.total_us)
+    ));
 }
 
 /// Prints what arrived, for people.

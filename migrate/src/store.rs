@@ -8,9 +8,42 @@
 //! A store knows names and bytes. What the objects are called and what is in them is `protocol::checkpoint`'s; that a
 //! checkpoint exists only when all of it is durable is `crate::checkpoint`'s.
 
-use crate::error::Result;
+mod name;
+mod fault;
+mod ranges;
+mod holder;
+mod local;
+mod memory;
+
+pub use holder::Holder;
+pub use local::LocalStore;
+pub use memory::MemoryStore;
+
+use crate::error::{Error, Result};
 use std::ops::Range;
-use std::time::{Duration, SystemTime};
+use std::path::Path;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
+
+/// How often somebody who waits for a store's lock tries again.
+const LOCK_RETRY: Duration = Duration::from_millis(200);
+
+/// The store at a place that the operator named: the path of a directory. Nothing is made or looked for before it is used.
+///
+/// # Errors
+/// `Usage` when it is no such place.
+pub fn open(place: &str) -> Result<Arc<dyn Store>> {
+    if place.is_empty() {
+        return Err(Error::Usage("a store is a directory, as in --store /var/lib/checkpoints".into()));
+    }
+    if let Some((scheme, _)) = place.split_once("://") {
+        return Err(Error::Usage(format!(
+            "{place:?} is no store: {scheme}:// is not known; a store is the path of a directory"
+        )));
+    }
+    Ok(Arc::new(LocalStore::new(Path::new(place))))
+}
 
 /// A place for objects that are written once.
 ///
@@ -69,15 +102,53 @@ pub trait Store: Send + Sync {
     /// `Store`.
     fn remove_leftover(&self, name: &str) -> Result<()>;
 
-    /// Becomes the one writer, until the lease is dropped. `owner` is for whoever is refused meanwhile.
+    /// Becomes the one writer, until the lease is dropped, unless somebody is. `owner` is for whoever is refused meanwhile.
     ///
     /// # Errors
-    /// `Store` naming the owner there is, and for how long.
-    fn lock(&self, owner: &str) -> Result<Box<dyn Lease>>;
+    /// `Store` when that cannot be found out.
+    fn try_lock(&self, owner: &str) -> Result<Attempt>;
 
     /// Whether reading what was written costs about as much as writing it, as over a network: content that may be stored already is
     /// not looked for then.
     fn is_remote(&self) -> bool;
+
+    /// Becomes the one writer, until the lease is dropped. `owner` is for whoever is refused meanwhile.
+    ///
+    /// # Errors
+    /// `Store` naming the owner there is, and for how long.
+    fn lock(&self, owner: &str) -> Result<Box<dyn Lease>> {
+        self.lock_within(owner, Duration::ZERO)
+    }
+
+    /// The same, waiting for so long if somebody else is at it.
+    ///
+    /// # Errors
+    /// As `lock`.
+    fn lock_within(&self, owner: &str, limit: Duration) -> Result<Box<dyn Lease>> {
+        let started = Instant::now();
+        loop {
+            let holder = match self.try_lock(owner)? {
+                Attempt::Held(lease) => return Ok(lease),
+                Attempt::Refused(holder) => holder,
+            };
+            let left = limit.saturating_sub(started.elapsed());
+            if left.is_zero() {
+                return Err(Error::Store(format!(
+                    "{} is being written by {holder}: try again when that is over, or wait for it with --wait",
+                    self.place()
+                )));
+            }
+            thread::sleep(left.min(LOCK_RETRY));
+        }
+    }
+}
+
+/// What came of trying to become the one writer.
+pub enum Attempt {
+    /// This is the one.
+    Held(Box<dyn Lease>),
+    /// There is one.
+    Refused(Holder),
 }
 
 /// An object that is being written. Dropped before `finish`, it never was.

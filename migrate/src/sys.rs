@@ -3,6 +3,8 @@
 //! What they change is memory of that process and never this one's, so nothing here can break a rule of the language;
 //! the blocks are unsafe because the kernel reads the arguments through pointers.
 
+pub(crate) mod writeback;
+
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::ioctl::{Opcode, Updater, ioctl, opcode};

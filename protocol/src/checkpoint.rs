@@ -18,3 +18,4 @@ pub mod object;
 pub mod segment;
 pub mod index;
 pub mod manifest;
+pub mod touched;

@@ -142,6 +142,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
             runtime: runtime.clone(),
             name: args.name.clone(),
             serial: args.serial.clone(),
+            holder: "migrate receive",
         },
         options,
         steering,
@@ -220,7 +221,7 @@ fn attempt_failed(json: bool, address: &str, migration: Option<MigrationId>, err
 }
 
 /// Memory that this host could give, in bytes: `MemAvailable` of /proc/meminfo (proc(5)).
-fn available_memory_bytes() -> Result<u64> {
+pub(super) fn available_memory_bytes() -> Result<u64> {
     let text = std::fs::read_to_string("/proc/meminfo")
         .map_err(|error| Error::Host(format!("/proc/meminfo cannot be read: {error}; say --max-memory")))?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));

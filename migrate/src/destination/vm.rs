@@ -35,6 +35,8 @@ pub struct Place {
     pub name: Option<String>,
     /// Where its serial port goes: `none`, or a file; by default one in the runtime directory.
     pub serial: Option<String>,
+    /// Who holds it until it is whole, for others who want it meanwhile.
+    pub holder: &'static str,
 }
 
 /// A VMM process that waits for a VM. Dropped before `start`, it ends.
@@ -66,13 +68,14 @@ impl VmDestination {
         let name = self.place.name.clone().unwrap_or_else(|| offer.name.clone());
         check_name(&name).map_err(|error| refuse(RefuseCode::BadOffer, error.to_string()))?;
         let socket = self.place.runtime.socket(&name);
-        if Client::connect(&socket, Role::Query, "migrate receive", SPAWN_LIMIT).is_ok() {
-            let reason =
-                format!("a VM named {name} runs here already; receive it under another one with --name");
+        if Client::connect(&socket, Role::Query, self.place.holder, SPAWN_LIMIT).is_ok() {
+            let reason = format!(
+                "a VM named {name} runs here already; take this one in under another name with --name"
+            );
             return Err(refuse(RefuseCode::NameTaken, reason));
         }
         let mut child = self.spawn(&name)?;
-        let prepared = connect(&mut child, &socket).and_then(|mut client| {
+        let prepared = connect(&mut child, &socket, self.place.holder).and_then(|mut client| {
             let description = client.prepare(&name, &offer.layout, machine).map_err(|error| {
                 let code = match &error {
                     vmm::Error::Refused { code: ErrorCode::Unsupported, .. } => RefuseCode::Machine,
@@ -123,10 +126,14 @@ fn refuse(code: RefuseCode, reason: String) -> Refusal {
 }
 
 /// Waits until the new VMM answers on its socket.
-fn connect(child: &mut Child, socket: &std::path::Path) -> std::result::Result<Client, Refusal> {
+fn connect(
+    child: &mut Child,
+    socket: &std::path::Path,
+    holder: &str,
+) -> std::result::Result<Client, Refusal> {
     let until = Instant::now() + SPAWN_LIMIT;
     loop {
-        match Client::connect(socket, Role::Session, "migrate receive", ANSWER_LIMIT) {
+        match Client::connect(socket, Role::Session, holder, ANSWER_LIMIT) {
             Ok(client) => return Ok(client),
             Err(error) => {
                 let ended = child.try_wait().ok().flatten();
@@ -205,7 +212,7 @@ impl Destination for VmDestination {
         let sockets = self.place.runtime.names()?.into_iter().map(|name| self.place.runtime.socket(&name));
         let ours = |vm: &Status| vm.arrived_by == Some(migration) && vm.awaiting_pages.is_some();
         let found = sockets.into_iter().find_map(|socket| {
-            let vm = Client::connect(&socket, Role::Query, "migrate receive", SPAWN_LIMIT).ok()?;
+            let vm = Client::connect(&socket, Role::Query, self.place.holder, SPAWN_LIMIT).ok()?;
             ours(vm.welcome()).then(|| (socket, vm.welcome().clone()))
         });
         let Some((socket, vm)) = found else { return Ok(None) };
@@ -213,7 +220,7 @@ impl Destination for VmDestination {
             Error::Workload(format!("{} misses pages still, and cannot be taken up: {error}", vm.name))
         };
         let mut client =
-            Client::connect(&socket, Role::Session, "migrate receive", ANSWER_LIMIT).map_err(wrong)?;
+            Client::connect(&socket, Role::Session, self.place.holder, ANSWER_LIMIT).map_err(wrong)?;
         let layout = client.describe().map_err(wrong)?.layout;
         Ok(Some(Arc::new(FaultingVm::hold(vm.name.clone(), layout, client)?)))
     }

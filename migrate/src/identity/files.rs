@@ -35,7 +35,7 @@ pub(super) fn create_directory(dir: &Path) -> Result<()> {
 
 /// Which rights of others make a file unusable.
 #[derive(Clone, Copy)]
-pub(super) enum Guard {
+pub(crate) enum Guard {
     /// Nobody else may read it: mode & 077 is zero.
     Secret,
     /// Nobody else may write to it: mode & 022 is zero.
@@ -43,7 +43,7 @@ pub(super) enum Guard {
 }
 
 /// Reads a file; `None` when it is not there.
-pub(super) fn read(path: &Path, guard: Guard) -> Result<Option<Vec<u8>>> {
+pub(crate) fn read(path: &Path, guard: Guard) -> Result<Option<Vec<u8>>> {
     let shown = path.display();
     let failed = |error: std::io::Error| Error::Identity(format!("cannot read {shown}: {error}"));
     // Not blocking: a fifo somebody put there must not hang us.

@@ -1,0 +1,97 @@
+//! `migrate restore`: start a VM from a checkpoint, with all of its memory or before that.
+
+use super::target::Target;
+use super::{cancel_on_signals, emit};
+use crate::cli::Common;
+use crate::destination::vm::{Place, VmDestination};
+use crate::error::{Error, Result};
+use crate::paths::RuntimeDir;
+use crate::progress;
+use crate::restore::{self, Options};
+use crate::store;
+use crate::units;
+use crate::vault::Vault;
+use std::process::ExitCode;
+
+/// Which checkpoint, and as what.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  migrate restore --store /var/lib/checkpoints web
+  migrate restore --store /var/lib/checkpoints 2026-11-23T19:48:31Z --name web2 --lazy
+
+A checkpoint can be restored any number of times, also at once, each time under another --name. Nothing is started where anything of it is
+missing or damaged. With --lazy the VM runs at once and its memory follows, what it touches first; if the store fails meanwhile, the VM
+waits for what it touches, and this goes on trying. Were it killed, --resume goes on in its place.")]
+pub struct Args {
+    /// Where the checkpoints lie: a directory.
+    #[arg(long, value_name = "STORE")]
+    store: String,
+    /// Its name or the beginning of it, a time (the newest until then), a VM's name, VM@latest or VM@TIME, or latest.
+    #[arg(value_name = "CHECKPOINT", default_value = "latest")]
+    checkpoint: String,
+    /// Run the VM under this name instead of its own.
+    #[arg(long)]
+    name: Option<String>,
+    /// Start the VM at once; its memory follows while it runs.
+    #[arg(long)]
+    lazy: bool,
+    /// Go on with this VM, which was restored lazily and misses memory since its restore ended.
+    #[arg(long, value_name = "VM", conflicts_with_all = ["name", "lazy", "serial"])]
+    resume: Option<String>,
+    /// Where the VM's serial port goes: none, or a file [default: a file in the runtime directory].
+    #[arg(long, value_name = "WHERE")]
+    serial: Option<String>,
+    /// The most memory the VM may have [default: what this host has available].
+    #[arg(long, value_name = "SIZE", value_parser = units::size)]
+    max_memory: Option<u64>,
+}
+
+/// Runs the verb.
+///
+/// # Errors
+/// As `docs/scripting.md` lists them.
+pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
+    let runtime = RuntimeDir::open(common.runtime_dir.as_deref())?;
+    if let Some(name) = &args.name {
+        super::check_name(name)?;
+    }
+    let program = std::env::current_exe()
+        .map_err(|error| Error::Host(format!("this program's own path is not known: {error}")))?;
+    let cancel = cancel_on_signals()?;
+    let vault = Vault::open(store::open(&args.store)?, None)?;
+    let id = vault.resolve(&args.checkpoint)?;
+    let max_memory_bytes = match args.max_memory {
+        Some(bytes) => bytes,
+        None => super::receive::available_memory_bytes()?,
+    };
+    let options = Options { lazy: args.lazy, ..Options::new(max_memory_bytes) };
+    let place = Place {
+        program,
+        runtime: runtime.clone(),
+        name: args.name.clone(),
+        serial: args.serial.clone(),
+        holder: "migrate restore",
+    };
+    let destination = VmDestination::new(place);
+    let mut observer = progress::restoring(common);
+    let report = match &args.resume {
+        None => restore::restore(&vault, id, Box::new(destination), &options, &cancel, &mut observer)?,
+        Some(vm) => {
+            let status = Target::find(&runtime, vm)?.status()?;
+            let Some(migration) = status.arrived_by.filter(|_| status.awaiting_pages.is_some()) else {
+                return Err(Error::Workload(format!(
+                    "{} misses no memory: there is nothing to go on with",
+                    status.name
+                )));
+            };
+            restore::take_up(&vault, id, &destination, migration, &options, &cancel, &mut observer)?
+        }
+    };
+    if common.json {
+        emit(&serde_json::json!({"event": "restored", "name": report.name, "report": report}));
+    } else {
+        progress::show_restored(&report);
+    }
+    Ok(ExitCode::SUCCESS)
+}

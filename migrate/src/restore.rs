@@ -1,0 +1,313 @@
+//! From a chain of checkpoints to a running workload.
+//!
+//! ```text
+//! manifests ─▶ state ─▶ prepare ─┬▶ eager: pages ─▶ load ─▶ start
+//!      └─▶ indexes, merged ──────┴▶ lazy:  load ─▶ expect ─▶ start ─▶ touched pages, all others ─▶ complete
+//! ```
+//!
+//! # Nothing half
+//!
+//! Whatever is missing or damaged ends it before the start, and the VMM is discarded: no workload ever runs on less than its checkpoint.
+//! A lazy one is started once manifests, indexes and state were read and checked, and every segment was found in its full length; its
+//! pages are checked as they come, and one that is not right is never put in place.
+//!
+//! # Any number of times
+//!
+//! Nothing in the store is changed but the record of first touches, so a checkpoint can be restored again, twice at once, and anywhere. Each
+//! restore has a name of its own, like a migration; half of it tells which checkpoint it was, so that a workload that still misses
+//! pages is never taken up with those of another.
+
+pub mod plan;
+mod order;
+mod touches;
+mod fetch;
+mod eager;
+mod lazy;
+pub mod report;
+
+use crate::cancel::CancelFlag;
+use crate::destination::{Destination, Incomplete, Refusal};
+use crate::error::{Error, Result};
+use crate::outbound::new_migration_id;
+use crate::vault::{Committed, Vault};
+use fetch::Fetch;
+use lazy::Serving;
+use plan::Merge;
+use protocol::MigrationId;
+use protocol::checkpoint::name::CheckpointId;
+use protocol::checkpoint::object::Digest;
+use protocol::control::{Offer, RefuseCode};
+use protocol::page::{PageRun, PageSet};
+use report::{Clock, Event, Lazily, Report, Step};
+use std::thread;
+use std::time::Instant;
+
+/// How to restore.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Start the workload before its pages are there.
+    pub lazy: bool,
+    /// The most memory the workload may have, in bytes.
+    pub max_memory_bytes: u64,
+    /// Threads that read pages.
+    pub threads: usize,
+}
+
+impl Options {
+    /// As most want it.
+    pub fn new(max_memory_bytes: u64) -> Self {
+        Self { lazy: false, max_memory_bytes, threads: 2 }
+    }
+}
+
+/// Restores a checkpoint into a destination, and answers when all of its memory is there.
+///
+/// # Errors
+/// `Store` naming checkpoint and object, `Refused` when this host cannot take the workload, `Workload`, `Host`, `Interrupted`. Nothing
+/// runs then, but for an interrupted lazy restore, whose text says so.
+pub fn restore(
+    vault: &Vault,
+    id: CheckpointId,
+    destination: Box<dyn Destination>,
+    options: &Options,
+    cancel: &CancelFlag,
+    observer: &mut dyn FnMut(&Event),
+) -> Result<Report> {
+    let mut clock = Clock::start(observer);
+    let chain = clock.time(Step::Chain, |_| vault.chain(id))?;
+    let newest = newest(&chain, id)?;
+    let migration = name_of(&newest.digest)?;
+    let run = Run { vault, chain: &chain, newest, migration, options, cancel };
+    run.restore(destination, &mut clock)
+}
+
+/// Goes on with a workload that was restored lazily and misses pages, because the restore that served it is gone.
+///
+/// # Errors
+/// `Workload` when there is none, or it was restored from another checkpoint; or as [`restore`].
+pub fn take_up(
+    vault: &Vault,
+    id: CheckpointId,
+    destination: &dyn Destination,
+    migration: MigrationId,
+    options: &Options,
+    cancel: &CancelFlag,
+    observer: &mut dyn FnMut(&Event),
+) -> Result<Report> {
+    let mut clock = Clock::start(observer);
+    let chain = clock.time(Step::Chain, |_| vault.chain(id))?;
+    let newest = newest(&chain, id)?;
+    if mark(&newest.digest) != migration.0 >> 64 {
+        return Err(Error::Workload(format!(
+            "the VM was not restored from checkpoint {id}, so its missing pages are not there: name the one it was restored from"
+        )));
+    }
+    let run = Run { vault, chain: &chain, newest, migration, options, cancel };
+    run.take_up(destination, &mut clock)
+}
+
+fn newest(chain: &[Committed], id: CheckpointId) -> Result<&Committed> {
+    chain.first().ok_or_else(|| Error::Store(format!("checkpoint {id}: its chain is empty")))
+}
+
+/// The half of a restore's name that stands for the checkpoint: the beginning of its manifest's digest.
+fn mark(digest: &Digest) -> u128 {
+    digest.iter().take(8).fold(0, |sum, byte| sum << 8 | u128::from(*byte))
+}
+
+/// A name for a restore of the checkpoint with this manifest.
+fn name_of(digest: &Digest) -> Result<MigrationId> {
+    let random = new_migration_id()?.0 & u128::from(u64::MAX);
+    Ok(MigrationId(mark(digest) << 64 | random))
+}
+
+/// One restore.
+struct Run<'a> {
+    vault: &'a Vault,
+    chain: &'a [Committed],
+    newest: &'a Committed,
+    migration: MigrationId,
+    options: &'a Options,
+    cancel: &'a CancelFlag,
+}
+
+impl Run<'_> {
+    fn restore(&self, mut destination: Box<dyn Destination>, clock: &mut Clock<'_>) -> Result<Report> {
+        let manifest = &self.newest.manifest;
+        let offer = Offer {
+            migration: self.migration,
+            kind: manifest.kind,
+            name: manifest.workload.clone(),
+            layout: manifest.layout.clone(),
+            page_streams: 1,
+            connections: 1,
+        };
+        // Before anything of it is read: so much memory would have to be here.
+        offer.check(self.options.max_memory_bytes).map_err(|error| {
+            let reason =
+                format!("checkpoint {}: {error}; free some memory, or say --max-memory", manifest.id);
+            Error::Refused { code: RefuseCode::Memory, reason }
+        })?;
+        let (machine, state) = clock.time(Step::State, |_| self.vault.state(manifest))?;
+        let gathered = thread::scope(|scope| {
+            let gathering = scope.spawn(|| self.gather());
+            let begun = Instant::now();
+            clock.tell(&Event::Step { step: Step::Prepare });
+            let prepared = destination.prepare(&offer, &machine);
+            let prepare = begun.elapsed();
+            (prepared, prepare, joined(gathering.join()), begun.elapsed() - prepare)
+        });
+        let (prepared, prepare, gathered, waited) = gathered;
+        clock.note(Step::Prepare, prepare);
+        clock.note(Step::Indexes, waited);
+        let ready =
+            prepared.map_err(|Refusal { code, reason }| Error::Refused { code, reason }).and(gathered);
+        let gathered = match ready {
+            Ok(gathered) => gathered,
+            Err(error) => return Err(discarded(destination, error)),
+        };
+        if self.options.lazy && gathered.fetch.plan().data_pages() > 0 {
+            self.lazily(destination, &gathered, &state, clock)
+        } else {
+            self.eagerly(destination, &gathered, &state, clock)
+        }
+    }
+
+    /// Goes on with a workload that was started already.
+    fn take_up(&self, destination: &dyn Destination, clock: &mut Clock<'_>) -> Result<Report> {
+        let gathered = clock.time(Step::Indexes, |_| self.gather())?;
+        let workload = destination.take_up(self.migration)?.ok_or_else(|| {
+            Error::Workload("the VM misses no pages any more: there is nothing to take up".into())
+        })?;
+        let running_us = clock.elapsed_us();
+        self.serve(workload.as_ref(), &gathered, running_us, clock)
+    }
+
+    /// Reads what tells where the pages lie: the indexes, newest first, until no page is left of which an older one could tell, and
+    /// what earlier restores recorded. Every segment that will be read is opened.
+    fn gather(&self) -> Result<Gathered<'_>> {
+        let manifest = &self.newest.manifest;
+        let (mut merge, mut links) = (Merge::new(&manifest.layout), 0);
+        for link in self.chain {
+            if merge.is_complete() {
+                break;
+            }
+            self.cancel.check()?;
+            merge.add(&link.manifest.segments, &self.vault.index(&link.manifest)?);
+            links += 1;
+        }
+        let fetch = Fetch::new(self.vault, merge.finish());
+        fetch.open_all()?;
+        let recorded =
+            if self.options.lazy { self.vault.touched(manifest.id, &manifest.layout) } else { Vec::new() };
+        Ok(Gathered { fetch, links, recorded: touches::merged(&recorded) })
+    }
+
+    fn eagerly(
+        &self,
+        mut destination: Box<dyn Destination>,
+        gathered: &Gathered<'_>,
+        state: &[u8],
+        clock: &mut Clock<'_>,
+    ) -> Result<Report> {
+        let memory = destination.memory();
+        let (threads, cancel) = (self.options.threads, self.cancel);
+        let read = clock
+            .time(Step::Read, |observer| eager::read(&gathered.fetch, &*memory, threads, cancel, observer));
+        let ready = read
+            .and_then(|()| clock.time(Step::Load, |_| destination.load(state)))
+            .and_then(|()| cancel.pass());
+        if let Err(error) = ready {
+            return Err(discarded(destination, error));
+        }
+        let name = clock.time(Step::Start, |_| destination.start(self.migration))?;
+        let running_us = clock.elapsed_us();
+        clock.tell(&Event::Running { name: name.clone(), running_us, missing_pages: 0 });
+        Ok(self.report(name, gathered, running_us, None, clock))
+    }
+
+    fn lazily(
+        &self,
+        mut destination: Box<dyn Destination>,
+        gathered: &Gathered<'_>,
+        state: &[u8],
+        clock: &mut Clock<'_>,
+    ) -> Result<Report> {
+        let missing = &gathered.fetch.plan().data;
+        let loaded = clock.time(Step::Load, |_| destination.load(state));
+        let ready = loaded
+            .and_then(|()| clock.time(Step::Expect, |_| destination.expect(missing)))
+            .and_then(|()| self.cancel.pass());
+        if let Err(error) = ready {
+            return Err(discarded(destination, error));
+        }
+        let workload = clock.time(Step::Start, |_| destination.start_incomplete(self.migration))?;
+        let running_us = clock.elapsed_us();
+        self.serve(workload.as_ref(), gathered, running_us, clock)
+    }
+
+    fn serve(
+        &self,
+        workload: &dyn Incomplete,
+        gathered: &Gathered<'_>,
+        running_us: u64,
+        clock: &mut Clock<'_>,
+    ) -> Result<Report> {
+        let missing_pages = workload.missing().iter().map(PageSet::count).sum();
+        clock.tell(&Event::Running { name: workload.name().into(), running_us, missing_pages });
+        let (threads, cancel) = (self.options.threads, self.cancel);
+        let served = clock.time(Step::Stream, |observer| {
+            Serving::new(workload, &gathered.fetch, &gathered.recorded)?.run(threads, cancel, observer)
+        });
+        let (recorder, lazily) = served?;
+        // A store that cannot be written to is as good to read from.
+        if let Err(error) = self.vault.put_touched(self.newest.manifest.id, recorder.runs()) {
+            tracing::info!(%error, "what was touched first is not recorded");
+        }
+        Ok(self.report(workload.name().into(), gathered, running_us, Some(lazily), clock))
+    }
+
+    fn report(
+        &self,
+        name: String,
+        gathered: &Gathered<'_>,
+        running_us: u64,
+        lazily: Option<Lazily>,
+        clock: &Clock<'_>,
+    ) -> Report {
+        let (manifest, plan) = (&self.newest.manifest, gathered.fetch.plan());
+        Report {
+            checkpoint: manifest.id,
+            migration: self.migration,
+            name,
+            links: self.chain.len() as u64,
+            merged_links: gathered.links,
+            memory_bytes: manifest.layout.total_bytes(),
+            data_pages: plan.data_pages(),
+            stored_bytes: plan.stored_bytes(),
+            steps: clock.steps().to_vec(),
+            running_us,
+            total_us: clock.elapsed_us(),
+            lazily,
+        }
+    }
+}
+
+/// What tells where the pages lie.
+struct Gathered<'a> {
+    fetch: Fetch<'a>,
+    /// How many indexes were read.
+    links: u64,
+    /// What earlier restores touched first.
+    recorded: Vec<PageRun>,
+}
+
+fn joined<T>(result: thread::Result<Result<T>>) -> Result<T> {
+    result.unwrap_or_else(|_| Err(Error::Host("the thread that read the indexes ended unexpectedly".into())))
+}
+
+/// Nothing is started.
+fn discarded(destination: Box<dyn Destination>, error: Error) -> Error {
+    destination.discard();
+    error
+}

@@ -1,0 +1,171 @@
+//! From stored bytes to checked pages.
+
+use super::plan::{Need, Part, Plan};
+use crate::error::{Error, Result};
+use crate::vault::{SegmentReader, Unpacker, Vault};
+use protocol::checkpoint::segment::Encoding;
+use protocol::page::{PAGE_SIZE, PageRun};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Where pages go: a run, and its bytes.
+pub(super) type Sink<'a> = dyn FnMut(PageRun, &[u8]) -> Result<()> + 'a;
+
+/// The segments of a plan. Several threads may read at once, each with a [`Scratch`] of its own.
+pub(super) struct Fetch<'a> {
+    vault: &'a Vault,
+    plan: Plan,
+    readers: Vec<Mutex<Option<Arc<SegmentReader>>>>,
+}
+
+/// What a thread reads into.
+#[derive(Default)]
+pub(super) struct Scratch {
+    stored: Vec<u8>,
+    unpacker: Unpacker,
+}
+
+/// How an extent is read.
+enum Way {
+    /// All of it, checked by its digest.
+    Whole(Range<u64>),
+    /// Only what is needed, checked page by page: the ranges, and the parts they are for.
+    Parts(Vec<(Range<u64>, Part)>),
+}
+
+impl<'a> Fetch<'a> {
+    pub(super) fn new(vault: &'a Vault, plan: Plan) -> Self {
+        let readers = plan.segments.iter().map(|_| Mutex::default()).collect();
+        Self { vault, plan, readers }
+    }
+
+    pub(super) fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Finds every segment that will be read, and that it is as long as it must be.
+    ///
+    /// # Errors
+    /// `Store` naming the first that is not.
+    pub(super) fn open_all(&self) -> Result<()> {
+        (0..self.readers.len()).try_for_each(|segment| self.reader(segment).map(drop))
+    }
+
+    /// Reads some neighbouring extents of one segment with one request, checks them, and gives what is needed of them.
+    ///
+    /// # Errors
+    /// `Store` naming checkpoint and object, or the sink's.
+    pub(super) fn group(
+        &self,
+        group: Range<usize>,
+        scratch: &mut Scratch,
+        sink: &mut Sink<'_>,
+    ) -> Result<()> {
+        let needs = self.plan.needs.get(group).unwrap_or_default();
+        let Some(first) = needs.first() else { return Ok(()) };
+        let segment = first.segment as usize;
+        let reader = self.reader(segment)?;
+        let read = self.read(&reader, needs, scratch, sink);
+        if read.as_ref().is_err_and(is_of_the_store) {
+            // What was put back in its place, or mounted again, is found only by opening it anew.
+            *self.slot(segment)? = None;
+        }
+        read
+    }
+
+    /// Reads one extent.
+    ///
+    /// # Errors
+    /// As `group`.
+    pub(super) fn one(&self, extent: usize, scratch: &mut Scratch, sink: &mut Sink<'_>) -> Result<()> {
+        self.group(extent..extent + 1, scratch, sink)
+    }
+
+    fn read(
+        &self,
+        reader: &SegmentReader,
+        needs: &[Need],
+        scratch: &mut Scratch,
+        sink: &mut Sink<'_>,
+    ) -> Result<()> {
+        let ways: Vec<_> = needs.iter().map(|need| self.way(reader, need)).collect();
+        let mut ranges = Vec::with_capacity(needs.len());
+        for way in &ways {
+            match way {
+                Way::Whole(range) => ranges.push(range.clone()),
+                Way::Parts(parts) => ranges.extend(parts.iter().map(|(range, _)| range.clone())),
+            }
+        }
+        let bytes: u64 = ranges.iter().map(|range| range.end - range.start).sum();
+        // At most some extents, whose lengths are bounded; nothing is cleared that is overwritten anyway.
+        scratch.stored.resize(bytes as usize, 0);
+        match ranges.as_slice() {
+            [range] => reader.fetch(range.start, &mut scratch.stored)?,
+            ranges => reader.fetch_ranges(ranges, &mut scratch.stored)?,
+        }
+        let mut rest = scratch.stored.as_slice();
+        let mut next = |range: &Range<u64>| {
+            let (bytes, behind) = rest.split_at((range.end - range.start) as usize);
+            rest = behind;
+            bytes
+        };
+        for (need, way) in needs.iter().zip(&ways) {
+            match way {
+                Way::Whole(range) => {
+                    let pages = reader.decode(&need.extent, next(range), &mut scratch.unpacker)?;
+                    for part in self.plan.parts(need) {
+                        sink(part.run, bytes_of(part, pages)?)?;
+                    }
+                }
+                Way::Parts(parts) => {
+                    for (range, part) in parts {
+                        let sums = self.plan.sums(need);
+                        sink(part.run, reader.decode_part(&need.extent, part.page, sums, next(range))?)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Pages of a raw extent are read alone where less than half of it is needed.
+    fn way(&self, reader: &SegmentReader, need: &Need) -> Way {
+        let parts = self.plan.parts(need);
+        let few = self.plan.pages(need) * 2 < u64::from(need.extent.pages);
+        // No part leaves its extent of at most 256 pages.
+        let alone = |part: &Part| Some((reader.part(&need.extent, part.page, part.run.count as u16)?, *part));
+        let ranges = (few && need.extent.encoding == Encoding::Raw)
+            .then(|| parts.iter().map(alone).collect())
+            .flatten();
+        ranges.map_or_else(|| Way::Whole(reader.whole(&need.extent)), Way::Parts)
+    }
+
+    fn slot(&self, segment: usize) -> Result<std::sync::MutexGuard<'_, Option<Arc<SegmentReader>>>> {
+        let slot = self.readers.get(segment);
+        let slot = slot.ok_or_else(|| Error::Store(format!("there is no segment {segment} in the plan")))?;
+        Ok(slot.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn reader(&self, segment: usize) -> Result<Arc<SegmentReader>> {
+        let mut slot = self.slot(segment)?;
+        if let Some(reader) = &*slot {
+            return Ok(Arc::clone(reader));
+        }
+        let reader = Arc::new(SegmentReader::open(self.vault, &self.plan.segments[segment])?);
+        *slot = Some(Arc::clone(&reader));
+        Ok(reader)
+    }
+}
+
+/// Whether it is the store that did not do its part.
+pub(super) fn is_of_the_store(error: &Error) -> bool {
+    matches!(error.root(), Error::Store(_))
+}
+
+/// The bytes of a part in its extent's pages.
+fn bytes_of<'a>(part: &Part, pages: &'a [u8]) -> Result<&'a [u8]> {
+    let start = usize::from(part.page) * PAGE_SIZE;
+    pages.get(start..start + part.run.bytes()).ok_or_else(|| {
+        Error::Store(format!("pages {}+{} leave their extent", part.run.first, part.run.count))
+    })
+}

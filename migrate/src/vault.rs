@@ -1,0 +1,317 @@
+//! Checkpoints in a store: its objects as what they mean.
+//!
+//! ```text
+//! checkpoint ─▶ segment writers ─▶ index, state ─▶ manifest ─▶ store
+//! restore    ◀─ segment readers ◀─ chain of manifests        ◀─
+//! ```
+//!
+//! The store keeps bytes; this knows which of them are a manifest, an index, a state, page data, and trusts none of them: whatever is
+//! read is checked for its length before memory is taken for it, and against its digest before it is used. An error names the
+//! checkpoint and the object.
+
+mod wrong;
+mod write;
+mod read;
+mod catalogue;
+mod resolve;
+mod touched;
+#[cfg(test)]
+pub(crate) mod sample;
+#[cfg(test)]
+mod tests;
+
+pub use catalogue::{Committed, Damaged, Listing};
+pub use read::{SegmentReader, Unpacker};
+pub use write::{RAW_EXTENT_PAGES, SegmentWriter, ZSTD_EXTENT_PAGES};
+
+use crate::error::{Error, Result};
+use crate::store::Store;
+use protocol::checkpoint::index::Index;
+use protocol::checkpoint::manifest::{
+    HexDigest, MAX_JSON_BYTES, Manifest, Part, StoreInfo, from_json, to_json,
+};
+use protocol::checkpoint::name::{self, CheckpointId};
+use protocol::checkpoint::object::{self, Digest, Kind};
+use protocol::control::MAX_BLOB_BYTES;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+use wrong::Wrong;
+
+/// What opens a sealed store. There is none yet.
+pub enum StoreKey {}
+
+/// The most bytes of a state: what two blobs of a migration have, and the length of the first.
+const MAX_STATE_BYTES: u64 = 2 * MAX_BLOB_BYTES as u64 + 4;
+
+/// What writes checkpoints, as they say it themselves.
+const SOFTWARE: &str = concat!("migrate ", env!("CARGO_PKG_VERSION"));
+
+/// A store, opened.
+#[derive(Clone)]
+pub struct Vault {
+    store: Arc<dyn Store>,
+    info: StoreInfo,
+}
+
+/// Milliseconds since 1970.
+pub fn now_unix_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+}
+
+/// The name of a checkpoint that begins now.
+///
+/// # Errors
+/// `Host` when there is no randomness to be had.
+pub fn new_id() -> Result<CheckpointId> {
+    Ok(CheckpointId::new(now_unix_ms() / 1000, u32::from_le_bytes(random()?)))
+}
+
+fn random<const N: usize>() -> Result<[u8; N]> {
+    let mut bytes = [0; N];
+    aws_lc_rs::rand::fill(&mut bytes)
+        .map_err(|_| Error::Host("the system gives no random numbers: nothing can be named".into()))?;
+    Ok(bytes)
+}
+
+impl Vault {
+    /// Makes a store where there is none.
+    ///
+    /// # Errors
+    /// `Store`, also when there is one; `Host`.
+    pub fn create(store: Arc<dyn Store>, key: Option<&StoreKey>) -> Result<Self> {
+        if let Some(key) = key {
+            match *key {}
+        }
+        let info = StoreInfo {
+            id: random::<16>()?.iter().map(|byte| format!("{byte:02x}")).collect(),
+            created_unix_ms: now_unix_ms(),
+            software: SOFTWARE.into(),
+            seal: None,
+        };
+        let vault = Self { store, info };
+        vault.put_json(Kind::Store, name::STORE, &vault.info)?;
+        Ok(vault)
+    }
+
+    /// Opens a store that is there.
+    ///
+    /// # Errors
+    /// `Store` when there is none, or it is of a version that this release does not read; `Usage` when the key is not the store's.
+    pub fn open(store: Arc<dyn Store>, key: Option<&StoreKey>) -> Result<Self> {
+        if let Some(key) = key {
+            match *key {}
+        }
+        if !store.contains(name::STORE)? {
+            return Err(Error::Store(format!(
+                "{} is no checkpoint store: it has no {}; `migrate checkpoint` makes one",
+                store.place(),
+                name::STORE
+            )));
+        }
+        let info: StoreInfo = read_json(&*store, Kind::Store, name::STORE)?;
+        if info.seal.is_some() {
+            return Err(Error::Usage(format!("{} is sealed: give its key", store.place())));
+        }
+        Ok(Self { store, info })
+    }
+
+    /// Opens a store, or makes one where there is none.
+    ///
+    /// # Errors
+    /// As `open` and `create`.
+    pub fn open_or_create(store: Arc<dyn Store>, key: Option<&StoreKey>) -> Result<Self> {
+        if store.contains(name::STORE)? { Self::open(store, key) } else { Self::create(store, key) }
+    }
+
+    /// The store below.
+    pub fn store(&self) -> &Arc<dyn Store> {
+        &self.store
+    }
+
+    /// What the store says of itself.
+    pub fn info(&self) -> &StoreInfo {
+        &self.info
+    }
+
+    /// What an operator calls it.
+    pub fn place(&self) -> String {
+        self.store.place()
+    }
+
+    fn wrong<'a>(&'a self, object: &'a str) -> Wrong<'a> {
+        Wrong { store: &*self.store, object }
+    }
+
+    /// Writes an object, which is durable then.
+    ///
+    /// # Errors
+    /// `Store`, also when there is one of this name.
+    pub fn put(&self, kind: Kind, name: &str, body: &[u8]) -> Result<Part> {
+        let (bytes, digest) = object::encode(kind, false, body);
+        self.store.put(name, &bytes)?;
+        Ok(Part { bytes: bytes.len() as u64, digest: HexDigest(digest) })
+    }
+
+    /// Writes an object that is JSON.
+    ///
+    /// # Errors
+    /// As `put`, and when it is too long.
+    pub fn put_json<T: Serialize>(&self, kind: Kind, name: &str, value: &T) -> Result<Part> {
+        let json = to_json(what(kind), value).map_err(|error| self.wrong(name).unwritable(&error))?;
+        self.put(kind, name, &json)
+    }
+
+    /// Reads the body of an object; `part` is what another object says of it, or `limit_bytes` holds.
+    ///
+    /// # Errors
+    /// `Store` when there is none, or it is not what it should be.
+    fn read(&self, kind: Kind, name: &str, part: Option<&Part>, limit_bytes: u64) -> Result<(Vec<u8>, Part)> {
+        read(&*self.store, kind, name, part, limit_bytes)
+    }
+
+    /// Reads the body of an object of which another says length and digest.
+    ///
+    /// # Errors
+    /// `Store` when there is none, or it is another one, or damaged; or longer than any of its kind.
+    pub fn get(&self, kind: Kind, name: &str, part: &Part) -> Result<Vec<u8>> {
+        Ok(self.read(kind, name, Some(part), limit_bytes(kind))?.0)
+    }
+
+    /// Reads an object that is JSON, and what it is known by.
+    ///
+    /// # Errors
+    /// As `get`, and when it is not the JSON it should be.
+    pub fn get_json<T: DeserializeOwned>(&self, kind: Kind, name: &str) -> Result<(T, Part)> {
+        let (json, part) = self.read(kind, name, None, limit_bytes(kind))?;
+        let value = from_json(what(kind), &json).map_err(|error| self.wrong(name).damaged(&error))?;
+        Ok((value, part))
+    }
+
+    /// Where the pages lie that a checkpoint added.
+    ///
+    /// # Errors
+    /// `Store`.
+    pub fn index(&self, manifest: &Manifest) -> Result<Index> {
+        let name = name::index(manifest.id);
+        let body = self.get(Kind::Index, &name, &manifest.index)?;
+        let index = Index::decode(&manifest.layout, manifest.segments.len() as u32, &body);
+        let index = index.map_err(|error| self.wrong(&name).damaged(&error))?;
+        let inside = |extent: &protocol::checkpoint::index::Extent| {
+            let segment = manifest.segments.get(extent.segment as usize);
+            let end = extent.offset.checked_add(u64::from(extent.stored_bytes));
+            segment.zip(end).is_some_and(|(segment, end)| end <= segment.bytes)
+        };
+        match index.extents.iter().position(|extent| !inside(extent)) {
+            None => Ok(index),
+            Some(at) => Err(self.wrong(&name).damaged(&format!("extent {at} leaves its segment"))),
+        }
+    }
+
+    /// Writes an index, before the manifest that says of it.
+    ///
+    /// # Errors
+    /// `Store`.
+    pub fn put_index(&self, id: CheckpointId, index: &Index) -> Result<Part> {
+        self.put(Kind::Index, &name::index(id), &index.encode())
+    }
+
+    /// The machine description and the workload's state.
+    ///
+    /// # Errors
+    /// `Store`.
+    pub fn state(&self, manifest: &Manifest) -> Result<(Vec<u8>, Vec<u8>)> {
+        let name = name::state(manifest.id);
+        let mut machine = self.get(Kind::State, &name, &manifest.state)?;
+        let split = machine.first_chunk::<4>().map(|bytes| 4 + u64::from(u32::from_le_bytes(*bytes)));
+        let Some(split) = split.filter(|split| *split <= machine.len() as u64) else {
+            return Err(self.wrong(&name).damaged("the machine description leaves it"));
+        };
+        let state = machine.split_off(split as usize);
+        machine.drain(..4);
+        Ok((machine, state))
+    }
+
+    /// Writes a state, before the manifest that says of it.
+    ///
+    /// # Errors
+    /// `Store`.
+    pub fn put_state(&self, id: CheckpointId, machine: &[u8], state: &[u8]) -> Result<Part> {
+        let name = name::state(id);
+        let limit = MAX_BLOB_BYTES as usize;
+        if machine.len() > limit || state.len() > limit {
+            let why = format!("{} and {} bytes are more than {limit}", machine.len(), state.len());
+            return Err(self.wrong(&name).unwritable(&why));
+        }
+        let mut body = Vec::with_capacity(4 + machine.len() + state.len());
+        body.extend_from_slice(&(machine.len() as u32).to_le_bytes());
+        body.extend_from_slice(machine);
+        body.extend_from_slice(state);
+        self.put(Kind::State, &name, &body)
+    }
+}
+
+/// The most bytes that a stored body of this kind is read with. That of an index is in proportion to the memory, which its manifest tells:
+/// what counts is that it is really there, as long as it says.
+fn limit_bytes(kind: Kind) -> u64 {
+    match kind {
+        Kind::Store | Kind::Manifest | Kind::Group | Kind::Pruned => MAX_JSON_BYTES as u64,
+        Kind::State => MAX_STATE_BYTES,
+        Kind::Touched => MAX_BLOB_BYTES.into(),
+        Kind::Index => u64::MAX - object::HEADER_BYTES as u64,
+    }
+}
+
+/// What an object of this kind is, in an error.
+fn what(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Store => "the description of the store",
+        Kind::Manifest => "a manifest",
+        Kind::Index => "an index",
+        Kind::State => "a state",
+        Kind::Group => "a group checkpoint",
+        Kind::Pruned => "a note of what was given up",
+        Kind::Touched => "an order of first touches",
+    }
+}
+
+fn read_json<T: DeserializeOwned>(store: &dyn Store, kind: Kind, name: &str) -> Result<T> {
+    let (json, _) = read(store, kind, name, None, limit_bytes(kind))?;
+    from_json(what(kind), &json).map_err(|error| Wrong { store, object: name }.damaged(&error))
+}
+
+fn read(
+    store: &dyn Store,
+    kind: Kind,
+    name: &str,
+    part: Option<&Part>,
+    limit_bytes: u64,
+) -> Result<(Vec<u8>, Part)> {
+    let wrong = Wrong { store, object: name };
+    let reader = store.open(name)?;
+    let found = reader.bytes();
+    if let Some(part) = part.filter(|part| part.bytes != found) {
+        return Err(wrong.damaged(&format!("it has {found} bytes and not {}", part.bytes)));
+    }
+    if found > limit_bytes + object::HEADER_BYTES as u64 {
+        return Err(wrong.damaged(&format!("its {found} bytes are more than {} has", what(kind))));
+    }
+    let mut bytes = Vec::new();
+    bytes
+        .try_reserve_exact(usize::try_from(found).unwrap_or(usize::MAX))
+        .map_err(|_| Error::Host(format!("there is no memory for the {found} bytes of {name}")))?;
+    bytes.resize(found as usize, 0);
+    reader.read_at(0, &mut bytes)?;
+    let object = object::decode(&bytes, kind, what(kind)).map_err(|error| wrong.damaged(&error))?;
+    if let Some(part) = part.filter(|part| part.digest.0 != object.digest) {
+        let why = format!("its digest is {} and not {}", HexDigest(object.digest), part.digest);
+        return Err(wrong.damaged(&why));
+    }
+    if object.sealed {
+        return Err(wrong.damaged("it is sealed, and the store is not"));
+    }
+    let digest: Digest = object.digest;
+    bytes.drain(..object::HEADER_BYTES);
+    Ok((bytes, Part { bytes: found, digest: HexDigest(digest) }))
+}

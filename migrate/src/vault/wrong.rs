@@ -1,0 +1,44 @@
+//! What is wrong with an object, in words that name it.
+
+use crate::error::Error;
+use crate::store::Store;
+use protocol::checkpoint::name::{CHECKPOINTS, CheckpointId, DATA, GROUPS, PRUNED, TOUCHED};
+use std::fmt::Display;
+
+/// An object with which something is wrong.
+#[derive(Clone, Copy)]
+pub(super) struct Wrong<'a> {
+    pub(super) store: &'a dyn Store,
+    pub(super) object: &'a str,
+}
+
+impl Wrong<'_> {
+    /// It is there, and is not what was written.
+    pub(super) fn damaged(&self, why: &(impl Display + ?Sized)) -> Error {
+        Error::Store(format!(
+            "{} is damaged: {why}; `migrate store verify` says what else is, `migrate store list` which checkpoints there are",
+            self.named()
+        ))
+    }
+
+    /// It cannot be written.
+    pub(super) fn unwritable(&self, why: &(impl Display + ?Sized)) -> Error {
+        Error::Store(format!("{} cannot be written: {why}", self.named()))
+    }
+
+    /// The object, its checkpoint if its name has one, and its store.
+    fn named(&self) -> String {
+        let place = self.store.place();
+        match checkpoint_of(self.object) {
+            Some(id) => format!("checkpoint {id}: object {} of {place}", self.object),
+            None => format!("object {} of {place}", self.object),
+        }
+    }
+}
+
+/// The checkpoint that an object belongs to.
+pub(super) fn checkpoint_of(object: &str) -> Option<CheckpointId> {
+    let rest =
+        [CHECKPOINTS, DATA, GROUPS, PRUNED, TOUCHED].iter().find_map(|folder| object.strip_prefix(folder))?;
+    rest.split('/').next()?.parse().ok()
+}
