@@ -7,7 +7,7 @@
 
 mod witness;
 
-use super::{Committed, Completed, Dirty, Donor, Source, Workload};
+use super::{Committed, Completed, Dirty, Donor, Durable, Source, Workload};
 use crate::error::{Error, Result};
 use crate::memory::PageReader;
 use protocol::MigrationId;
@@ -36,6 +36,7 @@ pub enum Call {
     State,
     Pledge,
     HandOver,
+    End,
     Donate,
     Redirty,
     Thaw,
@@ -44,7 +45,7 @@ pub enum Call {
 
 impl Call {
     /// All of them.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Track,
         Self::Baseline,
         Self::Harvest,
@@ -57,6 +58,7 @@ impl Call {
         Self::State,
         Self::Pledge,
         Self::HandOver,
+        Self::End,
         Self::Donate,
         Self::Redirty,
         Self::Thaw,
@@ -447,6 +449,17 @@ impl Source for Scripted {
         self.settled = true;
         let mut vm = self.called(Call::Resume)?;
         self.resumes(&mut vm);
+        Ok(())
+    }
+
+    fn end(mut self: Box<Self>, _: Durable) -> Result<()> {
+        let mut vm = self.called(Call::End)?;
+        if vm.stage != Stage::Frozen {
+            return Err(Error::Workload("only a frozen workload can be ended".into()));
+        }
+        vm.stage = Stage::Gone;
+        drop(vm);
+        self.settled = true;
         Ok(())
     }
 
