@@ -4,20 +4,25 @@ mod series;
 mod show;
 
 use super::cancel_on_signals;
+use super::store::KeepArgs;
 use super::target::Target;
 use crate::cancel::CancelFlag;
+use crate::chains::Chains;
 use crate::checkpoint::{self, CheckpointReport, Options};
 use crate::cli::Common;
 use crate::error::{Error, Result};
 use crate::paths::RuntimeDir;
 use crate::progress;
+use crate::retention::{Plan, prune};
 use crate::schedule::Aim;
+use crate::seal::StoreKey;
 use crate::source::vm::VmSource;
 use crate::speed::Speedometer;
 use crate::store::{self, Attempt, Lease, Store};
 use crate::units;
 use crate::vault::{Vault, new_id};
 use protocol::monitor::{Phase, Status};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -35,6 +40,7 @@ Examples:
   migrate checkpoint web --store /var/lib/checkpoints
   migrate checkpoint web --store /var/lib/checkpoints --every 30s
   migrate checkpoint web --store /var/lib/checkpoints --every auto --recovery-time 5s --overhead 2% --mtbf 24h
+  migrate checkpoint web --store /var/lib/checkpoints --every 10m --keep-last 6 --keep-hourly 24 --keep-daily 7
   migrate checkpoint web --store /mnt/shared/checkpoints --suspend
 
 The VM runs on while it is written down, and is paused for its last pages and its state alone. A checkpoint has only what was written
@@ -43,9 +49,12 @@ interrupted, changes nothing.")]
 pub struct Args {
     /// The VM's name, or the path of its control socket.
     vm: String,
-    /// Where the checkpoints lie: a directory. It becomes a store if it is none.
+    /// Where the checkpoints lie: a directory, or s3://BUCKET/PREFIX. It becomes a store if it is none.
     #[arg(long, value_name = "STORE")]
     store: String,
+    /// The file of the store's key. A store that is made with one is sealed; a sealed one needs it.
+    #[arg(long, value_name = "FILE")]
+    encrypt: Option<PathBuf>,
     /// Take a full checkpoint, whatever a delta could stand on.
     #[arg(long)]
     full: bool,
@@ -64,6 +73,8 @@ pub struct Args {
     every: Option<Every>,
     #[command(flatten)]
     aim: AimArgs,
+    #[command(flatten)]
+    keep: KeepArgs,
     /// Memory to keep what was read and is not written yet, at most; twice as much while the VM is paused.
     #[arg(long, value_name = "SIZE", default_value = "128MiB", value_parser = units::size)]
     stage: u64,
@@ -140,6 +151,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         args,
         target: Target::find(&runtime, &args.vm)?,
         store: store::open(&args.store)?,
+        key: args.encrypt.as_deref().map(StoreKey::load).transpose()?,
         cancel: cancel_on_signals()?,
     };
     match args.every {
@@ -172,6 +184,7 @@ struct Writer<'a> {
     args: &'a Args,
     target: Target,
     store: Arc<dyn Store>,
+    key: Option<StoreKey>,
     cancel: CancelFlag,
 }
 
@@ -196,7 +209,7 @@ impl Writer<'_> {
             )));
         }
         let lease = self.lock(&status.name, cancel)?;
-        let vault = Vault::open_or_create(Arc::clone(&self.store), None)?;
+        let vault = Vault::open_or_create(Arc::clone(&self.store), self.key.as_ref())?;
         let source = VmSource::checkpoint(&status.name, self.target.socket())?;
         let gauge = source.gauge();
         let mut options = Options::new(new_id()?);
@@ -217,7 +230,26 @@ impl Writer<'_> {
         };
         report.guest = speedometer.finish();
         show::report(self.common, &report);
-        failure.map_or(Ok(report), Err)
+        if let Some(error) = failure {
+            return Err(error);
+        }
+        if let Err(error) = self.prune(&vault, lease.as_ref(), &report.workload) {
+            // The checkpoint is what this is about, and it is there.
+            show::not_pruned(self.common, &error);
+        }
+        Ok(report)
+    }
+
+    /// Gives up what no rule keeps, if there are any.
+    fn prune(&self, vault: &Vault, lease: &dyn Lease, workload: &str) -> Result<()> {
+        let keep = self.args.keep.keep();
+        if keep.is_empty() {
+            return Ok(());
+        }
+        let chains = Chains::of(&vault.manifests()?);
+        let gone = prune(vault, lease, &Plan::new(&chains, &keep, Some(workload)))?;
+        show::pruned(self.common, &gone);
+        Ok(())
     }
 
     /// The right to write, waiting for it as long as that is wanted.

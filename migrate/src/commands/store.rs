@@ -4,6 +4,8 @@ mod list;
 mod show;
 mod prune;
 
+pub(super) use prune::KeepArgs;
+
 use crate::cli::Common;
 use crate::error::Result;
 use crate::seal::StoreKey;

@@ -9,6 +9,7 @@ use crate::exit;
 use crate::report::micros;
 use crate::schedule::Plan;
 use crate::units::{show_bytes, show_rate, show_us};
+use protocol::checkpoint::name::CheckpointId;
 use protocol::page::PAGE_SIZE;
 use serde::Serialize;
 use std::io::Write as _;
@@ -83,6 +84,27 @@ pub(super) fn failed(common: &Common, error: &Error, interval: Duration) {
     note(&format!(
         "migrate: NO CHECKPOINT was taken: {error}; the last one is still good, and another is tried within {} s",
         interval.as_secs_f32()
+    ));
+}
+
+/// Says which checkpoints were given up behind this one.
+pub(super) fn pruned(common: &Common, gone: &[CheckpointId]) {
+    if common.json {
+        emit(&serde_json::json!({"event": "pruned", "pruned": gone}));
+    } else if !gone.is_empty() {
+        say(&format!("pruned    {} checkpoints that no rule keeps", gone.len()));
+    }
+}
+
+/// Says that giving up old checkpoints failed.
+pub(super) fn not_pruned(common: &Common, error: &Error) {
+    if common.json {
+        emit(
+            &serde_json::json!({"event": "prune-failed", "class": exit::class(error), "message": error.to_string()}),
+        );
+    }
+    note(&format!(
+        "migrate: old checkpoints could not be given up: {error}; the new one is there, and it is tried again behind the next"
     ));
 }
 
