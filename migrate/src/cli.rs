@@ -56,6 +56,8 @@ enum Verb {
     Receive(commands::receive::Args),
     /// Start a VM from a checkpoint.
     Restore(commands::restore::Args),
+    /// Write a running VM down into a store, whole or what is new, once or again and again.
+    Checkpoint(commands::checkpoint::Args),
     /// Forecast what moving a VM would take, without moving it.
     Estimate(commands::estimate::Args),
     /// Show the migrations that are under way on this host.
@@ -101,6 +103,7 @@ pub fn run() -> ExitCode {
         Verb::Send(args) => commands::send::run(&cli.common, &args),
         Verb::Receive(args) => commands::receive::run(&cli.common, &args),
         Verb::Restore(args) => commands::restore::run(&cli.common, &args),
+        Verb::Checkpoint(args) => commands::checkpoint::run(&cli.common, &args),
         Verb::Estimate(args) => commands::estimate::run(&cli.common, &args),
         Verb::Status(args) => commands::status::run(&cli.common, &args),
         Verb::Cancel(args) => commands::cancel::run(&cli.common, &args),

@@ -5,6 +5,7 @@ mod target;
 pub mod vm;
 pub mod send;
 pub mod receive;
+pub mod checkpoint;
 pub mod status;
 pub mod cancel;
 pub mod set;

@@ -36,7 +36,7 @@ struct Json;
 
 impl Observer for Json {
     fn event(&mut self, event: &Event) {
-        if !matches!(event, Event::Done(_) | Event::Arrived(_)) {
+        if !matches!(event, Event::Done(_) | Event::Checkpointed(_) | Event::Arrived(_)) {
             emit(event);
         }
     }
@@ -155,7 +155,7 @@ impl Observer for Bar {
                 let left = show_bytes(missing_pages * PAGE_SIZE as u64);
                 self.bar.set_message(format!("it runs at the destination; {left} are still to follow"));
             }
-            Event::Done(_) | Event::Arrived(_) => self.bar.finish_and_clear(),
+            Event::Done(_) | Event::Checkpointed(_) | Event::Arrived(_) => self.bar.finish_and_clear(),
         }
     }
 }
@@ -208,7 +208,7 @@ pub fn restoring(common: &Common) -> impl FnMut(&restore::report::Event) + use<>
     move |event| {
         match event {
             event if json => emit(event),
-            Restoring::Running { name, running_us, missing_pages } => {
+            Restoring::Running { name, running_us, missing_pages, .. } => {
                 let more = match missing_pages {
                     0 => String::new(),
                     pages => format!("; {} of its memory follow", show_bytes(pages * PAGE_SIZE as u64)),

@@ -145,6 +145,12 @@ pub trait Source {
     /// `Workload`.
     fn resume(self: Box<Self>) -> Result<()>;
 
+    /// The frozen workload is safe in a checkpoint: it ends here.
+    ///
+    /// # Errors
+    /// `Workload`; it may run on then.
+    fn end(self: Box<Self>, durable: Durable) -> Result<()>;
+
     /// The destination has it: the workload ends here.
     ///
     /// # Errors
@@ -197,6 +203,24 @@ impl Completed {
     /// Which migration.
     pub fn migration(&self) -> MigrationId {
         self.migration
+    }
+}
+
+/// Proof that a checkpoint is durable that has all of a workload. Only [`crate::checkpoint`] makes one.
+#[derive(Debug)]
+pub struct Durable {
+    checkpoint: CheckpointId,
+}
+
+impl Durable {
+    /// For the place alone where the manifest became durable.
+    pub(crate) fn new(checkpoint: CheckpointId) -> Self {
+        Self { checkpoint }
+    }
+
+    /// Which checkpoint.
+    pub fn checkpoint(&self) -> CheckpointId {
+        self.checkpoint
     }
 }
 

@@ -7,7 +7,7 @@
 
 mod witness;
 
-use super::{Committed, Completed, Dirty, Donor, Source, Workload};
+use super::{Committed, Completed, Dirty, Donor, Durable, Source, Workload};
 use crate::error::{Error, Result};
 use crate::memory::PageReader;
 use protocol::MigrationId;
@@ -36,6 +36,7 @@ pub enum Call {
     State,
     Pledge,
     HandOver,
+    End,
     Donate,
     Redirty,
     Thaw,
@@ -44,7 +45,7 @@ pub enum Call {
 
 impl Call {
     /// All of them.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Track,
         Self::Baseline,
         Self::Harvest,
@@ -57,6 +58,7 @@ impl Call {
         Self::State,
         Self::Pledge,
         Self::HandOver,
+        Self::End,
         Self::Donate,
         Self::Redirty,
         Self::Thaw,
@@ -86,6 +88,8 @@ struct Vm {
     baseline: Option<CheckpointId>,
     /// What the baseline lacks.
     owed: Vec<PageSet>,
+    /// What this attempt took for a baseline.
+    covered: Vec<PageSet>,
     stage: Stage,
     random: u64,
     pages_per_call: u64,
@@ -117,6 +121,7 @@ impl Machine {
             taken: empty(),
             baseline: None,
             owed: empty(),
+            covered: empty(),
             stage: Stage::Running,
             random: seed,
             pages_per_call,
@@ -314,6 +319,7 @@ impl Source for Scripted {
         let mut vm = self.called(Call::Track)?;
         let vm = &mut *vm;
         vm.taken.iter_mut().for_each(PageSet::clear);
+        vm.covered.iter_mut().for_each(PageSet::clear);
         match (dirty, vm.baseline) {
             (Dirty::SinceBaseline, Some(_)) => vm.dirty.clone_from(&vm.owed),
             _ => vm.dirty.iter_mut().for_each(|dirty| dirty.insert(0, u64::MAX)),
@@ -329,7 +335,10 @@ impl Source for Scripted {
         let mut vm = self.called(Call::Baseline)?;
         let vm = &mut *vm;
         vm.owed.clone_from(&vm.dirty);
-        vm.taken.iter_mut().for_each(PageSet::clear);
+        for (covered, taken) in vm.covered.iter_mut().zip(&mut vm.taken) {
+            covered.union(taken);
+            taken.clear();
+        }
         vm.baseline = Some(checkpoint);
         Ok(())
     }
@@ -383,12 +392,10 @@ impl Source for Scripted {
     fn redirty(&mut self, pages: &[PageSet]) -> Result<()> {
         let mut vm = self.called(Call::Redirty)?;
         let vm = &mut *vm;
-        let books = vm.dirty.iter_mut().zip(&mut vm.taken).zip(&mut vm.owed);
-        for (((dirty, taken), owed), pages) in books.zip(pages) {
-            // What this attempt did not take was taken for the baseline, which is retracted.
+        let books = vm.dirty.iter_mut().zip(&mut vm.owed).zip(&vm.covered);
+        for (((dirty, owed), covered), pages) in books.zip(pages) {
             let mut retracted = pages.clone();
-            retracted.subtract(taken);
-            retracted.subtract(dirty);
+            retracted.intersect(covered);
             owed.union(&retracted);
             dirty.union(pages);
         }
@@ -442,6 +449,17 @@ impl Source for Scripted {
         self.settled = true;
         let mut vm = self.called(Call::Resume)?;
         self.resumes(&mut vm);
+        Ok(())
+    }
+
+    fn end(mut self: Box<Self>, _: Durable) -> Result<()> {
+        let mut vm = self.called(Call::End)?;
+        if vm.stage != Stage::Frozen {
+            return Err(Error::Workload("only a frozen workload can be ended".into()));
+        }
+        vm.stage = Stage::Gone;
+        drop(vm);
+        self.settled = true;
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::memory::{GuestMemory, PageReader};
-use crate::source::{Committed, Completed, Dirty, Donor, Source, Workload};
+use crate::source::{Committed, Completed, Dirty, Donor, Durable, Source, Workload};
 use crate::speed::Gauge;
 use protocol::MigrationId;
 use protocol::checkpoint::name::CheckpointId;
@@ -49,6 +49,14 @@ impl VmSource {
     /// As [`VmSource::connect`].
     pub fn watch(name: &str, socket: &Path) -> Result<Self> {
         Self::hold(name, socket, "", "migrate estimate")
+    }
+
+    /// Takes hold of the VM to write it down, not to move it.
+    ///
+    /// # Errors
+    /// As [`VmSource::connect`].
+    pub fn checkpoint(name: &str, socket: &Path) -> Result<Self> {
+        Self::hold(name, socket, "", "migrate checkpoint")
     }
 
     /// A look at how fast the guest is, if it says so itself.
@@ -182,6 +190,13 @@ impl Source for VmSource {
             self.client.track_stop()?;
         }
         Ok(())
+    }
+
+    fn end(self: Box<Self>, _: Durable) -> Result<()> {
+        // As in `hand_over`: freeing the memory is for the VMM.
+        let Self { mut client, memory, .. } = *self;
+        drop(memory);
+        Ok(client.terminate()?)
     }
 
     fn hand_over(self: Box<Self>, committed: Committed) -> Result<()> {
