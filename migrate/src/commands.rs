@@ -15,6 +15,7 @@ pub mod estimate;
 pub mod keys;
 pub mod restore;
 pub mod recover;
+pub mod store;
 pub mod ledger;
 pub mod completions;
 pub mod man;

@@ -28,6 +28,7 @@ mod codec;
 pub mod cap;
 pub mod outbound;
 pub mod schedule;
+pub mod chains;
 pub mod retention;
 pub mod store;
 pub mod seal;
