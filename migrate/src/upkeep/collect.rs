@@ -4,6 +4,7 @@
 //! it was given up may end. It counts from the note that the checkpoint was given up, or, where there is none because something crashed,
 //! from the newest of its objects. Nothing is collected while a manifest cannot be read: what it reaches is not known.
 
+use super::reached;
 use crate::error::{Error, Result};
 use crate::store::{Lease, ObjectInfo};
 use crate::vault::{Committed, Listing, Vault};
@@ -54,8 +55,8 @@ pub fn plan(vault: &Vault, now: SystemTime, grace: Duration) -> Result<Vec<Remov
     let listing = vault.manifests()?;
     if let Some(damaged) = listing.damaged.first() {
         return Err(Error::Store(format!(
-            "nothing is collected in {} while {} cannot be read, since what it needs is not known ({}): see `migrate store \
-             verify`, and give it up with `migrate store prune` if it is lost",
+            "nothing is collected in {} while {} cannot be read, since what it needs is not known ({}); `migrate store verify` \
+             says what else is damaged: bring the object back from a copy, or remove it if it is lost for good",
             vault.place(),
             damaged.object,
             damaged.error
@@ -78,18 +79,19 @@ pub fn plan(vault: &Vault, now: SystemTime, grace: Duration) -> Result<Vec<Remov
 /// What to remove of what was found.
 fn choose(found: &Found, now: SystemTime, grace: Duration) -> Vec<Removal> {
     let is_over = |since: SystemTime| now.duration_since(since).is_ok_and(|age| age >= grace);
-    let infos: HashMap<&str, &ObjectInfo> = found.objects.iter().map(|info| (info.name.as_str(), info)).collect();
-    // A member of a group that is not there yet, or never will be.
-    let is_left = |link: &&Committed| {
-        infos.get(name::manifest(link.manifest.id).as_str()).is_some_and(|info| is_over(info.written))
+    let infos: HashMap<&str, &ObjectInfo> =
+        found.objects.iter().map(|info| (info.name.as_str(), info)).collect();
+    let (committed, orphans) = (&found.listing.committed, &found.listing.orphans);
+    let all: HashMap<CheckpointId, &Committed> =
+        committed.iter().chain(orphans).map(|link| (link.manifest.id, link)).collect();
+    // A member of a group that is not there: as long as it is young, it may be completed yet.
+    let is_young = |link: &&Committed| {
+        infos.get(name::manifest(link.manifest.id).as_str()).is_some_and(|info| !is_over(info.written))
     };
-    let dead: HashSet<CheckpointId> =
-        found.listing.orphans.iter().filter(is_left).map(|link| link.manifest.id).collect();
-    let all = found.listing.committed.iter().chain(&found.listing.orphans);
-    let live: HashMap<CheckpointId, &Committed> =
-        all.map(|link| (link.manifest.id, link)).filter(|(id, _)| !dead.contains(id)).collect();
-    let needed: HashSet<String> = live
+    let live = reached(committed.iter().chain(orphans.iter().filter(is_young)), &all);
+    let needed: HashSet<String> = all
         .values()
+        .filter(|link| live.contains(&link.manifest.id))
         .flat_map(|link| &link.manifest.segments)
         .map(|segment| name::segment(segment.checkpoint, segment.number))
         .collect();
@@ -98,17 +100,20 @@ fn choose(found: &Found, now: SystemTime, grace: Duration) -> Vec<Removal> {
     // Manifests before what they need: killed in between, there is no manifest without its data.
     let manifests = found.objects.iter().filter(|info| info.name.starts_with(CHECKPOINTS));
     removals.extend(
-        manifests.filter(|info| owner(&info.name).is_some_and(|id| dead.contains(&id))).map(Removal::of),
+        manifests
+            .filter(|info| owner(&info.name).is_some_and(|id| all.contains_key(&id) && !live.contains(&id)))
+            .map(Removal::of),
     );
     // A group goes behind the last of its members.
-    let is_empty = |group: &&Group| !group.members.iter().any(|member| live.contains_key(&member.id));
-    let empty = found.groups.iter().filter(is_empty).filter_map(|group| infos.get(name::group(group.id).as_str()));
+    let is_empty = |group: &&Group| !group.members.iter().any(|member| live.contains(&member.id));
+    let empty =
+        found.groups.iter().filter(is_empty).filter_map(|group| infos.get(name::group(group.id).as_str()));
     removals.extend(empty.filter(|info| is_over(info.written)).map(|info| Removal::of(info)));
 
     let mut by_owner = BTreeMap::<CheckpointId, Vec<&ObjectInfo>>::new();
     for info in &found.objects {
         let collected = [DATA, TOUCHED, PRUNED].iter().any(|folder| info.name.starts_with(folder));
-        if let Some(id) = owner(&info.name).filter(|id| collected && !live.contains_key(id)) {
+        if let Some(id) = owner(&info.name).filter(|id| collected && !live.contains(id)) {
             by_owner.entry(id).or_default().push(info);
         }
     }
@@ -232,14 +237,20 @@ mod tests {
         let removals = plan(&vault, later(1), HOUR).unwrap();
         let removed = names(&removals);
         for id in &ids[2..] {
-            assert!(removed.contains(&name::index(*id).as_str()) && removed.contains(&name::state(*id).as_str()));
+            assert!(
+                removed.contains(&name::index(*id).as_str()) && removed.contains(&name::state(*id).as_str())
+            );
         }
         let position = |name: &str| removed.iter().position(|other| *other == name);
         assert!(position(&name::pruned(ids[3])) > position(&name::state(ids[3])));
         assert!(position(&name::touched(ids[3], 1)).is_some());
         assert!(position(&name::segment(sample::id(9), 0)).is_some());
         assert!(removals.last().unwrap().leftover);
-        assert!(!removed.iter().any(|name| name.contains(&ids[0].to_string()) || name.contains(&ids[1].to_string())));
+        assert!(
+            !removed
+                .iter()
+                .any(|name| name.contains(&ids[0].to_string()) || name.contains(&ids[1].to_string()))
+        );
         assert!(position(&kept).is_none() && position("elsewhere/x").is_none());
         collect_all(&vault, later(1)).unwrap();
         assert_eq!(plan(&vault, later(2), HOUR).unwrap(), []);
@@ -268,7 +279,11 @@ mod tests {
         let bytes = store.open(&own).unwrap().bytes();
         let id = sample::id(20);
         borrower.id = id;
-        borrower.segments.push(protocol::checkpoint::manifest::Segment { checkpoint: ids[2], number: 0, bytes });
+        borrower.segments.push(protocol::checkpoint::manifest::Segment {
+            checkpoint: ids[2],
+            number: 0,
+            bytes,
+        });
         let index = vault.index(&vault.manifest(ids[1]).unwrap().manifest).unwrap();
         borrower.index = vault.put_index(id, &index).unwrap();
         borrower.state = vault.put_state(id, b"", b"").unwrap();
@@ -304,7 +319,8 @@ mod tests {
         drop(lease);
         // It may be completed yet.
         assert_eq!(plan(&vault, SystemTime::now(), HOUR).unwrap(), []);
-        let whole = Group { id: group, name: "app".into(), taken_unix_ms: 1, members: vec![member.as_parent()] };
+        let whole =
+            Group { id: group, name: "app".into(), taken_unix_ms: 1, members: vec![member.as_parent()] };
         vault.put_json(Kind::Group, &name::group(group), &whole).unwrap();
         assert_eq!(plan(&vault, later(5), HOUR).unwrap(), []);
         store.delete(&name::group(group)).unwrap();
@@ -324,7 +340,8 @@ mod tests {
             for call in 0.. {
                 let (_, store, ids) = littered();
                 let faulty = FaultyStore::at(Arc::new(store.clone()), call, fault);
-                let done = Vault::open(Arc::new(faulty.clone()), None).and_then(|vault| collect_all(&vault, later(1)));
+                let done = Vault::open(Arc::new(faulty.clone()), None)
+                    .and_then(|vault| collect_all(&vault, later(1)));
                 let vault = Vault::open(faulty.after_reboot(), None).unwrap();
                 all_is_well(&vault);
                 assert_eq!(vault.chain(ids[1]).unwrap().len(), 2);

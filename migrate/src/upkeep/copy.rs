@@ -124,7 +124,11 @@ impl Copier<'_> {
             self.pages_of(link)?
         };
         self.digests.insert(id, digest);
-        if there { self.report.present.push(id) } else { self.report.copied.push(id) }
+        if there {
+            self.report.present.push(id)
+        } else {
+            self.report.copied.push(id)
+        }
         Ok(())
     }
 
@@ -134,7 +138,8 @@ impl Copier<'_> {
         let index = self.from.index(manifest)?;
         for (number, segment) in manifest.segments.iter().enumerate() {
             let number = u32::try_from(number).unwrap_or(u32::MAX);
-            let mut extents: Vec<_> = index.extents.iter().filter(|extent| extent.segment == number).collect();
+            let mut extents: Vec<_> =
+                index.extents.iter().filter(|extent| extent.segment == number).collect();
             extents.sort_unstable_by_key(|extent| extent.offset);
             self.segment(segment, &extents)?;
         }
@@ -248,7 +253,8 @@ impl Copier<'_> {
         let (index, state) = (self.to.put_index(id, &index)?, self.to.put_state(id, &machine, &state)?);
         self.report.bytes += index.bytes + state.bytes;
         let parent = manifest.parent.as_ref().map(|parent| self.renamed(parent)).transpose()?;
-        let put = self.to.commit(self.lease, Manifest { segments, index, state, parent, ..manifest.clone() })?;
+        let put =
+            self.to.commit(self.lease, Manifest { segments, index, state, parent, ..manifest.clone() })?;
         Ok(put.digest)
     }
 
@@ -291,4 +297,138 @@ fn whole(vault: &Vault, kind: Kind, name: &str, limit_bytes: u64) -> Result<(Vec
     reader.read_at(0, &mut bytes)?;
     let digest = object::decode(&bytes, kind, "it").map_err(|error| damaged(&error.to_string()))?.digest;
     Ok((bytes, digest))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::seal::StoreKey;
+    use crate::store::{Fault, FaultyStore, MemoryStore, Store};
+    use crate::upkeep::verify::verify;
+    use crate::vault::sample;
+    use std::sync::Arc;
+
+    fn vault(store: &MemoryStore, key: Option<u8>) -> Vault {
+        let key = key.map(|byte| StoreKey::from_bytes([byte; 32]));
+        Vault::open_or_create(Arc::new(store.clone()), key.as_ref()).unwrap()
+    }
+
+    /// A chain of three, and one alone that is the member of a group.
+    fn filled(key: Option<u8>) -> (Vault, Vec<CheckpointId>) {
+        let store = MemoryStore::new();
+        let vault = vault(&store, key);
+        let (links, _) = sample::chain(&vault, 2);
+        let mut memory = sample::Memory::new(9);
+        memory.write(2);
+        let alone = memory.checkpoint(&vault, sample::id(7), "web-2", None);
+        let group = sample::id(8);
+        store.delete(&name::manifest(alone.manifest.id)).unwrap();
+        let lease = store.lock("a test").unwrap();
+        let member = vault.commit(&*lease, Manifest { group: Some(group), ..alone.manifest }).unwrap();
+        let group =
+            Group { id: group, name: "app".into(), taken_unix_ms: 1, members: vec![member.as_parent()] };
+        vault.put_json(Kind::Group, &name::group(group.id), &group).unwrap();
+        let ids = links.iter().map(|link| link.manifest.id).chain([member.manifest.id]).collect();
+        (vault, ids)
+    }
+
+    fn copy_all(from: &Vault, to: &Vault, ids: &[CheckpointId]) -> Result<Copied> {
+        let lease = to.store().lock("a test")?;
+        copy(from, to, &*lease, ids, &mut |_| Ok(()))
+    }
+
+    /// What a checkpoint's own pages are, by their sums, and where they belong.
+    fn pages(
+        vault: &Vault,
+        id: CheckpointId,
+    ) -> (Vec<protocol::checkpoint::index::Placed>, Vec<u64>, Vec<u8>) {
+        let manifest = vault.manifest(id).unwrap().manifest;
+        let index = vault.index(&manifest).unwrap();
+        (index.runs, index.sums, vault.state(&manifest).unwrap().1)
+    }
+
+    fn is_a_copy(from: &Vault, to: &Vault, ids: &[CheckpointId]) {
+        let verified = verify(to, &|_, _| Ok(())).unwrap();
+        assert_eq!(verified.damages, []);
+        assert_eq!(verified.checkpoints, ids.len() as u64);
+        for id in ids {
+            assert_eq!(pages(to, *id), pages(from, *id));
+            assert_eq!(to.chain(*id).unwrap().len(), from.chain(*id).unwrap().len());
+        }
+    }
+
+    #[test]
+    fn a_copy_is_the_same_whatever_either_store_is_sealed_with() {
+        for (key_from, key_to) in
+            [(None, None), (Some(1), Some(1)), (None, Some(1)), (Some(1), None), (Some(1), Some(2))]
+        {
+            let (from, ids) = filled(key_from);
+            let to = vault(&MemoryStore::new(), key_to);
+            let copied = copy_all(&from, &to, &ids).unwrap();
+            assert_eq!((copied.copied.len(), copied.present.len()), (4, 0));
+            is_a_copy(&from, &to, &ids);
+            let again = copy_all(&from, &to, &ids).unwrap();
+            assert_eq!((again.copied.len(), again.present.len(), again.bytes), (0, 4, 0));
+            let digest = |vault: &Vault| vault.manifest(ids[0]).unwrap().digest;
+            assert_eq!(digest(&from) == digest(&to), key_from == key_to);
+        }
+    }
+
+    #[test]
+    fn one_checkpoint_brings_what_it_stands_on_and_no_more() {
+        let (from, ids) = filled(None);
+        let to = vault(&MemoryStore::new(), None);
+        copy_all(&from, &to, &ids[1..2]).unwrap();
+        is_a_copy(&from, &to, &ids[..2]);
+        copy_all(&from, &to, &ids[3..]).unwrap();
+        assert_eq!(to.manifests().unwrap().committed.len(), 3);
+        assert!(to.store().contains(&name::group(sample::id(8))).unwrap());
+    }
+
+    #[test]
+    fn what_is_damaged_is_not_copied() {
+        for key_to in [None, Some(3)] {
+            let (from, ids) = filled(None);
+            let name = name::segment(ids[0], 0);
+            let reader = from.store().open(&name).unwrap();
+            let mut bytes = vec![0; usize::try_from(reader.bytes()).unwrap()];
+            reader.read_at(0, &mut bytes).unwrap();
+            bytes[4000] ^= 1;
+            from.store().delete(&name).unwrap();
+            from.store().put(&name, &bytes).unwrap();
+            let to = vault(&MemoryStore::new(), key_to);
+            let text = copy_all(&from, &to, &ids[2..3]).unwrap_err().to_string();
+            assert!(text.contains(&name) && text.contains("damaged"), "{text}");
+            assert!(to.manifests().unwrap().committed.is_empty());
+        }
+    }
+
+    #[test]
+    fn interrupted_anywhere_what_is_there_is_whole_and_the_next_time_ends_it() {
+        for (key_to, fault) in [
+            (None, Fault::PowerLost),
+            (None, Fault::AnswerLost),
+            (Some(5), Fault::PowerLostBehind),
+            (Some(5), Fault::Fails),
+        ] {
+            let (from, ids) = filled(None);
+            for call in 0.. {
+                let store = MemoryStore::new();
+                let key = key_to.map(|byte| StoreKey::from_bytes([byte; 32]));
+                vault(&store, key_to);
+                let faulty = FaultyStore::at(Arc::new(store.clone()), call, fault);
+                let done = Vault::open(Arc::new(faulty.clone()), key.as_ref())
+                    .and_then(|to| copy_all(&from, &to, &ids).map(|_| ()));
+                let to = vault(&store, key_to);
+                assert_eq!(verify(&to, &|_, _| Ok(())).unwrap().damages, [], "{fault:?} in call {call}");
+                copy_all(&from, &to, &ids).unwrap();
+                is_a_copy(&from, &to, &ids);
+                if faulty.calls() <= call {
+                    done.unwrap();
+                    assert!(call > 30, "{call} calls");
+                    break;
+                }
+            }
+        }
+    }
 }

@@ -3,6 +3,7 @@
 //! An extent that several checkpoints share is read once. A checkpoint cannot be restored if anything of it is damaged, or of one that it
 //! stands on.
 
+use super::reached;
 use crate::error::{Error, Result};
 use crate::vault::{Committed, Listing, SegmentReader, Unpacker, Vault};
 use protocol::checkpoint::index::{Extent, Index};
@@ -66,9 +67,15 @@ pub fn verify(vault: &Vault, watch: &(dyn Fn(u64, u64) -> Result<()> + Sync)) ->
         let what = damaged.error.to_string();
         verified.damages.push(Damage { object: damaged.object.clone(), checkpoints, what });
     }
-    verified.damages.extend(broken_links(&listing));
+    let all: HashMap<_, _> =
+        listing.committed.iter().chain(&listing.orphans).map(|link| (link.manifest.id, link)).collect();
+    let needed = reached(listing.committed.iter(), &all);
+    let mut links: Vec<_> = all.values().copied().filter(|link| needed.contains(&link.manifest.id)).collect();
+    // A parent has one delta fewer, so it comes first.
+    links.sort_unstable_by_key(|link| (link.manifest.deltas, link.manifest.id));
+    verified.damages.extend(links.iter().filter_map(|link| broken_link(link, &all, &listing)));
     let mut segments = HashMap::new();
-    for link in &listing.committed {
+    for link in &links {
         let id = link.manifest.id;
         let mut add = |object: String, error: &Error| {
             let (checkpoints, what) = (BTreeSet::from([id]), error.to_string());
@@ -87,36 +94,29 @@ pub fn verify(vault: &Vault, watch: &(dyn Fn(u64, u64) -> Result<()> + Sync)) ->
     let mut work: Vec<_> = segments.into_values().collect();
     work.sort_unstable_by_key(|work| (work.segment.checkpoint, work.segment.number));
     pages(vault, &work, &mut verified, watch)?;
-    verified.lost = lost(&listing, &verified.damages);
+    verified.lost = lost(&links, &verified.damages);
     Ok(verified)
 }
 
-/// What does not stand on what it was taken on.
-fn broken_links(listing: &Listing) -> Vec<Damage> {
-    let all: HashMap<_, _> =
-        listing.committed.iter().chain(&listing.orphans).map(|link| (link.manifest.id, link)).collect();
-    let why = |link: &Committed| {
-        let parent = link.manifest.parent.as_ref()?;
-        let id = parent.id;
-        let found = match all.get(&id) {
-            Some(found) => found,
-            None if listing.damaged.iter().any(|damaged| damaged.id == Some(id)) => {
-                return Some(format!("it stands on {id}, which cannot be read"));
-            }
-            None => return Some(format!("it stands on {id}, which is gone")),
-        };
-        if found.digest != parent.digest.0 {
-            return Some(format!("it stands on {id}, whose manifest is not the one it was taken on"));
+/// What is wrong if a checkpoint does not stand on what it was taken on.
+fn broken_link(
+    link: &Committed,
+    all: &HashMap<CheckpointId, &Committed>,
+    listing: &Listing,
+) -> Option<Damage> {
+    let parent = link.manifest.parent.as_ref()?;
+    let why = match all.get(&parent.id) {
+        None if listing.damaged.iter().any(|damaged| damaged.id == Some(parent.id)) => "which cannot be read",
+        None => "which is gone",
+        Some(found) if found.digest != parent.digest.0 => "whose manifest is not the one it was taken on",
+        Some(found) if found.manifest.layout != link.manifest.layout => "which is of other memory",
+        Some(found) if found.manifest.deltas.checked_add(1) != Some(link.manifest.deltas) => {
+            "which counts the chain's deltas in another way"
         }
-        let fits = found.manifest.layout == link.manifest.layout
-            && found.manifest.deltas.checked_add(1) == Some(link.manifest.deltas);
-        (!fits).then(|| format!("it stands on {id}, which is of other memory, or counts deltas in another way"))
+        Some(_) => return None,
     };
-    let broken = |link: &Committed| {
-        let (object, checkpoints) = (name::manifest(link.manifest.id), BTreeSet::from([link.manifest.id]));
-        why(link).map(|what| Damage { object, checkpoints, what })
-    };
-    listing.committed.iter().filter_map(broken).collect()
+    let (object, checkpoints) = (name::manifest(link.manifest.id), BTreeSet::from([link.manifest.id]));
+    Some(Damage { object, checkpoints, what: format!("it stands on {}, {why}", parent.id) })
 }
 
 /// Notes of what was given up, and orders of first touches. No checkpoint needs them.
@@ -175,7 +175,8 @@ fn gather(link: &Committed, index: &Index, segments: &mut HashMap<Segment, Work>
             continue;
         };
         let sum = own.iter().fold(0_u64, |sum, next| sum.rotate_left(7) ^ next);
-        let key = (extent.offset, extent.stored_bytes, extent.pages, extent.encoding as u8, extent.digest, sum);
+        let key =
+            (extent.offset, extent.stored_bytes, extent.pages, extent.encoding as u8, extent.digest, sum);
         let new = || Expected { extent: extent.clone(), sums: own.to_vec(), users: BTreeSet::new() };
         work.extents.entry(key).or_insert_with(new).users.insert(id);
     }
@@ -262,13 +263,12 @@ fn unlike_sums(pages: &[u8], sums: &[u64]) -> Option<usize> {
     differ.or((pages.len() != sums.len()).then_some(pages.len().min(sums.len())))
 }
 
-/// What cannot be restored: whatever needs something damaged, or stands on what cannot be restored.
-fn lost(listing: &Listing, damages: &[Damage]) -> BTreeSet<CheckpointId> {
-    let mut lost: BTreeSet<_> = damages.iter().flat_map(|damage| damage.checkpoints.iter().copied()).collect();
-    let mut by_deltas: Vec<_> = listing.committed.iter().collect();
-    // A parent has one delta fewer.
-    by_deltas.sort_unstable_by_key(|link| link.manifest.deltas);
-    for link in by_deltas {
+/// What cannot be restored: whatever needs something damaged, or stands on what cannot be restored. Parents come before what stands on
+/// them.
+fn lost(links: &[&Committed], damages: &[Damage]) -> BTreeSet<CheckpointId> {
+    let mut lost: BTreeSet<_> =
+        damages.iter().flat_map(|damage| damage.checkpoints.iter().copied()).collect();
+    for link in links {
         if link.manifest.parent.as_ref().is_some_and(|parent| lost.contains(&parent.id)) {
             lost.insert(link.manifest.id);
         }
@@ -360,7 +360,10 @@ mod tests {
                 let (own, other) = if name.contains(&ids[0].to_string()) { (0, 1) } else { (1, 0) };
                 assert_eq!(verified.lost, BTreeSet::from([ids[own]]), "byte {at} of {name}");
                 let listing = vault.manifests().unwrap();
-                assert!(listing.committed.iter().any(|link| link.manifest.id == ids[other]), "byte {at} of {name}");
+                assert!(
+                    listing.committed.iter().any(|link| link.manifest.id == ids[other]),
+                    "byte {at} of {name}"
+                );
             }
             replace(&store, &name, &whole);
         }
