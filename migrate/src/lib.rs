@@ -34,6 +34,7 @@ pub mod store;
 pub mod seal;
 pub mod vault;
 pub mod checkpoint;
+pub mod upkeep;
 pub mod restore;
 mod conversation;
 pub mod link;

@@ -3,6 +3,10 @@
 mod list;
 mod show;
 mod prune;
+mod verify;
+mod gc;
+mod copy;
+mod key;
 
 pub(super) use prune::KeepArgs;
 
@@ -24,6 +28,14 @@ pub enum Verb {
     Show(show::Args),
     /// Give up checkpoints that no rule keeps.
     Prune(prune::Args),
+    /// Read everything and say what is damaged.
+    Verify(verify::Args),
+    /// Delete what no checkpoint needs any more, after a grace period.
+    Gc(gc::Args),
+    /// Copy checkpoints, with all that they stand on, to another store.
+    Copy(copy::Args),
+    /// Make a key to seal stores with.
+    Key(key::Args),
 }
 
 /// Runs the verb.
@@ -35,6 +47,10 @@ pub fn run(common: &Common, verb: &Verb) -> Result<ExitCode> {
         Verb::List(args) => list::run(common, args),
         Verb::Show(args) => show::run(common, args),
         Verb::Prune(args) => prune::run(common, args),
+        Verb::Verify(args) => verify::run(common, args),
+        Verb::Gc(args) => gc::run(common, args),
+        Verb::Copy(args) => copy::run(common, args),
+        Verb::Key(args) => key::run(common, args),
     }
 }
 
