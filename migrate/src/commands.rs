@@ -13,6 +13,7 @@ pub mod replay;
 pub mod estimate;
 pub mod keys;
 pub mod restore;
+pub mod store;
 pub mod recover;
 pub mod ledger;
 pub mod completions;
