@@ -56,6 +56,8 @@ enum Verb {
     Receive(commands::receive::Args),
     /// Start a VM from a checkpoint.
     Restore(commands::restore::Args),
+    /// Write a running VM down into a store, whole or what is new, once or again and again.
+    Checkpoint(commands::checkpoint::Args),
     /// Forecast what moving a VM would take, without moving it.
     Estimate(commands::estimate::Args),
     /// Show the migrations that are under way on this host.
@@ -72,6 +74,9 @@ enum Verb {
     Keys(commands::keys::Args),
     /// Show and settle VMs that a lost connection left frozen between two hosts.
     Recover(commands::recover::Args),
+    /// List, show and give up the checkpoints of a store.
+    #[command(subcommand)]
+    Store(commands::store::Verb),
     /// Ask a ledger guest for its account of itself, and check its memory from outside.
     Ledger(commands::ledger::Args),
     /// Print what a shell needs to complete the words of this program.
@@ -101,6 +106,7 @@ pub fn run() -> ExitCode {
         Verb::Send(args) => commands::send::run(&cli.common, &args),
         Verb::Receive(args) => commands::receive::run(&cli.common, &args),
         Verb::Restore(args) => commands::restore::run(&cli.common, &args),
+        Verb::Checkpoint(args) => commands::checkpoint::run(&cli.common, &args),
         Verb::Estimate(args) => commands::estimate::run(&cli.common, &args),
         Verb::Status(args) => commands::status::run(&cli.common, &args),
         Verb::Cancel(args) => commands::cancel::run(&cli.common, &args),
@@ -109,6 +115,7 @@ pub fn run() -> ExitCode {
         Verb::Replay(args) => commands::replay::run(&cli.common, &args),
         Verb::Keys(args) => commands::keys::run(&cli.common, &args),
         Verb::Recover(args) => commands::recover::run(&cli.common, &args),
+        Verb::Store(verb) => commands::store::run(&cli.common, &verb),
         Verb::Ledger(args) => commands::ledger::run(&cli.common, &args),
         Verb::Completions(args) => commands::completions::run(&cli.common, &args),
         Verb::Man(args) => commands::man::run(&cli.common, &args),

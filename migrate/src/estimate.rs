@@ -15,7 +15,7 @@ use crate::converge::{Decision, Limits};
 use crate::error::Result;
 use crate::report::{micros, rate};
 use crate::select::{Batch, Selector, batches};
-use crate::source::Source;
+use crate::source::{Dirty, Source};
 use protocol::page::{PAGE_SIZE, PageSet};
 use serde::Serialize;
 use std::time::{Duration, Instant};
@@ -73,14 +73,14 @@ pub struct Region {
 /// `Workload`, or `Interrupted`; it runs on in any case.
 pub fn watch(mut source: Box<dyn Source>, longest: Duration, cancel: &CancelFlag) -> Result<Watched> {
     let watched = look(source.as_mut(), longest, cancel);
-    // Nothing that was taken was delivered, and with the end of the tracking every page counts as dirty again.
+    // Nothing that was taken was delivered, and with the end of the tracking it counts as dirty again.
     let let_go = source.resume();
     let watched = watched?;
     let_go.map(|()| watched)
 }
 
 fn look(source: &mut dyn Source, longest: Duration, cancel: &CancelFlag) -> Result<Watched> {
-    source.track()?;
+    source.track(Dirty::Everything)?;
     let present_pages = present(source)?;
     take_all(source)?;
     let (mut intervals, mut regions) = (Vec::new(), Vec::new());

@@ -53,7 +53,7 @@ use crate::report::{
     Report, micros,
 };
 use crate::select::hot::{HotPages, HotRule};
-use crate::source::{Donor, Source};
+use crate::source::{Dirty, Donor, Source};
 use buffers::Buffers;
 use commit::Answer;
 pub use commit::{Word, ask};
@@ -450,7 +450,7 @@ impl<'a> Outbound<'a> {
     }
 
     fn track(&mut self) -> Result<()> {
-        self.report.tracking = self.source.track()?;
+        self.report.tracking = self.source.track(Dirty::Everything)?;
         if self.options.verify { self.forecast_verify() } else { Ok(()) }
     }
 

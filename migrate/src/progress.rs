@@ -36,7 +36,7 @@ struct Json;
 
 impl Observer for Json {
     fn event(&mut self, event: &Event) {
-        if !matches!(event, Event::Done(_) | Event::Arrived(_)) {
+        if !matches!(event, Event::Done(_) | Event::Checkpointed(_) | Event::Arrived(_)) {
             emit(event);
         }
     }
@@ -155,7 +155,7 @@ impl Observer for Bar {
                 let left = show_bytes(missing_pages * PAGE_SIZE as u64);
                 self.bar.set_message(format!("it runs at the destination; {left} are still to follow"));
             }
-            Event::Done(_) | Event::Arrived(_) => self.bar.finish_and_clear(),
+            Event::Done(_) | Event::Checkpointed(_) | Event::Arrived(_) => self.bar.finish_and_clear(),
         }
     }
 }

@@ -8,6 +8,7 @@ pub mod html;
 
 pub use file::Document;
 
+use crate::checkpoint::CheckpointReport;
 use crate::converge::trace::Entry;
 use protocol::MigrationId;
 use serde::{Deserialize, Serialize};
@@ -43,7 +44,9 @@ pub enum Phase {
     Ready,
     /// The source promises not to resume by itself any more.
     Pledge,
-    /// The destination is told to start, and says that it has.
+    /// What was read is made durable in a store, while the workload runs on.
+    Write,
+    /// The destination is told to start, and says that it has. In a store: what makes a checkpoint valid is written.
     Commit,
     /// The workload runs at the destination, and its last pages follow.
     PostCopy,
@@ -68,6 +71,7 @@ impl Phase {
             Self::State => "state",
             Self::Ready => "ready",
             Self::Pledge => "pledge",
+            Self::Write => "write",
             Self::Commit => "commit",
             Self::PostCopy => "post-copy",
             Self::Ask => "ask",
@@ -89,6 +93,7 @@ impl fmt::Display for Phase {
             Self::State => "moving the state",
             Self::Ready => "waiting for the destination to be ready",
             Self::Pledge => "pledging the source",
+            Self::Write => "writing to the store",
             Self::Commit => "committing",
             Self::PostCopy => "sending the pages that the running workload misses",
             Self::Ask => "asking what became of the workload",
@@ -427,6 +432,8 @@ pub enum Event {
     Decided(Box<Entry>),
     /// The migration is over, at the source.
     Done(Box<Report>),
+    /// A checkpoint was taken, or was given up.
+    Checkpointed(Box<CheckpointReport>),
     /// Pages come in; at most ten a second.
     Receiving {
         /// The round, from 0.

@@ -6,6 +6,7 @@ pub mod scripted;
 use crate::error::Result;
 use crate::memory::PageReader;
 use protocol::MigrationId;
+use protocol::checkpoint::name::CheckpointId;
 use protocol::control::WorkloadKind;
 use protocol::layout::Layout;
 use protocol::page::{PageRun, PageSet, SpaceId};
@@ -23,6 +24,15 @@ pub struct Workload {
     pub machine: Vec<u8>,
 }
 
+/// Which pages count as dirty when tracking begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dirty {
+    /// Every page: it goes to somebody who has nothing.
+    Everything,
+    /// What the baseline lacks; every page where there is none.
+    SinceBaseline,
+}
+
 /// A running workload whose memory can be taken away page by page while it runs.
 ///
 /// The engine calls `track` once, then for every round `harvest` and, batch by batch, `take`, `present`, `read`;
@@ -34,11 +44,24 @@ pub trait Source {
     /// What the workload is.
     fn workload(&self) -> &Workload;
 
-    /// Begins to track writes: every page counts as dirty. Answers how it tracks, for reports.
+    /// Begins to track writes. Answers how it tracks, for reports. Whatever is asked for, a baseline that there was stays
+    /// true: how this attempt ends changes nothing about it.
     ///
     /// # Errors
     /// `Workload` when the host cannot.
-    fn track(&mut self) -> Result<String>;
+    fn track(&mut self, dirty: Dirty) -> Result<String>;
+
+    /// The checkpoint that has everything but what was written since, if the workload is tracked from one on: behind
+    /// `track(Dirty::SinceBaseline)` exactly what it lacks is dirty, and without one every page. Valid behind `track`.
+    fn baseline(&self) -> Option<CheckpointId>;
+
+    /// Everything that was taken behind `track` is safe in this checkpoint: it is the baseline from now on, and the workload
+    /// is tracked when this source is gone, too. A workload that cannot do that goes on without: `baseline` says so, and the
+    /// next checkpoint has to be a whole one. Pages that are taken from now on are dirty again when this source is gone.
+    ///
+    /// # Errors
+    /// `Workload`; the baseline is as before.
+    fn set_baseline(&mut self, checkpoint: CheckpointId) -> Result<()>;
 
     /// The pages that are dirty now, one set for each space, in the layout's order. Takes nothing.
     ///
@@ -122,6 +145,12 @@ pub trait Source {
     /// `Workload`.
     fn resume(self: Box<Self>) -> Result<()>;
 
+    /// The frozen workload is safe in a checkpoint: it ends here.
+    ///
+    /// # Errors
+    /// `Workload`; it may run on then.
+    fn end(self: Box<Self>, durable: Durable) -> Result<()>;
+
     /// The destination has it: the workload ends here.
     ///
     /// # Errors
@@ -174,6 +203,24 @@ impl Completed {
     /// Which migration.
     pub fn migration(&self) -> MigrationId {
         self.migration
+    }
+}
+
+/// Proof that a checkpoint is durable that has all of a workload. Only [`crate::checkpoint`] makes one.
+#[derive(Debug)]
+pub struct Durable {
+    checkpoint: CheckpointId,
+}
+
+impl Durable {
+    /// For the place alone where the manifest became durable.
+    pub(crate) fn new(checkpoint: CheckpointId) -> Self {
+        Self { checkpoint }
+    }
+
+    /// Which checkpoint.
+    pub fn checkpoint(&self) -> CheckpointId {
+        self.checkpoint
     }
 }
 

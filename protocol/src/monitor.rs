@@ -7,7 +7,8 @@
 //! - `session`: everything. One at a time: a second one is refused with the pid of the holder.
 //!
 //! The end of a session is a message of its own: if its socket closes (the engine died),
-//! - a source that is not pledged resumes, gets back every dirty bit that was taken, and stops tracking;
+//! - a source that is not pledged resumes, gets back every dirty bit that was taken, and stops tracking, but for what a
+//!   [baseline](Request::Baseline) needs;
 //! - a pledged source stays frozen until a session says [`Request::Resume`] or [`Request::HandOver`];
 //! - a destination that was not started discards itself;
 //! - a destination that was started and misses pages goes on: whoever touches one of them waits.
@@ -15,6 +16,7 @@
 //! File descriptors travel with the reply that says so, as `SCM_RIGHTS` with its first byte.
 
 use crate::MigrationId;
+use crate::checkpoint::name::CheckpointId;
 use crate::layout::Layout;
 use serde::{Deserialize, Serialize};
 
@@ -48,7 +50,11 @@ pub enum Request {
     /// What is it? Answered by `Description`, its machine blob, and one memfd for each space.
     Describe,
     /// Begin to track writes; every page counts as dirty. Answered by `Tracking`.
-    TrackStart,
+    TrackStart {
+        /// If there is a baseline, only those pages count as dirty that are not in it.
+        #[serde(default, skip_serializing_if = "is_false")]
+        keep: bool,
+    },
     /// Which pages are dirty now? Takes nothing. Answered by `Dirty` and the page sets of all spaces, one behind
     /// the other, as [`PageSet::write_to`](crate::page::PageSet::write_to) writes them.
     Harvest,
@@ -65,7 +71,15 @@ pub enum Request {
     /// These pages, taken before, were not delivered: they are dirty again. The blob is as in `Dirty`.
     /// Answered by `Done`.
     Redirty,
-    /// Stop tracking. Answered by `Done`.
+    /// Everything that this session took is safe in this checkpoint, which is the baseline from now on: writes are
+    /// tracked also between sessions, and the next `TrackStart` that wants to keep it finds what was written since.
+    /// Pages that were taken and are not covered by a newer `Baseline` are dirty again when their session ends. Only to a
+    /// VMM that said `can_keep`. Answered by `Done`.
+    Baseline {
+        /// Its name. None: there is no baseline any more, and no tracking between sessions.
+        checkpoint: Option<CheckpointId>,
+    },
+    /// Stop tracking, but for what a baseline needs. Answered by `Done`.
     TrackStop,
     /// Let the vCPUs stand still for this share of every few milliseconds; 0 lets them run. Ends by itself with
     /// `TrackStop`, `Freeze` and the session. Answered by `Done`.
@@ -123,6 +137,11 @@ pub enum Request {
     Discard,
 }
 
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde calls it with a reference")]
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
 /// What a connection is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -166,6 +185,13 @@ pub enum Reply {
     Tracking {
         /// How writes are tracked, for reports.
         mode: TrackingMode,
+        /// The checkpoint that has everything but the pages written since, if there is one. Where the request asked to
+        /// keep it, exactly those are dirty now.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        baseline: Option<CheckpointId>,
+        /// Whether this VMM knows [`Request::Baseline`].
+        #[serde(default, skip_serializing_if = "is_false")]
+        can_keep: bool,
     },
     /// To `PageFaults`. A userfaultfd(2) comes along, over the mappings of all spaces in the VMM; the blob is the page
     /// sets of what is missing, as in `Dirty`.
@@ -250,6 +276,9 @@ pub struct Status {
     /// How much of their time its vCPUs are made to stand still, in percent. Missing where the VMM cannot throttle.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub throttle_percent: Option<u8>,
+    /// The checkpoint that has all of its memory but what was written since, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub baseline: Option<CheckpointId>,
 }
 
 /// A source that waits for the answer to its `Commit`.

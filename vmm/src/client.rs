@@ -9,6 +9,7 @@ use std::{
 
 use protocol::{
     MigrationId,
+    checkpoint::name::CheckpointId,
     layout::Layout,
     monitor::{Reply, Request, Role, Status, TrackingMode, VERSION},
     page::{PAGE_SIZE, PageRun, PageSet},
@@ -46,6 +47,17 @@ pub struct PageFaults {
     pub addresses: Vec<u64>,
     /// What is missing, one set for each space.
     pub missing: Vec<PageSet>,
+}
+
+/// How a VM is tracked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tracking {
+    /// How the host does it, for reports.
+    pub mode: TrackingMode,
+    /// The checkpoint that has everything but what was written since, if there is one.
+    pub baseline: Option<CheckpointId>,
+    /// Whether the VMM knows what a baseline is.
+    pub can_keep: bool,
 }
 
 /// A connection to a VMM. Dropping it ends the session, with the consequences that
@@ -116,15 +128,25 @@ impl Client {
         description(answer, "describe itself")
     }
 
-    /// Begins to track writes; every page counts as dirty.
+    /// Begins to track writes. With `keep` only those pages count as dirty that the baseline lacks, if there is one, and
+    /// else every page does.
     ///
     /// # Errors
     /// [`Error::Refused`] when it is no source or the host refuses, or as all calls.
-    pub fn track_start(&mut self) -> Result<TrackingMode> {
-        match self.call(&Request::TrackStart, &[], "start tracking")?.0 {
-            Reply::Tracking { mode } => Ok(mode),
+    pub fn track_start(&mut self, keep: bool) -> Result<Tracking> {
+        match self.call(&Request::TrackStart { keep }, &[], "start tracking")?.0 {
+            Reply::Tracking { mode, baseline, can_keep } => Ok(Tracking { mode, baseline, can_keep }),
             other => Err(unexpected("start tracking", other)),
         }
+    }
+
+    /// Says that everything this session took is safe in a checkpoint; `None` forgets the one that was. Only for a VMM that
+    /// can keep it.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] when it is not tracked, or as all calls.
+    pub fn set_baseline(&mut self, checkpoint: Option<CheckpointId>) -> Result<()> {
+        self.done(&Request::Baseline { checkpoint }, &[], "take a checkpoint for its baseline")
     }
 
     /// Which pages are dirty now, for each space of `layout`? Takes nothing.

@@ -46,7 +46,7 @@ mod test_images;
 mod vm_tests;
 
 pub use boot::{Bytes, KernelSource, Ring};
-pub use client::{Client, Description, PageFaults};
+pub use client::{Client, Description, PageFaults, Tracking};
 pub use config::{ExitReason, IncomingConfig, VmConfig, check_name};
 pub use devices::SerialSink;
 pub use error::{Error, ImageError, Result};

@@ -7,7 +7,7 @@ use std::{
 
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, nested::KvmNestedStateBuffer};
 use kvm_ioctls::{VcpuFd, VmFd};
-use protocol::state::State;
+use protocol::{checkpoint::name::CheckpointId, state::State};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
@@ -110,6 +110,11 @@ impl Vm {
     /// The memory.
     pub(crate) fn memory(&self) -> &Arc<GuestMemory> {
         &self.memory
+    }
+
+    /// The checkpoint that has all of its memory but what was written since.
+    pub(crate) fn baseline(&self) -> Option<CheckpointId> {
+        self.tracker.baseline()
     }
 
     /// The dirty tracking.

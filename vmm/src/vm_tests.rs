@@ -9,6 +9,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use protocol::checkpoint::name::CheckpointId;
+
 use crate::{
     addresses::BOOT_END,
     boot::{Bytes, KernelSource, Ring},
@@ -215,7 +217,7 @@ fn exactly_the_written_pages_are_dirty_in(best: LogMode, host: &Host) {
     poke(&vm, 0x40_0000);
     let pages = MEMORY / 4096;
     let tracker = vm.tracker();
-    tracker.start().unwrap();
+    tracker.start(false).unwrap();
     eprintln!("dirty log: {:?} of at best {best:?}", tracker.mode());
     assert_eq!(tracker.harvest().unwrap(), [pages]);
     assert_eq!(tracker.take(0, 0, pages).unwrap().count(), pages);
@@ -249,12 +251,26 @@ fn exactly_the_written_pages_are_dirty_in(best: LogMode, host: &Host) {
     // One after the take shows up in the next harvest.
     poke(&vm, 0x50_0000);
     assert_eq!(dirty(&mut vm), [mailbox, 0x500]);
-    // Given back, both are there again, and stopping and starting makes everything pending.
-    vm.tracker().give_back();
-    assert_eq!(vm.tracker().pending(), [pages]);
+    // From a baseline on, stopping keeps the log, and starting finds what was written in between. A session that takes
+    // every page in between does not blur that.
+    let covered: CheckpointId = "20261123T194831Z-3f9a1c07".parse().unwrap();
+    vm.tracker().take(0, 0, pages).unwrap();
+    vm.tracker().set_baseline(covered).unwrap();
+    vm.tracker().stop().unwrap();
+    poke(&vm, 0x52_0000);
+    vm.tracker().start(false).unwrap();
+    assert_eq!(vm.tracker().harvest().unwrap(), [pages]);
+    poke(&vm, 0x53_0000);
+    assert_eq!(vm.tracker().take(0, 0, pages).unwrap().count(), pages);
+    vm.tracker().stop().unwrap();
+    vm.tracker().start(true).unwrap();
+    assert_eq!(vm.tracker().baseline(), Some(covered));
+    assert_eq!(dirty(&mut vm), [mailbox, 0x520, 0x530]);
+    // Without one, stopping and starting makes everything pending.
+    vm.tracker().forget_baseline().unwrap();
     vm.tracker().stop().unwrap();
     poke(&vm, 0x51_0000);
-    vm.tracker().start().unwrap();
+    vm.tracker().start(false).unwrap();
     assert_eq!(vm.tracker().harvest().unwrap(), [pages]);
 }
 

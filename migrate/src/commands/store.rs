@@ -1,5 +1,8 @@
 //! `migrate store`: what lies in a store of checkpoints, one verb a file.
 
+mod list;
+mod show;
+mod prune;
 mod compact;
 mod export;
 mod import;
@@ -7,7 +10,8 @@ mod import;
 use crate::cli::Common;
 use crate::error::Result;
 use crate::seal::StoreKey;
-use crate::vault::Vault;
+use crate::units::show_bytes;
+use crate::vault::{Vault, now_unix_ms};
 use clap::Subcommand;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -15,6 +19,12 @@ use std::process::ExitCode;
 /// What to do with a store.
 #[derive(Debug, Subcommand)]
 pub enum Verb {
+    /// Draw the checkpoints of a store as trees, with sizes and ages.
+    List(list::Args),
+    /// Show everything that is known of one checkpoint.
+    Show(show::Args),
+    /// Give up checkpoints that no rule keeps.
+    Prune(prune::Args),
     /// Merge a checkpoint and all that it stands on into a new full one.
     Compact(compact::Args),
     /// Write a checkpoint as a memory image, an ELF core for a debugger, or an archive for another store.
@@ -29,6 +39,9 @@ pub enum Verb {
 /// As `docs/scripting.md` lists them.
 pub fn run(common: &Common, verb: &Verb) -> Result<ExitCode> {
     match verb {
+        Verb::List(args) => list::run(common, args),
+        Verb::Show(args) => show::run(common, args),
+        Verb::Prune(args) => prune::run(common, args),
         Verb::Compact(args) => compact::run(common, args),
         Verb::Export(args) => export::run(common, args),
         Verb::Import(args) => import::run(common, args),
@@ -56,4 +69,25 @@ impl StoreArgs {
     fn open(&self) -> Result<Vault> {
         Vault::open(crate::store::open(&self.store)?, self.key()?.as_ref())
     }
+}
+
+/// How long ago a time is, for people: the unit that fits.
+fn show_age(unix_ms: u64) -> String {
+    let seconds = now_unix_ms().saturating_sub(unix_ms) / 1000;
+    match seconds {
+        0..120 => format!("{seconds} s"),
+        120..7200 => format!("{} min", seconds / 60),
+        7200..172_800 => format!("{} h", seconds / 3600),
+        _ => format!("{} d", seconds / 86_400),
+    }
+}
+
+/// A count and what is counted.
+fn count(number: usize, one: &str) -> String {
+    if number == 1 { format!("1 {one}") } else { format!("{number} {one}s") }
+}
+
+/// Bytes of a sum, for people.
+fn show_sum(bytes: impl Iterator<Item = u64>) -> String {
+    show_bytes(bytes.fold(0, u64::saturating_add))
 }

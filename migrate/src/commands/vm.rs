@@ -311,6 +311,11 @@ fn show(common: &Common, target: &Target, vm: &Status) {
     if let Some(percent @ 1..) = vm.throttle_percent {
         say(&format!("  slowed   stands still {percent} % of its time, so that it can be moved"));
     }
+    if let Some(checkpoint) = vm.baseline {
+        say(&format!(
+            "  tracked  since checkpoint {checkpoint}: the next one has only what was written since"
+        ));
+    }
     if let Some(migration) = vm.arrived_by {
         say(&format!("  arrived  by migration {migration}"));
     }

@@ -7,10 +7,11 @@
 
 mod witness;
 
-use super::{Committed, Completed, Donor, Source, Workload};
+use super::{Committed, Completed, Dirty, Donor, Durable, Source, Workload};
 use crate::error::{Error, Result};
 use crate::memory::PageReader;
 use protocol::MigrationId;
+use protocol::checkpoint::name::CheckpointId;
 use protocol::control::WorkloadKind;
 use protocol::layout::Layout;
 use protocol::page::{PAGE_SIZE, PageRun, PageSet, SpaceId};
@@ -24,6 +25,7 @@ pub use witness::{Who, Witness};
 #[allow(missing_docs, reason = "each is named after the method")]
 pub enum Call {
     Track,
+    Baseline,
     Harvest,
     Take,
     Present,
@@ -34,6 +36,7 @@ pub enum Call {
     State,
     Pledge,
     HandOver,
+    End,
     Donate,
     Redirty,
     Thaw,
@@ -42,8 +45,9 @@ pub enum Call {
 
 impl Call {
     /// All of them.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 17] = [
         Self::Track,
+        Self::Baseline,
         Self::Harvest,
         Self::Take,
         Self::Present,
@@ -54,6 +58,7 @@ impl Call {
         Self::State,
         Self::Pledge,
         Self::HandOver,
+        Self::End,
         Self::Donate,
         Self::Redirty,
         Self::Thaw,
@@ -80,6 +85,9 @@ struct Vm {
     seen: Vec<PageSet>,
     /// What was taken in this attempt.
     taken: Vec<PageSet>,
+    baseline: Option<CheckpointId>,
+    /// What the baseline lacks.
+    owed: Vec<PageSet>,
     stage: Stage,
     random: u64,
     pages_per_call: u64,
@@ -109,6 +117,8 @@ impl Machine {
             dirty: empty(),
             seen: empty(),
             taken: empty(),
+            baseline: None,
+            owed: empty(),
             stage: Stage::Running,
             random: seed,
             pages_per_call,
@@ -178,6 +188,21 @@ impl Machine {
         missing.sum()
     }
 
+    /// The checkpoint that has everything but what was written since.
+    pub fn baseline(&self) -> Option<CheckpointId> {
+        self.lock().baseline
+    }
+
+    /// The pages that its baseline lacks.
+    pub fn lacking(&self) -> Vec<PageSet> {
+        self.lock().owed.clone()
+    }
+
+    /// Its memory, as it is now.
+    pub fn memory(&self) -> Vec<Vec<u8>> {
+        self.lock().memory.clone()
+    }
+
     /// Whether it waits for the outcome of a migration.
     pub fn is_pledged(&self) -> bool {
         matches!(self.lock().stage, Stage::Pledged(_))
@@ -214,6 +239,7 @@ impl Vm {
     fn touch(&mut self, space: usize, page: u64) {
         self.touched[space].insert(page, 1);
         self.dirty[space].insert(page, 1);
+        self.owed[space].insert(page, 1);
     }
 
     /// Overwrites a page from end to end, so that a torn one is neither old nor new.
@@ -286,10 +312,28 @@ impl Source for Scripted {
         &self.machine.workload
     }
 
-    fn track(&mut self) -> Result<String> {
+    fn track(&mut self, dirty: Dirty) -> Result<String> {
         let mut vm = self.called(Call::Track)?;
-        vm.dirty.iter_mut().for_each(|dirty| dirty.insert(0, u64::MAX));
+        let vm = &mut *vm;
+        vm.taken.iter_mut().for_each(PageSet::clear);
+        match (dirty, vm.baseline) {
+            (Dirty::SinceBaseline, Some(_)) => vm.dirty.clone_from(&vm.owed),
+            _ => vm.dirty.iter_mut().for_each(|dirty| dirty.insert(0, u64::MAX)),
+        }
         Ok("scripted".into())
+    }
+
+    fn baseline(&self) -> Option<CheckpointId> {
+        self.machine.lock().baseline
+    }
+
+    fn set_baseline(&mut self, checkpoint: CheckpointId) -> Result<()> {
+        let mut vm = self.called(Call::Baseline)?;
+        let vm = &mut *vm;
+        vm.owed.clone_from(&vm.dirty);
+        vm.taken.iter_mut().for_each(PageSet::clear);
+        vm.baseline = Some(checkpoint);
+        Ok(())
     }
 
     fn harvest(&mut self) -> Result<Vec<PageSet>> {
@@ -340,7 +384,14 @@ impl Source for Scripted {
 
     fn redirty(&mut self, pages: &[PageSet]) -> Result<()> {
         let mut vm = self.called(Call::Redirty)?;
-        for (dirty, pages) in vm.dirty.iter_mut().zip(pages) {
+        let vm = &mut *vm;
+        let books = vm.dirty.iter_mut().zip(&mut vm.taken).zip(&mut vm.owed);
+        for (((dirty, taken), owed), pages) in books.zip(pages) {
+            // What this attempt did not take was taken for the baseline, which is retracted.
+            let mut retracted = pages.clone();
+            retracted.subtract(taken);
+            retracted.subtract(dirty);
+            owed.union(&retracted);
             dirty.union(pages);
         }
         Ok(())
@@ -393,6 +444,17 @@ impl Source for Scripted {
         self.settled = true;
         let mut vm = self.called(Call::Resume)?;
         self.resumes(&mut vm);
+        Ok(())
+    }
+
+    fn end(mut self: Box<Self>, _: Durable) -> Result<()> {
+        let mut vm = self.called(Call::End)?;
+        if vm.stage != Stage::Frozen {
+            return Err(Error::Workload("only a frozen workload can be ended".into()));
+        }
+        vm.stage = Stage::Gone;
+        drop(vm);
+        self.settled = true;
         Ok(())
     }
 

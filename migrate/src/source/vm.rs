@@ -2,9 +2,10 @@
 
 use crate::error::{Error, Result};
 use crate::memory::{GuestMemory, PageReader};
-use crate::source::{Committed, Completed, Donor, Source, Workload};
+use crate::source::{Committed, Completed, Dirty, Donor, Durable, Source, Workload};
 use crate::speed::Gauge;
 use protocol::MigrationId;
+use protocol::checkpoint::name::CheckpointId;
 use protocol::control::WorkloadKind;
 use protocol::layout::Layout;
 use protocol::monitor::{Phase, Role};
@@ -25,6 +26,9 @@ pub struct VmSource {
     memory: GuestMemory,
     destination: String,
     tracked: bool,
+    baseline: Option<CheckpointId>,
+    /// Its VMM knows what a baseline is.
+    can_keep: bool,
     frozen: bool,
     pledged_to: Option<MigrationId>,
 }
@@ -45,6 +49,14 @@ impl VmSource {
     /// As [`VmSource::connect`].
     pub fn watch(name: &str, socket: &Path) -> Result<Self> {
         Self::hold(name, socket, "", "migrate estimate")
+    }
+
+    /// Takes hold of the VM to write it down, not to move it.
+    ///
+    /// # Errors
+    /// As [`VmSource::connect`].
+    pub fn checkpoint(name: &str, socket: &Path) -> Result<Self> {
+        Self::hold(name, socket, "", "migrate checkpoint")
     }
 
     /// A look at how fast the guest is, if it says so itself.
@@ -70,6 +82,8 @@ impl VmSource {
             memory,
             destination: destination.into(),
             tracked: false,
+            baseline: None,
+            can_keep: false,
             frozen: false,
             pledged_to: None,
         })
@@ -81,11 +95,31 @@ impl Source for VmSource {
         &self.workload
     }
 
-    fn track(&mut self) -> Result<String> {
-        let mode = self.client.track_start()?;
+    fn track(&mut self, dirty: Dirty) -> Result<String> {
+        let tracking = self.client.track_start(dirty == Dirty::SinceBaseline)?;
         self.tracked = true;
-        let name = serde_json::to_value(mode).ok().and_then(|value| value.as_str().map(str::to_owned));
+        self.can_keep = tracking.can_keep;
+        self.baseline = tracking.baseline;
+        let name =
+            serde_json::to_value(tracking.mode).ok().and_then(|value| value.as_str().map(str::to_owned));
         Ok(format!("kvm-{}", name.unwrap_or_default()))
+    }
+
+    fn baseline(&self) -> Option<CheckpointId> {
+        self.baseline
+    }
+
+    fn set_baseline(&mut self, checkpoint: CheckpointId) -> Result<()> {
+        if !self.can_keep {
+            tracing::warn!(
+                vm = self.workload.name,
+                "its VMM is too old to keep track between checkpoints: each will be a whole one"
+            );
+            return Ok(());
+        }
+        self.client.set_baseline(Some(checkpoint))?;
+        self.baseline = Some(checkpoint);
+        Ok(())
     }
 
     fn harvest(&mut self) -> Result<Vec<PageSet>> {
@@ -156,6 +190,13 @@ impl Source for VmSource {
             self.client.track_stop()?;
         }
         Ok(())
+    }
+
+    fn end(self: Box<Self>, _: Durable) -> Result<()> {
+        // As in `hand_over`: freeing the memory is for the VMM.
+        let Self { mut client, memory, .. } = *self;
+        drop(memory);
+        Ok(client.terminate()?)
     }
 
     fn hand_over(self: Box<Self>, committed: Committed) -> Result<()> {

@@ -172,6 +172,8 @@ impl Board {
             Event::Resumed { round, .. } | Event::CameBack { round, .. } => known.round = *round,
             Event::Done(report) => known.left(report),
             Event::Arrived(report) => known.arrived(report),
+            // No move: a board is for those.
+            Event::Checkpointed(_) => {}
         }
         if known.outcome.is_some() {
             let elapsed = known.begun.elapsed();

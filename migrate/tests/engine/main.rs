@@ -23,3 +23,4 @@ mod resume;
 mod stalls;
 mod hot;
 mod verify;
+mod baseline;

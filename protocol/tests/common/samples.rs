@@ -9,6 +9,7 @@ use protocol::page::{PageSet, SpaceId};
 use protocol::state::State;
 use protocol::steer::{self, Answer, Order};
 
+pub(crate) const CHECKPOINT: &str = "20261123T194831Z-3f9a1c07";
 pub(crate) const MIGRATION: MigrationId = MigrationId(0x0011_2233_4455_6677_8899_aabb_ccdd_eeff);
 
 pub(crate) const DOWNSTREAM_TYPES: [&str; 14] = [
@@ -44,7 +45,7 @@ pub(crate) const UPSTREAM_TYPES: [&str; 15] = [
     "resumed",
     "verified",
 ];
-pub(crate) const REQUEST_TYPES: [&str; 22] = [
+pub(crate) const REQUEST_TYPES: [&str; 23] = [
     "hello",
     "status",
     "describe",
@@ -67,6 +68,7 @@ pub(crate) const REQUEST_TYPES: [&str; 22] = [
     "page-faults",
     "complete",
     "throttle",
+    "baseline",
 ];
 pub(crate) const REPLY_TYPES: [&str; 10] = [
     "welcome",
@@ -131,7 +133,7 @@ pub(crate) fn request_type(message: &Request) -> &'static str {
         Request::Hello { .. } => 0,
         Request::Status => 1,
         Request::Describe => 2,
-        Request::TrackStart => 3,
+        Request::TrackStart { .. } => 3,
         Request::Harvest => 4,
         Request::Take { .. } => 5,
         Request::Redirty => 6,
@@ -150,6 +152,7 @@ pub(crate) fn request_type(message: &Request) -> &'static str {
         Request::PageFaults => 19,
         Request::Complete => 20,
         Request::Throttle { .. } => 21,
+        Request::Baseline { .. } => 22,
     }]
 }
 
@@ -253,10 +256,11 @@ pub(crate) fn requests() -> Vec<Request> {
         },
         Request::Status,
         Request::Describe,
-        Request::TrackStart,
+        Request::TrackStart { keep: false },
         Request::Harvest,
         Request::Take { space: 1, first: 4096, count: 512 },
         Request::Redirty,
+        Request::Baseline { checkpoint: CHECKPOINT.parse().ok() },
         Request::TrackStop,
         Request::Throttle { percent: 40 },
         Request::Freeze,
@@ -290,6 +294,7 @@ pub(crate) fn status() -> Status {
         pledged_to: Some(Pledge { migration: MIGRATION, peer: "192.0.2.7:4242".into() }),
         awaiting_pages: None,
         throttle_percent: None,
+        baseline: None,
     }
 }
 
@@ -309,7 +314,7 @@ pub(crate) fn replies() -> Vec<Reply> {
         Reply::Refused { reason: "migrate send (pid 4712) holds this VM".into(), holder_pid: Some(4712) },
         Reply::Status(status()),
         Reply::Description { name: "web-1".into(), layout: layout() },
-        Reply::Tracking { mode: TrackingMode::ManualInitiallySet },
+        Reply::Tracking { mode: TrackingMode::ManualInitiallySet, baseline: None, can_keep: false },
         Reply::Dirty { pages: 1_048_576 },
         Reply::Saved,
         Reply::Done,

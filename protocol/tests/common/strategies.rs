@@ -7,6 +7,7 @@ use proptest::sample::select;
 
 use super::samples;
 use protocol::MigrationId;
+use protocol::checkpoint::name::CheckpointId;
 use protocol::control::{Downstream, Offer, Upstream};
 use protocol::frame::{Frame, MAX_FRAME_PAGES, STRIPE_PAGES};
 use protocol::handshake::Hello;
@@ -97,6 +98,10 @@ pub(crate) fn upstream() -> impl Strategy<Value = Upstream> {
     ]
 }
 
+fn checkpoint() -> impl Strategy<Value = CheckpointId> {
+    (any::<u64>(), any::<u32>()).prop_map(|(unix_s, random)| CheckpointId::new(unix_s, random))
+}
+
 pub(crate) fn request() -> impl Strategy<Value = Request> {
     prop_oneof![
         (any::<u16>(), select(&samples::ROLES[..]), text())
@@ -104,7 +109,6 @@ pub(crate) fn request() -> impl Strategy<Value = Request> {
         select(vec![
             Request::Status,
             Request::Describe,
-            Request::TrackStart,
             Request::Harvest,
             Request::Redirty,
             Request::TrackStop,
@@ -122,6 +126,8 @@ pub(crate) fn request() -> impl Strategy<Value = Request> {
             first,
             count
         }),
+        any::<bool>().prop_map(|keep| Request::TrackStart { keep }),
+        option::of(checkpoint()).prop_map(|checkpoint| Request::Baseline { checkpoint }),
         any::<u8>().prop_map(|percent| Request::Throttle { percent }),
         (migration(), text()).prop_map(|(migration, peer)| Request::Pledge { migration, peer }),
         option::of(migration()).prop_map(|migration| Request::Resume { migration }),
@@ -135,10 +141,11 @@ fn status() -> impl Strategy<Value = Status> {
     let numbers = (any::<u32>(), any::<u64>(), any::<u32>(), any::<u64>());
     let pledge = (migration(), text()).prop_map(|(migration, peer)| Pledge { migration, peer });
     let options = (option::of(any::<u32>()), option::of(text()), option::of(migration()), option::of(pledge));
-    let options = (options, option::of(any::<u64>()), option::of(any::<u8>()));
+    let options = (options, option::of(any::<u64>()), option::of(any::<u8>()), option::of(checkpoint()));
     (text(), select(&samples::PHASES[..]), numbers, text(), options).prop_map(
         |(name, phase, (pid, memory_bytes, vcpus, uptime_ms), serial, options)| {
-            let ((holder_pid, holder, arrived_by, pledged_to), awaiting_pages, throttle_percent) = options;
+            let ((holder_pid, holder, arrived_by, pledged_to), awaiting_pages, throttle_percent, baseline) =
+                options;
             Status {
                 name,
                 phase,
@@ -153,6 +160,7 @@ fn status() -> impl Strategy<Value = Status> {
                 pledged_to,
                 awaiting_pages,
                 throttle_percent,
+                baseline,
             }
         },
     )
@@ -169,7 +177,8 @@ pub(crate) fn reply() -> impl Strategy<Value = Reply> {
             .prop_map(|(reason, holder_pid)| Reply::Refused { reason, holder_pid }),
         status().prop_map(Reply::Status),
         (text(), any_layout()).prop_map(|(name, layout)| Reply::Description { name, layout }),
-        select(&samples::TRACKING_MODES[..]).prop_map(|mode| Reply::Tracking { mode }),
+        (select(&samples::TRACKING_MODES[..]), option::of(checkpoint()), any::<bool>())
+            .prop_map(|(mode, baseline, can_keep)| Reply::Tracking { mode, baseline, can_keep }),
         any::<u64>().prop_map(|pages| Reply::Dirty { pages }),
         Just(Reply::Saved),
         (any::<u64>(), vec(any::<u64>(), 0..4))

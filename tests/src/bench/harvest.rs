@@ -36,7 +36,7 @@ fn one(program: &Path, gib: u64) -> Value {
     let socket = host.runtime_dir().join("bench.sock");
     let mut client = vmm::Client::connect(&socket, Role::Session, "bench", ANSWER_LIMIT).expect("a session");
     let layout = client.describe().expect("a description").layout;
-    client.track_start().expect("tracking");
+    client.track_start(false).expect("tracking");
     // The first one finds all memory dirty, which is taken: from then on there is next to nothing.
     for (space, set) in layout.spaces.iter().zip(client.harvest(&layout).expect("a harvest")) {
         for run in set.runs(space.id, u32::MAX) {

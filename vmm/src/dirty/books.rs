@@ -18,23 +18,25 @@ impl Words {
     }
 }
 
-/// Two sets of pages of one space.
+/// Three sets of pages of one space.
 ///
-/// A page can be in both: taken, and dirty again since.
+/// A page can be in several: taken, and dirty again since. Whatever is pending in a session that was not begun with every
+/// page is owed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Books {
     pages: u64,
     pending: Vec<u64>,
     taken: Vec<u64>,
+    /// What no checkpoint has: every page that was ever written as far as the log was read, but for what a baseline covers.
+    owed: Vec<u64>,
 }
 
 impl Books {
-    /// Books in which every page is pending and none taken.
+    /// Books in which every page is pending and owed, and none taken.
     pub fn all_pending(pages: u64) -> Self {
         let words = usize::try_from(pages.div_ceil(64)).unwrap_or(usize::MAX);
-        let mut books = Self { pages, pending: vec![u64::MAX; words], taken: vec![0; words] };
-        books.trim();
-        books
+        let all = all_of(pages, words);
+        Self { pages, pending: all.clone(), taken: vec![0; words], owed: all }
     }
 
     /// How many pages are pending.
@@ -42,12 +44,46 @@ impl Books {
         self.pending.iter().map(|word| u64::from(word.count_ones())).sum()
     }
 
-    /// Adds pages to the pending ones; bit n is page n. Bits beyond the space are ignored.
+    /// Adds pages that were written; bit n is page n. Bits beyond the space are ignored.
     pub fn merge(&mut self, bits: &[u64]) {
-        for (pending, bits) in self.pending.iter_mut().zip(bits) {
+        for ((pending, owed), bits) in self.pending.iter_mut().zip(&mut self.owed).zip(bits) {
             *pending |= bits;
+            *owed |= bits;
         }
         self.trim();
+    }
+
+    /// Makes every page pending, whatever is owed.
+    pub fn begin_with_every_page(&mut self) {
+        self.pending = all_of(self.pages, self.pending.len());
+        self.taken.fill(0);
+    }
+
+    /// What was taken is safe: only what is pending is owed.
+    pub fn cover(&mut self) {
+        self.owed.clone_from(&self.pending);
+        self.taken.fill(0);
+    }
+
+    /// Nothing is safe anywhere: every page is owed and pending.
+    pub fn owe_every_page(&mut self) {
+        self.owed = all_of(self.pages, self.owed.len());
+        self.settle();
+    }
+
+    /// Ends a session: what is owed is pending.
+    pub fn settle(&mut self) {
+        self.pending.clone_from(&self.owed);
+        self.taken.fill(0);
+    }
+
+    /// Those of these pages that are owed.
+    pub fn owed_of(&self, words: &Words) -> Words {
+        let owed = self.owed.iter().skip(index(words.first / 64));
+        Words {
+            first: words.first,
+            bits: words.bits.iter().zip(owed).map(|(bits, owed)| bits & owed).collect(),
+        }
     }
 
     /// The pending pages of a range, as whole words with nothing outside the range in them.
@@ -96,7 +132,8 @@ impl Books {
         }
     }
 
-    /// Makes pages pending again; bit n is page `first + n`.
+    /// Makes pages pending again; bit n is page `first + n`. A page that was neither taken nor pending is owed from now on:
+    /// whoever gives it back took it for a checkpoint that it now retracts.
     ///
     /// # Errors
     /// [`Error::Protocol`] when `first` is not a multiple of 64, or a word lies beyond the space.
@@ -112,9 +149,10 @@ impl Books {
             )));
         }
         let skip = index(first / 64);
-        for ((pending, taken), bits) in
-            self.pending.iter_mut().skip(skip).zip(self.taken.iter_mut().skip(skip)).zip(bits)
-        {
+        let pending = self.pending.iter_mut().skip(skip);
+        let books = pending.zip(self.taken.iter_mut().skip(skip)).zip(self.owed.iter_mut().skip(skip));
+        for (((pending, taken), owed), bits) in books.zip(bits) {
+            *owed |= bits & !*taken & !*pending;
             *pending |= bits;
             *taken &= !bits;
         }
@@ -122,20 +160,25 @@ impl Books {
         Ok(())
     }
 
-    /// Makes every taken page pending again.
-    pub fn give_back(&mut self) {
-        for (pending, taken) in self.pending.iter_mut().zip(&mut self.taken) {
-            *pending |= std::mem::take(taken);
-        }
-    }
-
     /// Clears the bits after the last page.
     fn trim(&mut self) {
-        let rest = self.pages % 64;
-        if let (Some(last), 1..) = (self.pending.last_mut(), rest) {
-            *last &= (1 << rest) - 1;
+        for bits in [&mut self.pending, &mut self.owed] {
+            trim(self.pages, bits);
         }
     }
+}
+
+fn trim(pages: u64, bits: &mut [u64]) {
+    let rest = pages % 64;
+    if let (Some(last), 1..) = (bits.last_mut(), rest) {
+        *last &= (1 << rest) - 1;
+    }
+}
+
+fn all_of(pages: u64, words: usize) -> Vec<u64> {
+    let mut all = vec![u64::MAX; words];
+    trim(pages, &mut all);
+    all
 }
 
 fn index(words: u64) -> usize {
@@ -174,7 +217,7 @@ mod tests {
         assert_eq!(books.pending_pages(), 64);
         books.move_to_taken(&Words { first: 0, bits: vec![u64::MAX] });
         assert_eq!(books.pending_pages(), 0);
-        books.give_back();
+        books.settle();
         assert_eq!(books.pending_pages(), 64);
     }
 }

@@ -7,6 +7,15 @@
 //!                                              └──── give back ───┘
 //! ```
 //!
+//! Beside them stands what is *owed*: the pages that no checkpoint has. Without a baseline that is every page. A baseline
+//! covers what was taken so far: owed is then what is still pending, and grows with every harvest. It is what pending
+//! becomes at the end of a session, and so a session that failed has never been, and the next one finds exactly what the
+//! checkpoint lacks. For that, the log stays on between sessions.
+//!
+//! A page that is not owed is write-protected, or its bit is in the log and not harvested yet. A session that asks for every
+//! page takes such pages too, and *must not clear them in the log*: they are protected already, and what was written to
+//! them since the harvest would be known to that session alone.
+//!
 //! A page may be read only after it was *taken*: taking re-arms the write protection first, so a write
 //! that comes later shows up in the next harvest. A page read while the guest writes it may be torn;
 //! that is sound, because such a page is dirty again.
@@ -15,6 +24,8 @@ mod books;
 mod kvm;
 
 use std::sync::Arc;
+
+use protocol::checkpoint::name::CheckpointId;
 
 pub use books::{Books, Words};
 pub use kvm::KvmLog;
@@ -66,14 +77,18 @@ pub trait DirtyLog: Send {
 pub struct Tracker {
     memory: Arc<GuestMemory>,
     log: Box<dyn DirtyLog>,
-    /// One a space; empty when not tracking.
+    /// One a space; empty when the log is off.
     books: Vec<Books>,
+    /// What covers the pages that are not owed. Only while the log is on.
+    baseline: Option<CheckpointId>,
+    /// A session tracks. With a baseline the log is on without one, too.
+    in_session: bool,
 }
 
 impl Tracker {
     /// A tracker at rest.
     pub fn new(memory: Arc<GuestMemory>, log: Box<dyn DirtyLog>) -> Self {
-        Self { memory, log, books: Vec::new() }
+        Self { memory, log, books: Vec::new(), baseline: None, in_session: false }
     }
 
     /// How the host keeps its log.
@@ -81,35 +96,75 @@ impl Tracker {
         self.log.mode()
     }
 
-    /// Whether tracking is on.
+    /// Whether a session tracks.
     pub fn is_tracking(&self) -> bool {
-        !self.books.is_empty()
+        self.in_session
     }
 
-    /// Starts tracking with every page pending. Starting again while tracking makes every page pending.
+    /// The checkpoint that has everything but what was written since, if there is one.
+    pub fn baseline(&self) -> Option<CheckpointId> {
+        self.baseline
+    }
+
+    /// Starts tracking, also anew while tracking. With `keep`, the pages that the baseline lacks are pending; without it, or
+    /// without a baseline, every page is. Either way the baseline stays true.
     ///
     /// # Errors
     /// [`Error::Host`] when the host refuses; tracking is then off.
-    pub fn start(&mut self) -> Result<()> {
-        if !self.is_tracking() {
+    pub fn start(&mut self, keep: bool) -> Result<()> {
+        if self.books.is_empty() {
             self.log.start()?;
+            self.books = self.memory.layout().iter().map(|space| Books::all_pending(space.pages)).collect();
         }
-        self.books = self.memory.layout().iter().map(|space| Books::all_pending(space.pages)).collect();
+        for books in &mut self.books {
+            if keep { books.settle() } else { books.begin_with_every_page() }
+        }
+        self.in_session = true;
         Ok(())
+    }
+
+    /// Everything that was taken since tracking started is safe in this checkpoint.
+    ///
+    /// # Errors
+    /// [`Error::WrongState`] when not tracking.
+    pub fn set_baseline(&mut self, checkpoint: CheckpointId) -> Result<()> {
+        self.must_track("have a baseline")?;
+        self.books.iter_mut().for_each(Books::cover);
+        self.baseline = Some(checkpoint);
+        Ok(())
+    }
+
+    /// No checkpoint counts any more: every page is pending, and the log goes off with the session.
+    ///
+    /// # Errors
+    /// [`Error::Host`] when the host refuses to stop its log; the baseline is gone all the same.
+    pub fn forget_baseline(&mut self) -> Result<()> {
+        self.baseline = None;
+        self.books.iter_mut().for_each(Books::owe_every_page);
+        if self.in_session { Ok(()) } else { self.rest() }
     }
 
     /// Moves what was written since the last harvest into the pending pages. Returns the number of
     /// pending pages of each space.
     ///
     /// # Errors
-    /// [`Error::WrongState`] when not tracking, [`Error::Host`] when the host refuses: the pending pages
-    /// are then what they were, and nothing is lost.
+    /// [`Error::WrongState`] when not tracking, [`Error::Host`] when the host refuses: what it knew may be
+    /// lost, so that every page is pending, and there is no baseline any more.
     pub fn harvest(&mut self) -> Result<Vec<u64>> {
         self.must_track("read the dirty log")?;
-        for (index, books) in self.books.iter_mut().enumerate() {
-            let mut bits = self.log.get(index)?;
+        for index in 0..self.books.len() {
+            let mut bits = match self.log.get(index) {
+                Ok(bits) => bits,
+                Err(error) => {
+                    self.baseline = None;
+                    self.books.iter_mut().for_each(Books::owe_every_page);
+                    return Err(error);
+                }
+            };
             self.memory.drain_own_writes(index, &mut bits);
-            books.merge(&bits);
+            if let Some(books) = self.books.get_mut(index) {
+                books.merge(&bits);
+            }
         }
         Ok(self.pending())
     }
@@ -138,7 +193,8 @@ impl Tracker {
             if self.log.mode() != LogMode::Plain {
                 // Bits that are not set in the words stay as they are, so the span may be wider than
                 // what was asked for.
-                self.log.clear(space, words.first, books.span(&words), &words.bits)?;
+                let logged = books.owed_of(&words);
+                self.log.clear(space, logged.first, books.span(&logged), &logged.bits)?;
             }
             books.move_to_taken(&words);
         }
@@ -156,19 +212,22 @@ impl Tracker {
         books.redirty(first, bits)
     }
 
-    /// Makes every page pending again that was taken since tracking started.
-    pub fn give_back(&mut self) {
-        for books in &mut self.books {
-            books.give_back();
-        }
-    }
-
-    /// Stops tracking; a later start begins with every page pending. Does nothing when not tracking.
+    /// Ends a session's tracking. What it took and no baseline covers is pending again. Without a baseline the log goes off, and
+    /// a later start begins with every page pending. Does nothing when not tracking.
     ///
     /// # Errors
-    /// [`Error::Host`] when the host refuses; the books are closed all the same.
+    /// [`Error::Host`] when the host refuses to stop its log; the books are closed all the same.
     pub fn stop(&mut self) -> Result<()> {
-        if !self.is_tracking() {
+        if !std::mem::take(&mut self.in_session) {
+            return Ok(());
+        }
+        self.books.iter_mut().for_each(Books::settle);
+        if self.baseline.is_some() { Ok(()) } else { self.rest() }
+    }
+
+    /// Closes the books and lets the guest write without faults.
+    fn rest(&mut self) -> Result<()> {
+        if self.books.is_empty() {
             return Ok(());
         }
         self.books.clear();
@@ -190,214 +249,4 @@ pub(crate) fn words_for(space: SpaceInfo) -> usize {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::Mutex;
-
-    use proptest::prelude::*;
-
-    use super::*;
-
-    const PAGES: u64 = 512;
-
-    /// A host's log, simulated: the guest's writes are calls.
-    struct Host {
-        mode: LogMode,
-        on: bool,
-        bits: Vec<u64>,
-        /// Pages whose next write sets a bit.
-        protected: Vec<u64>,
-    }
-
-    #[derive(Clone)]
-    struct Simulated(Arc<Mutex<Host>>);
-
-    impl Simulated {
-        fn new(mode: LogMode) -> Self {
-            Self(Arc::new(Mutex::new(Host { mode, on: false, bits: vec![0; 8], protected: vec![0; 8] })))
-        }
-
-        fn guest_writes(&self, page: u64) {
-            let mut host = self.0.lock().unwrap();
-            let (word, bit) = ((page / 64) as usize, 1 << (page % 64));
-            if host.on && host.protected[word] & bit != 0 {
-                host.protected[word] &= !bit;
-                host.bits[word] |= bit;
-            }
-        }
-    }
-
-    impl DirtyLog for Simulated {
-        fn mode(&self) -> LogMode {
-            self.0.lock().unwrap().mode
-        }
-        fn start(&mut self) -> Result<()> {
-            let mut host = self.0.lock().unwrap();
-            host.on = true;
-            let initially_set = host.mode == LogMode::ManualInitiallySet;
-            host.bits = vec![if initially_set { u64::MAX } else { 0 }; 8];
-            host.protected = vec![if initially_set { 0 } else { u64::MAX }; 8];
-            Ok(())
-        }
-        fn stop(&mut self) -> Result<()> {
-            self.0.lock().unwrap().on = false;
-            Ok(())
-        }
-        fn get(&mut self, _slot: usize) -> Result<Vec<u64>> {
-            let mut host = self.0.lock().unwrap();
-            let bits = host.bits.clone();
-            if host.mode == LogMode::Plain {
-                host.bits = vec![0; 8];
-                for (protected, bits) in host.protected.iter_mut().zip(&bits) {
-                    *protected |= bits;
-                }
-            }
-            Ok(bits)
-        }
-        fn clear(&mut self, _slot: usize, first: u64, _pages: u64, bits: &[u64]) -> Result<()> {
-            let mut host = self.0.lock().unwrap();
-            for (offset, bits) in bits.iter().enumerate() {
-                let word = (first / 64) as usize + offset;
-                host.bits[word] &= !bits;
-                host.protected[word] |= bits;
-            }
-            Ok(())
-        }
-    }
-
-    fn tracker(log: &Simulated) -> Tracker {
-        let memory = Arc::new(GuestMemory::create(PAGES * 4096).unwrap());
-        Tracker::new(memory, Box::new(log.clone()))
-    }
-
-    const MODES: [LogMode; 3] = [LogMode::ManualInitiallySet, LogMode::Manual, LogMode::Plain];
-
-    #[test]
-    fn starting_makes_every_page_pending_in_every_mode() {
-        for mode in MODES {
-            let mut tracker = tracker(&Simulated::new(mode));
-            assert!(tracker.harvest().is_err());
-            tracker.start().unwrap();
-            assert_eq!(tracker.harvest().unwrap(), [PAGES], "{mode:?}");
-        }
-    }
-
-    #[test]
-    fn a_write_between_harvest_and_take_is_read_or_shows_again() {
-        for mode in MODES {
-            let log = Simulated::new(mode);
-            let mut tracker = tracker(&log);
-            tracker.start().unwrap();
-            tracker.take(0, 0, PAGES).unwrap();
-            log.guest_writes(7);
-            tracker.harvest().unwrap();
-            log.guest_writes(7);
-            log.guest_writes(8);
-            let taken = tracker.take(0, 0, PAGES).unwrap();
-            tracker.harvest().unwrap();
-            let after = tracker.take(0, 0, PAGES).unwrap();
-            // Page 7 is read after the take, so its second write is in; page 8 comes with the next.
-            assert_eq!(taken.bits[0] & (1 << 7), 1 << 7, "{mode:?}");
-            assert_eq!(after.bits[0] & (1 << 8), 1 << 8, "{mode:?}");
-        }
-    }
-
-    #[test]
-    fn own_writes_are_harvested_too() {
-        let mut tracker = tracker(&Simulated::new(LogMode::Manual));
-        tracker.start().unwrap();
-        tracker.harvest().unwrap();
-        tracker.take(0, 0, PAGES).unwrap();
-        tracker.memory.write(65 * 4096, &[1]).unwrap();
-        assert_eq!(tracker.harvest().unwrap(), [1]);
-        assert_eq!(tracker.take(0, 65, 3).unwrap(), Words { first: 64, bits: vec![2] });
-    }
-
-    #[test]
-    fn ranges_beyond_the_end_are_refused() {
-        let mut tracker = tracker(&Simulated::new(LogMode::Manual));
-        tracker.start().unwrap();
-        for (space, first, pages) in
-            [(1, 0, 64), (0, 0, PAGES + 1), (0, PAGES, 1), (0, u64::MAX - 63, 64), (0, 0, 0)]
-        {
-            assert!(tracker.take(space, first, pages).is_err(), "{space} {first} {pages}");
-        }
-        assert!(tracker.redirty(0, 0, &[0; 9]).is_err());
-    }
-
-    #[test]
-    fn what_was_taken_comes_back_when_a_session_dies() {
-        let mut tracker = tracker(&Simulated::new(LogMode::Manual));
-        tracker.start().unwrap();
-        tracker.take(0, 0, 128).unwrap();
-        assert_eq!(tracker.pending(), [PAGES - 128]);
-        tracker.give_back();
-        assert_eq!(tracker.pending(), [PAGES]);
-        tracker.stop().unwrap();
-        assert!(!tracker.is_tracking());
-    }
-
-    #[derive(Debug, Clone)]
-    enum Step {
-        Write(u64),
-        Own(u64),
-        Harvest,
-        Take(u64, u64),
-        Redirty,
-        GiveBack,
-    }
-
-    fn step() -> impl Strategy<Value = Step> {
-        prop_oneof![
-            4 => (0..PAGES).prop_map(Step::Write),
-            1 => (0..PAGES).prop_map(Step::Own),
-            2 => Just(Step::Harvest),
-            2 => (0..PAGES, 1..=PAGES).prop_map(|(first, pages)| Step::Take(first, pages.min(PAGES - first))),
-            1 => Just(Step::Redirty),
-            1 => Just(Step::GiveBack),
-        ]
-    }
-
-    proptest! {
-        /// The copy of whoever takes pages equals the guest's memory after a last harvest and take.
-        #[test]
-        fn taking_never_loses_a_write(mode in 0..3_usize, steps in prop::collection::vec(step(), 1..200)) {
-            let log = Simulated::new(MODES[mode]);
-            let mut tracker = tracker(&log);
-            let mut guest = vec![0_u64; PAGES as usize];
-            let mut copy = vec![u64::MAX; PAGES as usize];
-            let mut version = 1;
-            tracker.start().unwrap();
-            let mut last_taken: Option<Words> = None;
-            for step in steps.into_iter().chain([Step::Harvest, Step::Take(0, PAGES)]) {
-                match step {
-                    Step::Write(page) => {
-                        guest[page as usize] = version;
-                        log.guest_writes(page);
-                        version += 1;
-                    }
-                    Step::Own(page) => {
-                        guest[page as usize] = version;
-                        tracker.memory.write(page * 4096, &[1]).unwrap();
-                        version += 1;
-                    }
-                    Step::Harvest => drop(tracker.harvest().unwrap()),
-                    Step::Take(first, pages) => {
-                        let words = tracker.take(0, first, pages).unwrap();
-                        for page in first..first + pages {
-                            let bit = page - words.first;
-                            if words.bits[(bit / 64) as usize] & (1 << (bit % 64)) != 0 {
-                                copy[page as usize] = guest[page as usize];
-                            }
-                        }
-                        last_taken = Some(words);
-                    }
-                    Step::Redirty => if let Some(words) = last_taken.take() {
-                        tracker.redirty(0, words.first, &words.bits).unwrap();
-                    },
-                    Step::GiveBack => tracker.give_back(),
-                }
-            }
-            prop_assert_eq!(guest, copy);
-        }
-    }
-}
+mod tests;

@@ -97,7 +97,7 @@ impl Host {
         let files = |fds: Vec<std::os::fd::OwnedFd>| fds.into_iter().map(Into::into).collect();
         let mut copier =
             Copier { from: files(source.memory), to: files(prepared.memory), buffer: Vec::new() };
-        self.session.track_start().unwrap();
+        self.session.track_start(false).unwrap();
         for _ in 0..MAX_ROUNDS {
             let sets = self.session.harvest(&layout).unwrap();
             if copier.round(&mut self.session, &sets) < FEW_PAGES {

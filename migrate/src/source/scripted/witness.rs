@@ -57,6 +57,11 @@ impl Witness {
         !seen.at_freeze.is_empty() && seen.at_freeze == seen.arrived
     }
 
+    /// The memory that the source froze with last.
+    pub fn frozen_memory(&self) -> Vec<Vec<u8>> {
+        self.lock().at_freeze.clone()
+    }
+
     /// The bytes of a page as the source froze with it.
     pub(crate) fn frozen_page(&self, space: usize, page: u64) -> Vec<u8> {
         let at = page as usize * PAGE_SIZE;

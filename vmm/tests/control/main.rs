@@ -1,8 +1,9 @@
 //! The control socket over real VMs: two of them in this process, a client for each.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test's helpers fail the test")]
 
-#[path = "../src/test_images.rs"]
+#[path = "../../src/test_images.rs"]
 mod test_images;
+mod baseline;
 
 use std::{
     io::Write,
@@ -176,7 +177,7 @@ fn a_running_vm_moves_between_two_vmms() {
         let prepared = to.prepare("moved", &layout, &machine).unwrap();
         let there = Memory(prepared.memory.into_iter().next().unwrap().into());
         assert_eq!(target.phase(), Phase::Prepared);
-        from.track_start().unwrap();
+        from.track_start(false).unwrap();
         assert_eq!(round(&mut from, &layout, &memory, &there), MEMORY / 4096);
         for _ in 0..3 {
             assert!(round(&mut from, &layout, &memory, &there) < 64);
@@ -231,7 +232,7 @@ fn a_frozen_source_resumes_when_its_session_dies() {
     for _ in 0..5 {
         let mut session = vm.session();
         let (memory, layout, _) = Memory::of(&mut session);
-        session.track_start().unwrap();
+        session.track_start(false).unwrap();
         session.harvest(&layout).unwrap();
         session.freeze().unwrap();
         assert!(memory.stands_still());
@@ -241,7 +242,7 @@ fn a_frozen_source_resumes_when_its_session_dies() {
         // Tracking stopped, and a new attempt starts with every page.
         let mut session = vm.session();
         assert!(session.harvest(&layout).is_err());
-        session.track_start().unwrap();
+        session.track_start(false).unwrap();
         assert_eq!(session.harvest(&layout).unwrap()[0].count(), MEMORY / 4096);
     }
     vm.terminate();
@@ -287,7 +288,7 @@ fn a_throttled_vm_is_slower_and_never_stays_so() {
     assert!(session.throttle(10).is_err(), "what stands still cannot be slowed down");
     session.resume(None).unwrap();
     session.throttle(50).unwrap();
-    session.track_start().unwrap();
+    session.track_start(false).unwrap();
     session.track_stop().unwrap();
     assert_eq!(percent(), Some(0));
     session.throttle(50).unwrap();
@@ -483,7 +484,7 @@ fn moved_without_its_counter(directory: &TempDir) -> (Running, Running, Client, 
     wait_until("counting", || memory.counter(0) > 0);
     let prepared = to.prepare("moved", &layout, &machine).unwrap();
     let there = Memory(prepared.memory.into_iter().next().unwrap().into());
-    from.track_start().unwrap();
+    from.track_start(false).unwrap();
     round(&mut from, &layout, &memory, &there);
     from.freeze().unwrap();
     round(&mut from, &layout, &memory, &there);
@@ -510,7 +511,7 @@ fn a_vm_that_misses_a_page_waits_for_it_whoever_dies() {
     let (source, target, mut to, there, layout) = moved_without_its_counter(&directory);
     std::thread::sleep(Duration::from_millis(50));
     assert_eq!(to.status().unwrap().awaiting_pages, Some(1));
-    for refused in [to.track_start().map(drop), to.freeze(), to.complete()] {
+    for refused in [to.track_start(false).map(drop), to.freeze(), to.complete()] {
         let error = refused.unwrap_err().to_string();
         assert!(error.contains("1 pages of the VM are not here yet"), "{error}");
     }

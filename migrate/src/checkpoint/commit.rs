@@ -1,0 +1,154 @@
+//! Behind the pause: everything becomes durable, then the manifest is written, and only then it is a checkpoint.
+
+use super::placement::Written;
+use super::writer::Writers;
+use super::{CheckpointReport, Failed, Taking};
+use crate::error::{Error, Result};
+use crate::report::{Event, Phase, PhaseTime, micros};
+use crate::source::Durable;
+use protocol::checkpoint::index::At;
+use protocol::checkpoint::manifest::{Manifest, Segment};
+use protocol::checkpoint::name;
+use protocol::checkpoint::object::Kind;
+use protocol::page::PageSet;
+use std::time::{Duration, Instant};
+
+/// What takes checkpoints, as it says itself.
+const SOFTWARE: &str = concat!("migrate ", env!("CARGO_PKG_VERSION"));
+
+/// How often it is looked whether the writers are done.
+const LOOK: Duration = Duration::from_millis(2);
+
+impl Taking<'_, '_> {
+    /// Waits until everything that was read is durable.
+    pub(super) fn wait_for(&mut self, writers: Writers<'_>) -> Result<(Written, Vec<Segment>)> {
+        self.stage.close();
+        while !writers.are_done() {
+            self.tell_writing();
+            if let Err(error) = self.cancel.check() {
+                self.stage.fail(Error::Interrupted(error.to_string()));
+                return Err(error);
+            }
+            std::thread::sleep(LOOK);
+        }
+        writers.join()
+    }
+
+    /// Index, state, manifest.
+    pub(super) fn commit(&mut self, written: Written, segments: Vec<Segment>) -> Result<()> {
+        let workload = self.source.workload();
+        let id = self.options.id;
+        let body = written.into_index(&workload.layout);
+        for placed in &body.runs {
+            let pages = u64::from(placed.run.count);
+            self.report.dirty_pages += pages;
+            match placed.at {
+                At::Zeros => self.report.zero_pages += pages,
+                At::Extent { .. } => self.report.data_pages += pages,
+            }
+        }
+        let index = self.vault.put_index(id, &body)?;
+        let state = self.vault.put_state(id, &workload.machine, &self.state)?;
+        self.report.index_bytes = index.bytes;
+        self.report.written_pages = self.progress.data_pages();
+        self.report.stored_bytes = self.progress.stored_bytes();
+        let manifest = Manifest {
+            id,
+            taken_unix_ms: self.taken_unix_ms,
+            software: SOFTWARE.into(),
+            workload: workload.name.clone(),
+            kind: workload.kind,
+            layout: workload.layout.clone(),
+            parent: self.parent.clone(),
+            deltas: self.report.deltas,
+            segments,
+            index,
+            state,
+            data_pages: self.report.data_pages,
+            shared_pages: self.report.shared_pages,
+            zero_pages: self.report.zero_pages,
+            pause_us: self.report.pause_us,
+            group: self.options.group,
+        };
+        self.lease.check()?;
+        self.cancel.pass()?;
+        self.may_exist = true;
+        self.report.index_bytes += self.vault.put_json(Kind::Manifest, &name::manifest(id), &manifest)?.bytes;
+        self.report.committed = true;
+        Ok(())
+    }
+
+    /// The checkpoint exists: its pages count as safe from now on, and the workload goes on, or ends.
+    pub(super) fn settle(mut self) -> std::result::Result<CheckpointReport, Box<Failed>> {
+        let begun = Instant::now();
+        self.observer.event(&Event::Phase { phase: Phase::Settle });
+        let ended = if self.options.suspend {
+            self.source.end(Durable::new(self.options.id))
+        } else {
+            if let Err(error) = self.source.set_baseline(self.options.id) {
+                self.warn(format!("the next checkpoint will not be a delta on this one: {error}"));
+            }
+            self.source.resume()
+        };
+        let mut report = self.report;
+        report.suspended = self.options.suspend && ended.is_ok();
+        report.phases.push(PhaseTime { phase: Phase::Settle, duration_us: micros(begun.elapsed()) });
+        report.total_us = micros(self.begun.elapsed());
+        self.observer.event(&Event::Checkpointed(Box::new(report.clone())));
+        match ended {
+            Ok(()) => Ok(report),
+            Err(error) if self.options.suspend => {
+                let error = Error::Workload(format!(
+                    "{} exists, but its workload could not be ended and may still run: {error}; do not restore it before \
+                     migrate vm stop {}",
+                    report.id, report.workload
+                ));
+                Err(Box::new(Failed { error, report }))
+            }
+            Err(error) => {
+                // It was let go on behind the pause: what failed is the end of the tracking.
+                report.warnings.push(format!("tracking could not be ended: {error}"));
+                Ok(report)
+            }
+        }
+    }
+
+    /// There is no checkpoint: pages are given back, the workload goes on, and what was written goes.
+    pub(super) fn give_up(mut self, error: Error) -> Box<Failed> {
+        self.observer.event(&Event::Phase { phase: Phase::Settle });
+        let begun = Instant::now();
+        self.thaw();
+        let redirtied =
+            if self.taken.iter().all(PageSet::is_empty) { Ok(()) } else { self.source.redirty(&self.taken) };
+        if let Err(error) = redirtied {
+            // The VMM gives back what a session took and no checkpoint has, when the session ends.
+            tracing::warn!(%error, "dirty bits could not be given back");
+        }
+        self.report.written_pages = self.progress.data_pages();
+        self.report.stored_bytes = self.progress.stored_bytes();
+        if !self.may_exist {
+            self.remove_own();
+        }
+        let resumed = self.source.resume();
+        let mut report = self.report;
+        report.phases.push(PhaseTime { phase: Phase::Settle, duration_us: micros(begun.elapsed()) });
+        report.total_us = micros(self.begun.elapsed());
+        self.observer.event(&Event::Checkpointed(Box::new(report.clone())));
+        let error = match resumed {
+            Ok(()) => error,
+            Err(resume) => Error::NotResumed { cause: Box::new(error), resume: Box::new(resume) },
+        };
+        Box::new(Failed { error, report })
+    }
+
+    /// Removes what was written, as far as the store lets it: whatever is left is no checkpoint, and is collected.
+    fn remove_own(&self) {
+        let id = self.options.id;
+        let segments = (0..self.progress.segments()).map(|number| name::segment(id, number));
+        for object in segments.chain([name::index(id), name::state(id)]) {
+            if let Err(error) = self.vault.store().delete(&object) {
+                tracing::debug!(%error, object, "left to the store's garbage collection");
+            }
+        }
+    }
+}

@@ -1,0 +1,273 @@
+//! From loads to segments: zeros are told apart, the rest is packed where that pays, summed and written.
+//!
+//! Several writers work side by side, each on a segment of its own: while one waits for a segment to be durable, another writes.
+
+use super::packing::Packing;
+use super::placement::{Lying, Written};
+use super::stage::{Load, Stage};
+use crate::error::{Error, Result};
+use crate::vault::{SegmentWriter, Vault, ZSTD_EXTENT_PAGES};
+use protocol::checkpoint::index::{At, Placed};
+use protocol::checkpoint::manifest::Segment;
+use protocol::checkpoint::name::CheckpointId;
+use protocol::checkpoint::segment::Encoding;
+use protocol::page::{PAGE_SIZE, PageRun};
+use protocol::payload::is_zero;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::thread::{Scope, ScopedJoinHandle};
+
+/// A segment is full once it has so many bytes.
+const SEGMENT_BYTES: u64 = 64 << 20;
+
+/// Writers: one for each core of a small host. More would only wait for the store.
+const WRITERS: usize = 2;
+
+/// What the writers did so far, for whoever watches.
+#[derive(Debug, Default)]
+pub(super) struct Progress {
+    /// Bytes of pages in segments, as they are stored.
+    stored_bytes: AtomicU64,
+    /// Pages with data.
+    data_pages: AtomicU64,
+    /// Pages of zeros.
+    zero_pages: AtomicU64,
+    /// The number of the next segment, and so how many were begun.
+    segments: AtomicU32,
+}
+
+impl Progress {
+    /// Bytes of pages in segments, as they are stored.
+    pub(super) fn stored_bytes(&self) -> u64 {
+        self.stored_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Pages written with data, each as often as it was.
+    pub(super) fn data_pages(&self) -> u64 {
+        self.data_pages.load(Ordering::Relaxed)
+    }
+
+    /// Pages looked at, each as often as it was.
+    pub(super) fn pages(&self) -> u64 {
+        self.data_pages() + self.zero_pages.load(Ordering::Relaxed)
+    }
+
+    /// Segments that were begun.
+    pub(super) fn segments(&self) -> u32 {
+        self.segments.load(Ordering::Relaxed)
+    }
+}
+
+/// The writers of one checkpoint. Dropped, they end once nothing is queued any more.
+pub(super) struct Writers<'scope> {
+    stage: Stage,
+    threads: Vec<ScopedJoinHandle<'scope, Output>>,
+}
+
+/// What one writer wrote.
+#[derive(Default)]
+pub(super) struct Output {
+    written: Written,
+    segments: Vec<(u32, Segment)>,
+}
+
+impl<'scope> Writers<'scope> {
+    /// Starts them.
+    pub(super) fn start<'env: 'scope>(
+        scope: &'scope Scope<'scope, 'env>,
+        stage: &Stage,
+        vault: &'env Vault,
+        id: CheckpointId,
+        pack: bool,
+        progress: &'env Progress,
+    ) -> Self {
+        let start = |_| {
+            let stage = stage.clone();
+            scope.spawn(move || {
+                let _guard = Guard(&stage);
+                let writer = Writer {
+                    vault,
+                    id,
+                    progress,
+                    pack,
+                    segment: None,
+                    output: Output::default(),
+                    packing: Packing::default(),
+                };
+                writer.run(&stage).unwrap_or_else(|error| {
+                    stage.fail(error);
+                    Output::default()
+                })
+            })
+        };
+        Self { threads: (0..WRITERS).map(start).collect(), stage: stage.clone() }
+    }
+
+    /// Whether all of them have ended.
+    pub(super) fn are_done(&self) -> bool {
+        self.threads.iter().all(ScopedJoinHandle::is_finished)
+    }
+
+    /// Waits for their end: what they wrote, all of which is durable, and its segments in the order of their numbers.
+    ///
+    /// # Errors
+    /// Why one of them failed.
+    pub(super) fn join(mut self) -> Result<(Written, Vec<Segment>)> {
+        self.stage.close();
+        let (mut written, mut segments) = (Written::default(), Vec::new());
+        for thread in self.threads.drain(..) {
+            let output = thread.join().map_err(|_| Error::Host("a thread that writes died".into()))?;
+            written.append(output.written);
+            segments.extend(output.segments);
+        }
+        self.stage.check()?;
+        segments.sort_by_key(|(number, _)| *number);
+        Ok((written, segments.into_iter().map(|(_, segment)| segment).collect()))
+    }
+}
+
+impl Drop for Writers<'_> {
+    fn drop(&mut self) {
+        self.stage.close();
+    }
+}
+
+/// Whoever waits for a writer must not wait for one that died.
+struct Guard<'a>(&'a Stage);
+
+impl Drop for Guard<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.fail(Error::Host("a thread that writes died".into()));
+        }
+    }
+}
+
+struct Writer<'a> {
+    vault: &'a Vault,
+    id: CheckpointId,
+    progress: &'a Progress,
+    pack: bool,
+    segment: Option<Open>,
+    output: Output,
+    packing: Packing,
+}
+
+struct Open {
+    number: u32,
+    writer: SegmentWriter,
+}
+
+impl Writer<'_> {
+    fn run(mut self, stage: &Stage) -> Result<Output> {
+        while let Some(Load { number, runs, mut buffer }) = stage.next() {
+            self.write(number, &runs, &mut buffer)?;
+            stage.written(buffer);
+        }
+        self.finish_segment()?;
+        Ok(self.output)
+    }
+
+    fn write(&mut self, load: u64, runs: &[PageRun], buffer: &mut [u8]) -> Result<()> {
+        let data = self.part(load, runs, buffer);
+        let bytes = &buffer[..data.iter().map(PageRun::bytes).sum()];
+        self.progress.data_pages.fetch_add((bytes.len() / PAGE_SIZE) as u64, Ordering::Relaxed);
+        // Whether packing pays is found out with the first few pages.
+        let mut packs = self.pack && !bytes.is_empty() && self.packing.try_next();
+        let (mut at, mut places) = (0, Vec::new());
+        while at < bytes.len() {
+            let most = if packs { usize::from(ZSTD_EXTENT_PAGES) * PAGE_SIZE } else { bytes.len() };
+            let part = &bytes[at..bytes.len().min(at + most)];
+            let (extent, packed) = self.append(part, packs)?;
+            places.push((extent, part.len() / PAGE_SIZE));
+            if packs {
+                self.packing.tried(packed);
+                packs = packed;
+            }
+            at += part.len();
+        }
+        self.place(load, &data, &places);
+        Ok(())
+    }
+
+    /// Notes the zeros among some pages, and moves the bytes of the others to the front. Answers their runs.
+    fn part(&mut self, load: u64, runs: &[PageRun], buffer: &mut [u8]) -> Vec<PageRun> {
+        let mut data: Vec<PageRun> = Vec::with_capacity(runs.len());
+        let (mut from, mut to) = (0, 0);
+        for run in runs {
+            for page in run.first..run.end() {
+                let one = PageRun { space: run.space, first: page, count: 1 };
+                if is_zero(&buffer[from..from + PAGE_SIZE]) {
+                    let placed = Placed { run: one, at: At::Zeros };
+                    match self.output.written.lying.last_mut() {
+                        Some(last) if last.load == load && last.placed.run.end() == page => {
+                            last.placed.run.count += 1
+                        }
+                        _ => self.output.written.lying.push(Lying { load, placed }),
+                    }
+                    self.progress.zero_pages.fetch_add(1, Ordering::Relaxed);
+                } else {
+                    if from != to {
+                        buffer.copy_within(from..from + PAGE_SIZE, to);
+                    }
+                    to += PAGE_SIZE;
+                    match data.last_mut() {
+                        Some(last) if last.end() == page => last.count += 1,
+                        _ => data.push(one),
+                    }
+                }
+                from += PAGE_SIZE;
+            }
+        }
+        data
+    }
+
+    /// Writes an extent. Answers its position, and whether it was worth packing.
+    fn append(&mut self, bytes: &[u8], pack: bool) -> Result<(u32, bool)> {
+        if self.segment.as_ref().is_some_and(|open| open.writer.bytes() >= SEGMENT_BYTES) {
+            self.finish_segment()?;
+        }
+        let open = match &mut self.segment {
+            Some(open) => open,
+            none => {
+                let number = self.progress.segments.fetch_add(1, Ordering::Relaxed);
+                let writer = SegmentWriter::begin(self.vault, self.id, number)?;
+                none.insert(Open { number, writer })
+            }
+        };
+        let mut sums = Vec::with_capacity(bytes.len() / PAGE_SIZE);
+        let extent = open.writer.append(bytes, pack, &mut sums)?;
+        let stored_bytes = u64::from(extent.stored_bytes);
+        self.progress.stored_bytes.fetch_add(stored_bytes, Ordering::Relaxed);
+        let extents = &mut self.output.written.extents;
+        extents.push((extent, sums));
+        Ok((extents.len() as u32 - 1, extent.encoding == Encoding::Zstd))
+    }
+
+    /// Notes where runs lie whose pages follow each other in some extents.
+    fn place(&mut self, load: u64, runs: &[PageRun], places: &[(u32, usize)]) {
+        let mut places = places.iter().copied();
+        let (mut extent, mut pages, mut page) = (0, 0, 0);
+        for run in runs {
+            let mut rest = *run;
+            while rest.count > 0 {
+                if page == pages {
+                    let Some(next) = places.next() else { return };
+                    (extent, pages, page) = (next.0, next.1, 0);
+                }
+                let count = rest.count.min((pages - page) as u32);
+                let placed =
+                    Placed { run: PageRun { count, ..rest }, at: At::Extent { extent, page: page as u16 } };
+                self.output.written.lying.push(Lying { load, placed });
+                rest = PageRun { first: rest.first + u64::from(count), count: rest.count - count, ..rest };
+                page += count as usize;
+            }
+        }
+    }
+
+    fn finish_segment(&mut self) -> Result<()> {
+        if let Some(Open { number, writer, .. }) = self.segment.take() {
+            self.output.segments.push((number, writer.finish()?));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,125 @@
+//! What a checkpoint was, for people and for scripts.
+
+use super::series::Series;
+use crate::checkpoint::CheckpointReport;
+use crate::cli::Common;
+use crate::commands::{emit, say};
+use crate::error::Error;
+use crate::exit;
+use crate::units::{show_bytes, show_rate, show_us};
+use protocol::page::PAGE_SIZE;
+use serde::Serialize;
+use std::io::Write as _;
+use std::time::Duration;
+
+/// Prints a report; of a checkpoint that failed only for scripts, because its error says it to people.
+pub(super) fn report(common: &Common, report: &CheckpointReport) {
+    if common.json {
+        event("checkpoint", report);
+    } else if report.committed {
+        text(report);
+    }
+}
+
+fn text(report: &CheckpointReport) {
+    let kind = match report.parent {
+        Some(parent) => format!("a delta on {parent}, the {} of its chain", ordinal(report.deltas)),
+        None => "full".into(),
+    };
+    let bytes = |pages: u64| show_bytes(pages * PAGE_SIZE as u64);
+    say(&format!("{} of {} in {}: {kind}", report.id, report.workload, report.store));
+    say(&format!(
+        "pages     {} new: {} with data, {} zeros, {} stored already",
+        bytes(report.dirty_pages),
+        bytes(report.data_pages),
+        bytes(report.zero_pages),
+        bytes(report.shared_pages)
+    ));
+    let rate = report.written_pages * PAGE_SIZE as u64 * 1_000_000 / report.total_us.max(1);
+    say(&format!(
+        "stored    {} for {} of pages, {} of index, {} of state, at {}",
+        show_bytes(report.stored_bytes),
+        bytes(report.written_pages),
+        show_bytes(report.index_bytes),
+        show_bytes(report.state_bytes),
+        show_rate(rate)
+    ));
+    let after = if report.suspended { "; the VM has ended" } else { "" };
+    say(&format!(
+        "pause     {}, predicted {}, behind {} rounds{after}",
+        show_us(report.pause_us),
+        show_us(report.predicted_pause_us),
+        report.rounds.len().saturating_sub(1)
+    ));
+    say(&format!("total     {}", show_us(report.total_us)));
+    for warning in &report.warnings {
+        say(&format!("warning   {warning}"));
+    }
+}
+
+fn ordinal(number: u32) -> String {
+    let end = match (number % 10, number % 100) {
+        (_, 11..=13) => "th",
+        (1, _) => "st",
+        (2, _) => "nd",
+        (3, _) => "rd",
+        _ => "th",
+    };
+    format!("{number}{end}")
+}
+
+/// Says that one of a series failed.
+pub(super) fn failed(common: &Common, error: &Error, interval: Duration) {
+    if common.json {
+        emit(&serde_json::json!({
+            "event": "checkpoint-failed",
+            "class": exit::class(error),
+            "exit_code": exit::code(error),
+            "message": error.to_string(),
+        }));
+    }
+    note(&format!(
+        "migrate: NO CHECKPOINT was taken: {error}; the last one is still good, and another is tried within {} s",
+        interval.as_secs_f32()
+    ));
+}
+
+/// Says that an interval went by without one.
+pub(super) fn missed(common: &Common, late: Duration) {
+    if common.json {
+        emit(&serde_json::json!({"event": "checkpoint-missed", "late_us": crate::report::micros(late)}));
+    }
+    note("migrate: a checkpoint was missed: the one before took longer than the interval");
+}
+
+/// Prints what a series came to.
+pub(super) fn series(common: &Common, series: &Series) {
+    if common.json {
+        event("series", series);
+    } else {
+        let Series { taken, failed, missed } = series;
+        say(&format!("{taken} checkpoints were taken, {failed} failed, {missed} were missed"));
+    }
+}
+
+fn event<T: Serialize>(name: &str, value: &T) {
+    let mut line = serde_json::to_value(value).unwrap_or_default();
+    line["event"] = name.into();
+    emit(&line);
+}
+
+fn note(line: &str) {
+    // Nobody reads: that is no reason to stop.
+    writeln!(std::io::stderr(), "{line}").ok();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ordinals_are_those_of_english() {
+        let found: Vec<_> = [1, 2, 3, 4, 11, 12, 13, 21, 100, 112].map(ordinal).to_vec();
+        assert_eq!(found, ["1st", "2nd", "3rd", "4th", "11th", "12th", "13th", "21st", "100th", "112th"]);
+    }
+}

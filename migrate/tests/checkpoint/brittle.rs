@@ -1,0 +1,101 @@
+//! A store that fails at a chosen change, and from then on for as long as it is not mended.
+
+use migrate::error::{Error, Result};
+use migrate::store::{Attempt, MemoryStore, ObjectInfo, ObjectReader, ObjectWriter, Store};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A store in memory whose n-th change fails, and every one behind it.
+#[derive(Clone)]
+pub(crate) struct Brittle {
+    inner: MemoryStore,
+    /// Changes that succeed before it fails.
+    left: Arc<AtomicU64>,
+}
+
+impl Brittle {
+    pub(crate) fn new() -> Self {
+        Self { inner: MemoryStore::new(), left: Arc::new(AtomicU64::new(u64::MAX)) }
+    }
+
+    /// Lets so many changes succeed, and no more.
+    pub(crate) fn fail_behind(&self, changes: u64) {
+        self.left.store(changes, Ordering::SeqCst);
+    }
+
+    /// Lets every change succeed again. Answers whether any failed.
+    pub(crate) fn mend(&self) -> bool {
+        self.left.swap(u64::MAX, Ordering::SeqCst) == 0
+    }
+}
+
+fn change(left: &AtomicU64) -> Result<()> {
+    let spent = left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
+    spent.map(drop).map_err(|_| Error::Store("there is no space left".into()))
+}
+
+impl Store for Brittle {
+    fn place(&self) -> String {
+        "a brittle store".into()
+    }
+
+    fn create(&self, name: &str) -> Result<Box<dyn ObjectWriter>> {
+        change(&self.left)?;
+        Ok(Box::new(Writer { inner: self.inner.create(name)?, left: Arc::clone(&self.left) }))
+    }
+
+    fn put(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        change(&self.left)?;
+        self.inner.put(name, bytes)
+    }
+
+    fn open(&self, name: &str) -> Result<Box<dyn ObjectReader>> {
+        self.inner.open(name)
+    }
+
+    fn contains(&self, name: &str) -> Result<bool> {
+        self.inner.contains(name)
+    }
+
+    fn list(&self, prefix: &str) -> Result<Vec<ObjectInfo>> {
+        self.inner.list(prefix)
+    }
+
+    fn delete(&self, name: &str) -> Result<()> {
+        change(&self.left)?;
+        self.inner.delete(name)
+    }
+
+    fn leftovers(&self) -> Result<Vec<ObjectInfo>> {
+        self.inner.leftovers()
+    }
+
+    fn remove_leftover(&self, name: &str) -> Result<()> {
+        self.inner.remove_leftover(name)
+    }
+
+    fn try_lock(&self, owner: &str) -> Result<Attempt> {
+        self.inner.try_lock(owner)
+    }
+
+    fn is_remote(&self) -> bool {
+        self.inner.is_remote()
+    }
+}
+
+struct Writer {
+    inner: Box<dyn ObjectWriter>,
+    left: Arc<AtomicU64>,
+}
+
+impl ObjectWriter for Writer {
+    fn append(&mut self, bytes: &[u8]) -> Result<()> {
+        change(&self.left)?;
+        self.inner.append(bytes)
+    }
+
+    fn finish(self: Box<Self>) -> Result<u64> {
+        change(&self.left)?;
+        self.inner.finish()
+    }
+}

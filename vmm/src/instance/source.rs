@@ -1,0 +1,105 @@
+//! A VM that leaves, or of which a copy is taken: frozen, saved, pledged, settled.
+
+use std::time::Instant;
+
+use protocol::{
+    MigrationId,
+    monitor::{Phase, Pledge, Reply},
+};
+
+use super::{Answer, Instance, ending, layout_of, plain};
+use crate::{
+    config::ExitReason,
+    error::{Error, Result},
+};
+
+impl Instance {
+    pub(super) fn describe(&self) -> Result<Answer> {
+        let wrong = || self.wrong("describe the VM");
+        let vm = self.vm.as_ref().filter(|_| self.phase != Phase::Stopped).ok_or_else(wrong)?;
+        let layout = layout_of(&vm.memory().layout());
+        let mut fds = Vec::new();
+        for index in 0..layout.spaces.len() {
+            fds.extend(vm.memory().share(index)?);
+        }
+        let blob = vm.machine().encode()?;
+        Ok(Answer { reply: Reply::Description { name: self.name.clone(), layout }, blob, fds, end: None })
+    }
+
+    pub(super) fn freeze(&mut self) -> Result<Answer> {
+        self.check_complete("freeze")?;
+        self.in_phase(Phase::Running, "freeze")?;
+        self.unthrottle();
+        let vm = self.in_phase(Phase::Running, "freeze")?;
+        match vm.pause() {
+            Ok(took) => {
+                tracing::debug!(?took, "frozen");
+                self.phase = Phase::Frozen;
+                Ok(Reply::Done.into())
+            }
+            Err(error @ Error::GuestEnded(_)) => {
+                self.phase = Phase::Stopped;
+                Err(error)
+            }
+            Err(error) => {
+                vm.resume();
+                Err(error)
+            }
+        }
+    }
+
+    pub(super) fn save(&mut self) -> Result<Answer> {
+        let started = Instant::now();
+        let blob = self.in_phase(Phase::Frozen, "save")?.save()?;
+        tracing::debug!(took = ?started.elapsed(), bytes = blob.len(), "saved");
+        Ok(Answer { blob, ..Reply::Saved.into() })
+    }
+
+    pub(super) fn pledge(&mut self, migration: MigrationId, peer: &str) -> Result<Answer> {
+        self.in_phase(Phase::Frozen, "pledge")?;
+        self.phase = Phase::Pledged;
+        self.pledge = Some(Pledge { migration, peer: plain(peer) });
+        Ok(Reply::Done.into())
+    }
+
+    pub(super) fn resume(&mut self, migration: Option<MigrationId>) -> Result<Answer> {
+        match self.phase {
+            Phase::Frozen => self.go_on(),
+            Phase::Pledged => {
+                let Some(migration) = migration else {
+                    return Err(Error::Protocol(
+                        "a pledged VM resumes only for the migration of the pledge".into(),
+                    ));
+                };
+                self.check_pledge(migration)?;
+                self.go_on();
+                self.stop_tracking();
+            }
+            _ => return Err(self.wrong("resume")),
+        }
+        Ok(Reply::Done.into())
+    }
+
+    pub(super) fn hand_over(&mut self, migration: MigrationId) -> Result<Answer> {
+        self.in_phase(Phase::Pledged, "hand over")?;
+        self.check_pledge(migration)?;
+        Ok(ending(ExitReason::HandedOver))
+    }
+
+    pub(super) fn check_pledge(&self, migration: MigrationId) -> Result<()> {
+        match &self.pledge {
+            Some(pledge) if pledge.migration == migration => Ok(()),
+            Some(pledge) => Err(Error::Protocol(format!(
+                "the VM is pledged to migration {}, not {migration}",
+                pledge.migration
+            ))),
+            None => Err(self.wrong("settle a pledge")),
+        }
+    }
+
+    pub(super) fn go_on(&mut self) {
+        self.pledge = None;
+        self.phase = Phase::Running;
+        self.run();
+    }
+}
