@@ -21,6 +21,7 @@ pub mod plan;
 mod order;
 mod touches;
 mod fetch;
+pub mod image;
 mod eager;
 mod lazy;
 pub mod report;

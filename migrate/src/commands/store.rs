@@ -9,6 +9,9 @@ mod copy;
 mod key;
 
 pub(super) use prune::KeepArgs;
+mod compact;
+mod export;
+mod import;
 
 use crate::cli::Common;
 use crate::error::Result;
@@ -36,6 +39,12 @@ pub enum Verb {
     Copy(copy::Args),
     /// Make a key to seal stores with.
     Key(key::Args),
+    /// Merge a checkpoint and all that it stands on into a new full one.
+    Compact(compact::Args),
+    /// Write a checkpoint as a memory image, an ELF core for a debugger, or an archive for another store.
+    Export(export::Args),
+    /// Take in a checkpoint from an archive.
+    Import(import::Args),
 }
 
 /// Runs the verb.
@@ -51,6 +60,9 @@ pub fn run(common: &Common, verb: &Verb) -> Result<ExitCode> {
         Verb::Gc(args) => gc::run(common, args),
         Verb::Copy(args) => copy::run(common, args),
         Verb::Key(args) => key::run(common, args),
+        Verb::Compact(args) => compact::run(common, args),
+        Verb::Export(args) => export::run(common, args),
+        Verb::Import(args) => import::run(common, args),
     }
 }
 
@@ -66,10 +78,14 @@ struct StoreArgs {
 }
 
 impl StoreArgs {
+    /// The key, if there is one.
+    fn key(&self) -> Result<Option<StoreKey>> {
+        self.encrypt.as_deref().map(StoreKey::load).transpose()
+    }
+
     /// Opens it.
     fn open(&self) -> Result<Vault> {
-        let key = self.encrypt.as_deref().map(StoreKey::load).transpose()?;
-        Vault::open(crate::store::open(&self.store)?, key.as_ref())
+        Vault::open(crate::store::open(&self.store)?, self.key()?.as_ref())
     }
 }
 
