@@ -32,6 +32,7 @@ pub mod seal;
 pub mod vault;
 pub mod checkpoint;
 pub mod restore;
+pub mod seed;
 mod conversation;
 pub mod link;
 pub mod inbound;
