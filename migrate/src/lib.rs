@@ -39,6 +39,7 @@ pub mod restore;
 pub mod compact;
 pub mod export;
 pub mod archive;
+pub mod seed;
 mod conversation;
 pub mod link;
 pub mod inbound;
