@@ -23,6 +23,7 @@ mod touches;
 mod fetch;
 mod eager;
 mod lazy;
+mod group;
 pub mod report;
 
 use crate::cancel::CancelFlag;
@@ -31,6 +32,7 @@ use crate::error::{Error, Result};
 use crate::outbound::new_migration_id;
 use crate::vault::{Committed, Vault};
 use fetch::Fetch;
+pub use group::{Open, restore_group};
 use lazy::Serving;
 use plan::Merge;
 use protocol::MigrationId;
