@@ -25,6 +25,8 @@ mod eager;
 mod lazy;
 mod group;
 pub mod report;
+#[cfg(test)]
+mod tests;
 
 use crate::cancel::CancelFlag;
 use crate::destination::{Destination, Incomplete, Refusal};
@@ -224,7 +226,12 @@ impl Run<'_> {
         }
         let name = clock.time(Step::Start, |_| destination.start(self.migration))?;
         let running_us = clock.elapsed_us();
-        clock.tell(&Event::Running { name: name.clone(), running_us, missing_pages: 0 });
+        clock.tell(&Event::Running {
+            name: name.clone(),
+            migration: self.migration,
+            running_us,
+            missing_pages: 0,
+        });
         Ok(self.report(name, gathered, running_us, None, clock))
     }
 
@@ -256,7 +263,12 @@ impl Run<'_> {
         clock: &mut Clock<'_>,
     ) -> Result<Report> {
         let missing_pages = workload.missing().iter().map(PageSet::count).sum();
-        clock.tell(&Event::Running { name: workload.name().into(), running_us, missing_pages });
+        clock.tell(&Event::Running {
+            name: workload.name().into(),
+            migration: self.migration,
+            running_us,
+            missing_pages,
+        });
         let (threads, cancel) = (self.options.threads, self.cancel);
         let served = clock.time(Step::Stream, |observer| {
             Serving::new(workload, &gathered.fetch, &gathered.recorded)?.run(threads, cancel, observer)
