@@ -28,6 +28,8 @@ mod known;
 mod writer;
 mod rounds;
 mod commit;
+mod meeting;
+mod group;
 mod report;
 
 use crate::cancel::CancelFlag;
@@ -36,7 +38,9 @@ use crate::report::{Event, Observer, Phase, PhaseTime, micros};
 use crate::source::{Dirty, Source};
 use crate::store::Lease;
 use crate::vault::Vault;
+pub use group::{GroupFailed, GroupOptions, GroupReport, Joining, take_group};
 use known::Known;
+pub use meeting::{Meeting, Member, Spread};
 use protocol::checkpoint::manifest::{MAX_CHAIN_DELTAS, Parent};
 use protocol::checkpoint::name::CheckpointId;
 use protocol::page::PageSet;
@@ -67,8 +71,8 @@ pub struct Options {
     pub share: bool,
     /// Whether the workload ends with the checkpoint, instead of going on.
     pub suspend: bool,
-    /// The group without which it does not exist.
-    pub group: Option<CheckpointId>,
+    /// Its place in the group without which it does not exist, and what that is called.
+    pub group: Option<(Member, String)>,
 }
 
 impl Options {
@@ -210,6 +214,10 @@ impl<'env, 'run> Taking<'env, 'run> {
         let writers = Writers::start(scope, &self.stage, &target, self.progress);
         let read = self.read_all();
         if let Err(error) = &read {
+            if let Some((member, _)) = &self.options.group {
+                // At once: others may stand still and wait for this one.
+                member.fail(&error.to_string());
+            }
             // Nobody needs what the writers would write, and the workload does not wait for them.
             self.stage.fail(Error::Interrupted(error.to_string()));
             self.thaw();

@@ -34,7 +34,7 @@ pub struct Forecast {
 
 impl Forecast {
     /// Of this checkpoint's memory.
-    pub fn of(image: &Image<'_>) -> Option<Self> {
+    pub fn of(image: &Image) -> Option<Self> {
         let newest = &image.chain().first()?.manifest;
         let id = newest.id;
         Some(Self {
@@ -52,12 +52,7 @@ impl Forecast {
 ///
 /// # Errors
 /// `Store`, `Host` or `Interrupted`: there is no new checkpoint then, and what was written of it is removed as far as that is possible.
-pub fn compact(
-    vault: &Vault,
-    image: &Image<'_>,
-    lease: &dyn Lease,
-    cancel: &CancelFlag,
-) -> Result<Committed> {
+pub fn compact(vault: &Vault, image: &Image, lease: &dyn Lease, cancel: &CancelFlag) -> Result<Committed> {
     let id = new_id()?;
     let result = write(vault, image, id, lease, cancel);
     if result.is_err() {
@@ -71,7 +66,7 @@ pub fn compact(
 
 fn write(
     vault: &Vault,
-    image: &Image<'_>,
+    image: &Image,
     id: CheckpointId,
     lease: &dyn Lease,
     cancel: &CancelFlag,

@@ -68,6 +68,14 @@ pub enum Error {
         /// What went wrong.
         error: Box<Error>,
     },
+    /// Any of the others, and the workload of several with which it happened.
+    #[error("{member}: {error}")]
+    OfMember {
+        /// The workload's name.
+        member: String,
+        /// What went wrong.
+        error: Box<Error>,
+    },
     /// A migration failed and its workload could not be resumed: it stands still.
     #[error("{cause}; and the workload could not be resumed: {resume}")]
     NotResumed {
@@ -91,10 +99,16 @@ impl Error {
         }
     }
 
+    /// The same error, saying to which workload of several it happened.
+    #[must_use]
+    pub fn of_member(self, member: &str) -> Self {
+        Self::OfMember { member: member.into(), error: Box::new(self) }
+    }
+
     /// The error without the phase around it: what decides on an exit code.
     pub fn root(&self) -> &Self {
         match self {
-            Self::During { error, .. } => error.root(),
+            Self::During { error, .. } | Self::OfMember { error, .. } => error.root(),
             error => error,
         }
     }

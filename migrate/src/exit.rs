@@ -13,7 +13,7 @@ pub fn code(error: &Error) -> u8 {
     match error.root() {
         Error::Usage(_) => 2,
         Error::Host(_) => 3,
-        Error::Workload(_) | Error::NotResumed { .. } | Error::During { .. } => 4,
+        Error::Workload(_) | Error::NotResumed { .. } | Error::During { .. } | Error::OfMember { .. } => 4,
         Error::Identity(_) => 5,
         Error::Refused { .. } => 6,
         Error::Link(_) | Error::TimedOut { .. } | Error::PeerFailed { .. } => 7,
@@ -30,7 +30,9 @@ pub fn class(error: &Error) -> &'static str {
     match error.root() {
         Error::Usage(_) => "usage",
         Error::Host(_) => "host",
-        Error::Workload(_) | Error::NotResumed { .. } | Error::During { .. } => "workload",
+        Error::Workload(_) | Error::NotResumed { .. } | Error::During { .. } | Error::OfMember { .. } => {
+            "workload"
+        }
         Error::Identity(_) => "identity",
         Error::Refused { .. } => "refused",
         Error::Link(_) | Error::TimedOut { .. } | Error::PeerFailed { .. } => "link",

@@ -24,6 +24,7 @@ pub(crate) mod fetch;
 pub mod image;
 pub(crate) mod eager;
 mod lazy;
+mod group;
 pub mod report;
 #[cfg(test)]
 mod tests;
@@ -34,6 +35,7 @@ use crate::error::{Error, Result};
 use crate::outbound::new_migration_id;
 use crate::vault::{Committed, Vault};
 use fetch::Fetch;
+pub use group::{Open, restore_group};
 use lazy::Serving;
 use plan::Merge;
 use protocol::MigrationId;

@@ -14,6 +14,7 @@ mod write;
 mod read;
 mod catalogue;
 mod resolve;
+mod groups;
 mod touched;
 #[cfg(test)]
 pub(crate) mod sample;

@@ -28,6 +28,8 @@ mod clock;
 
 mod devices;
 
+mod ring;
+
 mod workload;
 
 mod mem;

@@ -11,6 +11,7 @@ use crate::model::layout::{PAGE_SIZE, Ranges};
 use crate::model::page::{self, Damage, Identity};
 use crate::model::params::{Params, Rate};
 use crate::model::stats::{STATS_PAGE, State, at};
+use crate::ring::Ring;
 
 /// Bytes of a report printed in one pass. Each costs an exit of some microseconds, so that a report line
 /// printed at once would be a gap of its own.
@@ -35,6 +36,7 @@ struct Workload {
     block: Block,
     devices: Devices,
     data: Data,
+    ring: Option<Ring>,
     clock: clock::Rate,
     writes: Pace,
     scrub: Pace,
@@ -55,6 +57,7 @@ pub fn run(params: Params, ranges: Ranges, block: Block, devices: Devices) -> ! 
         block,
         devices,
         data: Data::new(ranges, params.fill_pages()),
+        ring: None,
         clock,
         writes: Pace::never(),
         scrub: Pace::never(),
@@ -97,6 +100,7 @@ impl Workload {
         self.scrub = Pace::at(self.params.scrub_mb_s, self.clock, self.tick_cycles, now);
         self.block.put(at::TSC_START, now);
         self.block.put(at::TSC_LAST, now);
+        self.ring = self.params.ring.map(Ring::open);
         self.block.set_state(State::Running);
         let boot_us = self.clock.us(now.wrapping_sub(self.block.get(at::TSC_BOOT)));
         let _ = writeln!(self.devices, "ledger: running boot_us={boot_us} {}", self.params);
@@ -114,6 +118,7 @@ impl Workload {
                     self.finish();
                 }
             }
+            busy |= self.ring.as_mut().is_some_and(Ring::turn);
             if self.scrub.take(now) {
                 let number = self.scrub_next;
                 self.check(number, Finder::Scrub);

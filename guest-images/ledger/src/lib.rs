@@ -34,7 +34,10 @@ mod replay;
 
 mod verify;
 
+mod ring;
+
 pub use model::layout::{PAGE_SIZE, Range, Ranges};
+pub use model::mail::Account;
 pub use model::page::{Content, Damage};
 pub use model::params::{ParamError, Params, Park, Problem, Rate, Serial};
 pub use model::pattern::Pattern;

@@ -26,8 +26,9 @@ fn params() -> impl Strategy<Value = Params> {
     let sizes = (1..=1u64 << 20).prop_flat_map(|fill| (Just(fill), 1..=fill));
     let numbers = (any::<u64>(), 10..=1_000_000u64, 0..=3_600_000u64, 0..=1_000_000u64);
     let more = (0..=100_000_000u64, any::<u64>(), prop_oneof![Just(Park::Pad), Just(Park::Spin)]);
+    let more = (more, prop::option::of(0..=1u64 << 40));
     (sizes, rate, patterns(), contents(), serial, numbers, more).prop_map(
-        |((fill, ws), rate, pattern, content, serial, numbers, (tsc_khz, stop_after, park))| {
+        |((fill, ws), rate, pattern, content, serial, numbers, ((tsc_khz, stop_after, park), ring))| {
             let (seed, tick_us, report_ms, scrub_mb_s) = numbers;
             let (fill_bytes, ws_bytes) = (fill * PAGE_SIZE, ws * PAGE_SIZE);
             Params {
@@ -42,6 +43,7 @@ fn params() -> impl Strategy<Value = Params> {
                 scrub_mb_s,
                 tsc_khz,
                 stop_after,
+                ring,
                 serial,
                 park,
             }

@@ -1,6 +1,7 @@
 //! Behind the pause: everything becomes durable, then the manifest is written, and only then it is a checkpoint.
 
 use super::known::FOREIGN;
+use super::meeting::{Ended, Member};
 use super::placement::Written;
 use super::writer::Writers;
 use super::{CheckpointReport, Failed, Taking};
@@ -8,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::report::{Event, Phase, PhaseTime, micros};
 use crate::source::Durable;
 use protocol::checkpoint::index::{At, Index};
-use protocol::checkpoint::manifest::{Manifest, Segment};
+use protocol::checkpoint::manifest::{Group, Manifest, Parent, Segment};
 use protocol::checkpoint::name;
 use protocol::checkpoint::object::Kind;
 use protocol::page::PageSet;
@@ -77,12 +78,18 @@ impl Taking<'_, '_> {
             shared_pages: self.report.shared_pages,
             zero_pages: self.report.zero_pages,
             pause_us: self.report.pause_us,
-            group: self.options.group,
+            group: self.options.group.as_ref().map(|(member, _)| member.group()),
         };
         self.lease.check()?;
-        self.cancel.pass()?;
-        self.may_exist = true;
-        self.report.index_bytes += self.vault.put_json(Kind::Manifest, &name::manifest(id), &manifest)?.bytes;
+        if self.options.group.is_none() {
+            self.cancel.pass()?;
+            self.may_exist = true;
+        }
+        let part = self.vault.put_json(Kind::Manifest, &name::manifest(id), &manifest)?;
+        self.report.index_bytes += part.bytes;
+        if let Some((member, name)) = self.options.group.clone() {
+            self.commit_group(&member, name, Parent { id, digest: part.digest })?;
+        }
         self.report.committed = true;
         Ok(())
     }
@@ -99,6 +106,24 @@ impl Taking<'_, '_> {
             }
         }
         segments
+    }
+
+    /// The manifest is durable, and is no checkpoint before its group's object is.
+    fn commit_group(&mut self, member: &Member, name: String, manifest: Parent) -> Result<()> {
+        let (vault, lease, id) = (self.vault, self.lease, member.group());
+        let ended = member.commit(manifest, |taken_unix_ms, members| {
+            lease.check()?;
+            let group = Group { id, name, taken_unix_ms, members };
+            vault.put_json(Kind::Group, &name::group(id), &group).map(drop)
+        });
+        match ended {
+            Ended::Exists => Ok(()),
+            Ended::Failed(error) => Err(error),
+            Ended::InDoubt(error) => {
+                self.may_exist = true;
+                Err(error)
+            }
+        }
     }
 
     /// The checkpoint exists: its pages count as safe from now on, and the workload goes on, or ends.
@@ -168,7 +193,9 @@ impl Taking<'_, '_> {
     fn remove_own(&self) {
         let id = self.options.id;
         let segments = (0..self.progress.segments()).map(|number| name::segment(id, number));
-        for object in segments.chain([name::index(id), name::state(id)]) {
+        // A group's member has a manifest perhaps, and goes first: nothing shall ever name what is gone.
+        let manifest = self.options.group.is_some().then(|| name::manifest(id));
+        for object in manifest.into_iter().chain(segments).chain([name::index(id), name::state(id)]) {
             if let Err(error) = self.vault.store().delete(&object) {
                 tracing::debug!(%error, object, "left to the store's garbage collection");
             }

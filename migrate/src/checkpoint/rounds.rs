@@ -25,6 +25,9 @@ const TICK: Duration = Duration::from_millis(100);
 /// Pages that may be written between the last harvest of the rounds and the freeze, besides a quarter of what remains.
 const WARM_PAGES: u64 = 1024;
 
+/// How long a member of a group that could freeze waits for the others before it looks again at what it has left.
+const PATIENCE: Duration = Duration::from_millis(20);
+
 /// A pause that is longer than predicted by so much is worth a word: scheduling alone takes a millisecond now and then.
 const LONGER: Duration = Duration::from_millis(2);
 
@@ -48,12 +51,13 @@ impl Taking<'_, '_> {
             self.round_is_over(report);
             match decision {
                 Decision::Round { .. } => plan = self.make_room(plan, remaining_pages)?,
+                _ if !self.others_are_ready(fixed)? => plan = self.harvest(Selector::Precopy)?,
                 Decision::Freeze { .. } => {
-                    self.stage.warm(remaining_pages + remaining_pages / 4 + WARM_PAGES);
+                    self.warm();
                     return Ok(());
                 }
                 Decision::Force { .. } => {
-                    self.stage.warm(remaining_pages + remaining_pages / 4 + WARM_PAGES);
+                    self.warm();
                     self.warn(format!(
                         "the pause could not be kept within {} ms: the workload writes faster than it can be copied, and was \
                          frozen with {} ms predicted",
@@ -64,6 +68,30 @@ impl Taking<'_, '_> {
                 }
             }
         }
+    }
+
+    /// Takes memory for the last pages while nobody waits for it.
+    fn warm(&mut self) {
+        let remaining_pages = self.measured.last().map_or(0, |last| last.remaining_pages);
+        self.stage.warm(remaining_pages + remaining_pages / 4 + WARM_PAGES);
+    }
+
+    /// Waits for the other members of the group, while what remains does not call for another round. Whether all can freeze.
+    fn others_are_ready(&mut self, fixed: Duration) -> Result<bool> {
+        let Some((member, _)) = self.options.group.clone() else { return Ok(true) };
+        while !member.ready(PATIENCE)? {
+            self.cancel.check()?;
+            let plan = self.harvest(Selector::Precopy)?;
+            if let Some(last) = self.measured.last_mut() {
+                last.remaining_pages = plan.iter().map(PageSet::count).sum();
+            }
+            let decision = decide(&self.measured, fixed, self.options.max_pause);
+            self.report.predicted_pause_us = micros(decision.predicted());
+            if matches!(decision, Decision::Round { .. }) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Waits until the stage has room for a plan. It is made anew if that took long.
@@ -82,6 +110,9 @@ impl Taking<'_, '_> {
         self.source.freeze()?;
         self.frozen_at = Some(frozen_at);
         self.taken_unix_ms = now_unix_ms();
+        if let Some((member, _)) = &self.options.group {
+            member.stands_still(self.taken_unix_ms);
+        }
         self.report.freeze_us = micros(frozen_at.elapsed());
         // Again, now that nothing writes: devices had writes in flight until this call.
         let plan = self.harvest(Selector::Precopy)?;
@@ -98,6 +129,9 @@ impl Taking<'_, '_> {
         let state = self.source.state()?;
         self.report.state_us = micros(saving.elapsed());
         self.report.state_bytes = state.len() as u64;
+        if let Some((member, _)) = &self.options.group {
+            member.copied()?;
+        }
         if !self.options.suspend {
             self.source.thaw()?;
         }

@@ -1,5 +1,6 @@
 //! `migrate checkpoint`: write a running VM down, once or again and again.
 
+mod group;
 mod series;
 mod show;
 
@@ -42,13 +43,22 @@ Examples:
   migrate checkpoint web --store /var/lib/checkpoints --every auto --recovery-time 5s --overhead 2% --mtbf 24h
   migrate checkpoint web --store /var/lib/checkpoints --every 10m --keep-last 6 --keep-hourly 24 --keep-daily 7
   migrate checkpoint web --store /mnt/shared/checkpoints --suspend
+  migrate checkpoint --group shop web db --store /var/lib/checkpoints
 
 The VM runs on while it is written down, and is paused for its last pages and its state alone. A checkpoint has only what was written
 since the last one, if that lies in this store; else it is a full one. It exists only once all of it is durable: one that fails, or is
-interrupted, changes nothing.")]
+interrupted, changes nothing. With --group all of the VMs are written down as they were at one instant, at which all of them stood
+still, or none is.")]
 pub struct Args {
-    /// The VM's name, or the path of its control socket.
-    vm: String,
+    /// The VM's name, or the path of its control socket; with --group several.
+    #[arg(value_name = "VM", required = true)]
+    vms: Vec<String>,
+    /// Take one checkpoint of several VMs, of one instant, under this name.
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["every", "suspend"])]
+    group: Option<String>,
+    /// For a test: freeze the VMs of a group whenever each of them is ready.
+    #[arg(long, hide = true, requires = "group")]
+    no_barrier: bool,
     /// Where the checkpoints lie: a directory, or s3://BUCKET/PREFIX. It becomes a store if it is none.
     #[arg(long, value_name = "STORE")]
     store: String,
@@ -146,12 +156,18 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         return Err(Error::Usage("--stage takes 1MiB or more".into()));
     }
     let runtime = RuntimeDir::open(common.runtime_dir.as_deref())?;
+    if let Some(name) = &args.group {
+        return group::run(common, args, &runtime, name);
+    }
+    let [vm] = args.vms.as_slice() else {
+        return Err(Error::Usage("several VMs are one checkpoint only as a group: say --group NAME".into()));
+    };
     let writer = Writer {
         common,
         args,
-        target: Target::find(&runtime, &args.vm)?,
+        target: Target::find(&runtime, vm)?,
         store: store::open(&args.store)?,
-        key: args.encrypt.as_deref().map(StoreKey::load).transpose()?,
+        key: args.key()?,
         cancel: cancel_on_signals()?,
     };
     match args.every {
@@ -196,30 +212,15 @@ impl Writer<'_> {
 
     /// Takes one checkpoint and prints it, or what was done of it. The VM and the store are held no longer than that.
     fn take(&self, status: &Status, wanted: &Wanted, cancel: &CancelFlag) -> Result<CheckpointReport> {
-        if status.phase == Phase::Pledged {
-            return Err(Error::Workload(format!(
-                "{} stands still because the outcome of a migration is not known: settle it with migrate recover {0}",
-                status.name
-            )));
-        }
-        if let Some(pages) = status.awaiting_pages {
-            return Err(Error::Workload(format!(
-                "{} cannot be written down yet: {pages} pages of it have not arrived; migrate vm status shows when none is missing",
-                status.name
-            )));
-        }
-        let lease = self.lock(&status.name, cancel)?;
+        check_writable(status)?;
+        let lease = lock(self.store.as_ref(), &status.name, self.args.wait, cancel)?;
         let vault = Vault::open_or_create(Arc::clone(&self.store), self.key.as_ref())?;
         let source = VmSource::checkpoint(&status.name, self.target.socket())?;
         let gauge = source.gauge();
         let mut options = Options::new(new_id()?);
         options.full = wanted.full;
-        options.max_pause = self.args.max_pause;
         options.fixed_cost = wanted.fixed_cost.unwrap_or(options.fixed_cost);
-        options.stage_bytes = self.args.stage;
-        options.pack = !self.args.raw;
-        options.share = !self.args.unshared;
-        options.suspend = self.args.suspend;
+        self.args.apply(&mut options);
         let mut observer = progress::observer(self.common);
         let mut speedometer = Speedometer::new(gauge, observer.as_mut());
         let taken =
@@ -251,21 +252,60 @@ impl Writer<'_> {
         show::pruned(self.common, &gone);
         Ok(())
     }
+}
 
-    /// The right to write, waiting for it as long as that is wanted.
-    fn lock(&self, vm: &str, cancel: &CancelFlag) -> Result<Box<dyn Lease>> {
-        let owner = format!("migrate checkpoint {vm}");
-        let until = Instant::now() + self.args.wait;
-        loop {
-            match self.store.try_lock(&owner)? {
-                Attempt::Held(lease) => return Ok(lease),
-                // Says who has it.
-                Attempt::Refused(_) if Instant::now() >= until => return self.store.lock(&owner),
-                Attempt::Refused(_) => {
-                    cancel.check()?;
-                    std::thread::sleep(LOCK_RETRY);
-                }
+/// How a VM is that can be written down.
+fn writable(target: &Target) -> Result<Status> {
+    let status = target.status()?;
+    check_writable(&status)?;
+    Ok(status)
+}
+
+fn check_writable(status: &Status) -> Result<()> {
+    if status.phase == Phase::Pledged {
+        return Err(Error::Workload(format!(
+            "{} stands still because the outcome of a migration is not known: settle it with migrate recover {0}",
+            status.name
+        )));
+    }
+    if let Some(pages) = status.awaiting_pages {
+        return Err(Error::Workload(format!(
+            "{} cannot be written down yet: {pages} pages of it have not arrived; migrate vm status shows when none is missing",
+            status.name
+        )));
+    }
+    Ok(())
+}
+
+/// The right to write, waiting for it as long as that is wanted.
+fn lock(store: &dyn Store, what: &str, wait: Duration, cancel: &CancelFlag) -> Result<Box<dyn Lease>> {
+    let owner = format!("migrate checkpoint {what}");
+    let until = Instant::now() + wait;
+    loop {
+        match store.try_lock(&owner)? {
+            Attempt::Held(lease) => return Ok(lease),
+            // Says who has it.
+            Attempt::Refused(_) if Instant::now() >= until => return store.lock(&owner),
+            Attempt::Refused(_) => {
+                cancel.check()?;
+                std::thread::sleep(LOCK_RETRY);
             }
         }
+    }
+}
+
+impl Args {
+    /// The key of the store, if it has one.
+    fn key(&self) -> Result<Option<StoreKey>> {
+        self.encrypt.as_deref().map(StoreKey::load).transpose()
+    }
+
+    /// What holds for every checkpoint.
+    fn apply(&self, options: &mut Options) {
+        options.max_pause = self.max_pause;
+        options.stage_bytes = self.stage;
+        options.pack = !self.raw;
+        options.share = !self.unshared;
+        options.suspend = self.suspend;
     }
 }

@@ -3,10 +3,12 @@
 use super::target::Target;
 use super::{cancel_on_signals, emit};
 use crate::cli::Common;
+use crate::destination::Destination;
 use crate::destination::vm::{Place, VmDestination};
 use crate::error::{Error, Result};
 use crate::paths::RuntimeDir;
 use crate::progress;
+use crate::restore::report::{Event, Report};
 use crate::restore::{self, Options};
 use crate::store;
 use crate::units;
@@ -18,11 +20,13 @@ use std::process::ExitCode;
 #[command(after_help = "\
 Examples:
   migrate restore --store /var/lib/checkpoints web
+  migrate restore --store /var/lib/checkpoints --group shop
   migrate restore --store /var/lib/checkpoints 2026-11-23T19:48:31Z --name web2 --lazy
 
 A checkpoint can be restored any number of times, also at once, each time under another --name. Nothing is started where anything of it is
 missing or damaged. With --lazy the VM runs at once and its memory follows, what it touches first; if the store fails meanwhile, the VM
-waits for what it touches, and this goes on trying. Were it killed, --resume goes on in its place.")]
+waits for what it touches, and this goes on trying. Were it killed, --resume goes on in its place. With --group all VMs of a checkpoint
+that was taken with --group are restored, and none of them starts before all of them could.")]
 pub struct Args {
     /// Where the checkpoints lie: a directory.
     #[arg(long, value_name = "STORE")]
@@ -30,6 +34,9 @@ pub struct Args {
     /// Its name or the beginning of it, a time (the newest until then), a VM's name, VM@latest or VM@TIME, or latest.
     #[arg(value_name = "CHECKPOINT", default_value = "latest")]
     checkpoint: String,
+    /// Restore all VMs of a group: the newest checkpoint of it, or NAME@ID.
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["checkpoint", "name", "resume", "serial"])]
+    group: Option<String>,
     /// Run the VM under this name instead of its own.
     #[arg(long)]
     name: Option<String>,
@@ -60,12 +67,25 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         .map_err(|error| Error::Host(format!("this program's own path is not known: {error}")))?;
     let cancel = cancel_on_signals()?;
     let vault = Vault::open(store::open(&args.store)?, None)?;
-    let id = vault.resolve(&args.checkpoint)?;
     let max_memory_bytes = match args.max_memory {
         Some(bytes) => bytes,
         None => super::receive::available_memory_bytes()?,
     };
     let options = Options { lazy: args.lazy, ..Options::new(max_memory_bytes) };
+    if let Some(group) = &args.group {
+        let group = vault.resolve_group(group)?;
+        let open = || {
+            let (program, runtime) = (program.clone(), runtime.clone());
+            let place = Place { program, runtime, name: None, serial: None, holder: "migrate restore" };
+            let destination: Box<dyn Destination> = Box::new(VmDestination::new(place));
+            let observer: Box<dyn FnMut(&Event)> = Box::new(progress::restoring(common));
+            (destination, observer)
+        };
+        let reports = restore::restore_group(&vault, &group, &open, &options, &cancel)?;
+        reports.iter().for_each(|report| show(common, report));
+        return Ok(ExitCode::SUCCESS);
+    }
+    let id = vault.resolve(&args.checkpoint)?;
     let place = Place {
         program,
         runtime: runtime.clone(),
@@ -88,10 +108,14 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
             restore::take_up(&vault, id, &destination, migration, &options, &cancel, &mut observer)?
         }
     };
+    show(common, &report);
+    Ok(ExitCode::SUCCESS)
+}
+
+fn show(common: &Common, report: &Report) {
     if common.json {
         emit(&serde_json::json!({"event": "restored", "name": report.name, "report": report}));
     } else {
-        progress::show_restored(&report);
+        progress::show_restored(report);
     }
-    Ok(ExitCode::SUCCESS)
 }

@@ -16,10 +16,10 @@ use std::time::{Duration, Instant};
 const TELL: Duration = Duration::from_millis(100);
 
 /// Extents are read together up to this far apart: on a network a request costs more than so many bytes, and a disk reads on anyway.
-const GAP_BYTES: u64 = 64 << 10;
+pub(super) const GAP_BYTES: u64 = 64 << 10;
 
 /// What one thread reads at once.
-const GROUP_BYTES: u64 = 2 << 20;
+pub(super) const GROUP_BYTES: u64 = 2 << 20;
 
 /// Reads every page into memory. Behind an error memory is good for nothing.
 pub(crate) fn read(

@@ -1,5 +1,6 @@
 //! A checkpoint's memory for whoever wants no workload: page by page, checked.
 
+use super::eager::{GAP_BYTES, GROUP_BYTES};
 use super::fetch::{Fetch, Scratch};
 use super::plan::{Merge, Plan};
 use crate::cancel::CancelFlag;
@@ -9,22 +10,18 @@ use protocol::checkpoint::name::CheckpointId;
 use protocol::checkpoint::segment::Encoding;
 use protocol::page::PageRun;
 
-/// What is read at once; see `eager`.
-const GAP_BYTES: u64 = 64 << 10;
-const GROUP_BYTES: u64 = 2 << 20;
-
 /// The memory of a checkpoint, its chain merged.
-pub struct Image<'a> {
+pub struct Image {
     chain: Vec<Committed>,
-    fetch: Fetch<'a>,
+    fetch: Fetch,
 }
 
-impl<'a> Image<'a> {
+impl Image {
     /// Merges the chain of a checkpoint, and finds every segment that it needs.
     ///
     /// # Errors
     /// `Store` naming checkpoint and object.
-    pub fn open(vault: &'a Vault, id: CheckpointId) -> Result<Self> {
+    pub fn open(vault: &Vault, id: CheckpointId) -> Result<Self> {
         let chain = vault.chain(id)?;
         let newest =
             chain.first().ok_or_else(|| Error::Store(format!("checkpoint {id}: its chain is empty")))?;
@@ -35,7 +32,7 @@ impl<'a> Image<'a> {
             }
             merge.add(&link.manifest.segments, &vault.index(&link.manifest)?);
         }
-        let fetch = Fetch::new(vault, merge.finish());
+        let fetch = Fetch::new(vault.clone(), merge.finish());
         fetch.open_all()?;
         Ok(Self { chain, fetch })
     }

@@ -181,7 +181,7 @@ impl Vault {
         Ok(Committed { manifest, digest: part.digest.0 })
     }
 
-    fn named(&self, object: &str, folder: &str) -> Result<CheckpointId> {
+    pub(super) fn named(&self, object: &str, folder: &str) -> Result<CheckpointId> {
         let id = object.strip_prefix(folder).and_then(|id| id.parse().ok());
         id.ok_or_else(|| {
             self.wrong(object).damaged(&format!("this is not the name of {}", what(Kind::Manifest)))

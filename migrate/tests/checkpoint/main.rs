@@ -11,3 +11,4 @@ mod reader;
 mod brittle;
 mod chains;
 mod failures;
+mod group;

@@ -18,3 +18,5 @@ pub mod pattern;
 pub mod page;
 
 pub mod stats;
+
+pub mod mail;

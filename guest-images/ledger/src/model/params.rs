@@ -4,6 +4,7 @@ use core::fmt;
 use core::str::FromStr;
 
 use super::layout::{MAX_DATA_BYTES, PAGE_SIZE};
+use super::mail::MAX_TOKENS;
 use super::page::Content;
 use super::pattern::Pattern;
 
@@ -64,6 +65,8 @@ pub struct Params {
     pub tsc_khz: u64,
     /// After so many iterations check everything, print a verdict and power off; 0 is never.
     pub stop_after: u64,
+    /// The tokens it begins with in a ring of guests; `None`: it takes part in none.
+    pub ring: Option<u64>,
     /// Where lines are printed.
     pub serial: Serial,
     /// How the guest waits.
@@ -92,6 +95,7 @@ impl Default for Params {
             scrub_mb_s: IDLE_SCRUB_MB_S,
             tsc_khz: 0,
             stop_after: 0,
+            ring: None,
             serial: Serial::Mmio,
             park: Park::Pad,
         }
@@ -213,6 +217,7 @@ impl FromStr for Params {
                 "scrub" => scrub_mb_s = Some(number("scrub", value, 0, MAX_MB_S)?),
                 "tsc_khz" => params.tsc_khz = number("tsc_khz", value, 0, 100_000_000)?,
                 "stop_after" => params.stop_after = number("stop_after", value, 0, u64::MAX)?,
+                "ring" => params.ring = Some(number("ring", value, 0, MAX_TOKENS)?),
                 "serial" => {
                     params.serial = match value {
                         "mmio" => Serial::Mmio,
@@ -288,7 +293,8 @@ impl fmt::Display for Params {
             Park::Pad => "pad",
             Park::Spin => "spin",
         };
-        write!(f, " tsc_khz={} stop_after={} serial={serial} park={park}", self.tsc_khz, self.stop_after)
+        write!(f, " tsc_khz={} stop_after={} serial={serial} park={park}", self.tsc_khz, self.stop_after)?;
+        self.ring.map_or(Ok(()), |tokens| write!(f, " ring={tokens}"))
     }
 }
 

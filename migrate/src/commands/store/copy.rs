@@ -22,7 +22,7 @@ Examples:
 
 What a checkpoint stands on, and the other members of its group, come along. Everything is checked on the way. What is there already is
 not copied again, so a copy that was interrupted goes on where it stood.")]
-pub(super) struct Args {
+pub struct Args {
     /// The store to copy from: a directory, or s3://BUCKET/PREFIX.
     #[arg(value_name = "FROM")]
     from: String,

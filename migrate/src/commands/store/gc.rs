@@ -18,7 +18,7 @@ Examples:
 
 Deleted is what no manifest reaches: of checkpoints that were given up, and what crashes left. Until the grace period is over it
 stays, so that whoever reads it may end. It may be stopped at any time: the next time it goes on.")]
-pub(super) struct Args {
+pub struct Args {
     #[command(flatten)]
     store: StoreArgs,
     /// How long something stays after nothing needs it any more.

@@ -15,7 +15,7 @@ Example:
   migrate checkpoint web --store /var/lib/checkpoints --encrypt /etc/migrate/store.key
 
 Whoever has this file can read every checkpoint of the stores that are sealed with it, and without it nobody can: keep a copy elsewhere.")]
-pub(super) struct Args {
+pub struct Args {
     /// The file to make, which only its owner may read. One that is there is not replaced.
     #[arg(value_name = "FILE")]
     file: PathBuf,

@@ -22,7 +22,7 @@ Examples:
 The rules hold for each workload, and what one of them keeps stays, with all that it stands on and all of its group; so does the newest in
 any case. Hours, days and weeks are those of UTC, and the newest of each stays. The space is given back by migrate store gc, when the
 grace period is over.")]
-pub(super) struct Args {
+pub struct Args {
     #[command(flatten)]
     store: StoreArgs,
     #[command(flatten)]

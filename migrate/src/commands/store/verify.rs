@@ -23,7 +23,7 @@ Example:
 
 Every object, extent and chain link is read and compared with its digest. Exit code 12 when anything is damaged. Nothing is
 changed, and others may write meanwhile.")]
-pub(super) struct Args {
+pub struct Args {
     #[command(flatten)]
     store: StoreArgs,
 }
