@@ -161,6 +161,13 @@ impl<'a> Scene<'a> {
         let mut scene =
             Self { a, b, cable, relay, address, receiver, sender, source, source_pid, held: None, larder };
         match case.moment {
+            // Too slow a machine to dial: no stream can be cut then.
+            Moment::Before if case.is_taken_up() => {
+                let begun = |line: &serde_json::Value| line["event"] == "phase" && line["phase"] == "rounds";
+                if !scene.sender.saw(STEP_LIMIT, begun) {
+                    return None;
+                }
+            }
             Moment::Before => {}
             Moment::Entering(side, _) => {
                 if !scene.is_held(side) {
@@ -169,7 +176,10 @@ impl<'a> Scene<'a> {
                 scene.held = Some(side);
             }
             Moment::Into(phase, us) => {
-                scene.sender.saw(STEP_LIMIT, |line| line["event"] == "phase" && line["phase"] == phase);
+                let come = |line: &serde_json::Value| line["event"] == "phase" && line["phase"] == phase;
+                if !scene.sender.saw(STEP_LIMIT, come) && phase == "post-copy" {
+                    return None;
+                }
                 std::thread::sleep(Duration::from_micros(us));
             }
         }
