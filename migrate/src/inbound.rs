@@ -37,6 +37,8 @@ mod admission;
 mod desk;
 mod parse;
 mod decode;
+#[cfg(test)]
+mod play;
 mod join;
 mod streams;
 mod resume;
@@ -352,7 +354,11 @@ impl Inbound<'_> {
         self.layout = layout.clone();
         let Offer { page_streams, connections, .. } = offer;
         let course = Course { layout, memory: destination.memory(), page_streams, connections };
-        self.take_streams(&course)?;
+        match self.take_streams(&course) {
+            // To the sender the rounds have begun, so it comes back for them.
+            Err(lost) if self.keeps && resume::is_lost(&lost) => self.keep(&course, lost)?,
+            done => done?,
+        }
         Ok(course)
     }
 

@@ -23,12 +23,24 @@ impl Window {
             .collect();
         // Descriptors are numbered in the order in which the spaces were made.
         descriptors.sort_by_key(|path| path.file_name().and_then(|name| name.to_str()?.parse::<u32>().ok()));
-        Some(Self { memory: File::open(descriptors.first()?).ok()? })
+        let memory = File::options().read(true).write(true).open(descriptors.first()?).ok()?;
+        Some(Self { memory })
     }
 
     /// The ledger's account of itself, if one is there yet. Each field is whole, but they may be of different moments.
     pub fn stats(&self) -> Option<Stats> {
         Stats::read(|gpa, buffer: &mut [u8]| self.memory.read_exact_at(buffer, gpa)).ok()
+    }
+
+    /// Changes a byte of the last page, as a broken host would.
+    ///
+    /// # Panics
+    /// If it cannot be written.
+    pub fn damage_last_page(&self) {
+        let end = self.memory.metadata().expect("its length").len();
+        let mut byte = [0];
+        self.memory.read_exact_at(&mut byte, end - 1).expect("its last byte");
+        self.memory.write_all_at(&[!byte[0]], end - 1).expect("a memfd that can be written");
     }
 
     /// Computes what every page of a guest in QEMU must hold and compares; the guest must stand still.

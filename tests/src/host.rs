@@ -10,6 +10,12 @@ use std::time::{Duration, Instant};
 /// Directories of hosts begin so; the process that made one follows.
 const DIR_PREFIX: &str = "migrate-e2e-";
 
+/// The variable that says where a program stops itself: see docs/scripting.md.
+pub const HOLD: &str = "MIGRATE_TEST_HOLD";
+
+/// The variable that says which stream it cuts.
+pub const RESET: &str = "MIGRATE_TEST_RESET";
+
 /// One host's worth of sockets, logs and keys, in a temporary directory.
 pub struct Host {
     dir: tempfile::TempDir,
@@ -97,9 +103,10 @@ impl Host {
             }
         }
         command.arg("--runtime-dir").arg(self.runtime_dir()).arg("--keys").arg(self.keys_dir());
-        command.arg("--state-dir").arg(self.path("state"));
-        for name in ["MIGRATE_STATE", "MIGRATE_RUNTIME_DIR", "MIGRATE_KEYS", "MIGRATE_TEST_HOLD", "RUST_LOG"]
-        {
+        // What a host remembers is on its small disk, if it has one.
+        let state = if self.mounted { self.runtime_dir().join("state") } else { self.path("state") };
+        command.arg("--state-dir").arg(state);
+        for name in ["MIGRATE_STATE", "MIGRATE_RUNTIME_DIR", "MIGRATE_KEYS", HOLD, RESET, "RUST_LOG"] {
             command.env_remove(name);
         }
         command
@@ -112,8 +119,13 @@ impl Host {
 
     /// Starts `migrate ARGS` so that it stops itself (SIGSTOP) when it enters a phase.
     pub fn start_held(&self, args: &[&str], phase: &str) -> Running {
+        self.start_with(args, &[(HOLD, phase)])
+    }
+
+    /// Starts `migrate ARGS` with variables of its environment; empty ones ask for nothing.
+    pub fn start_with(&self, args: &[&str], variables: &[(&str, &str)]) -> Running {
         let mut command = self.command(args);
-        command.env("MIGRATE_TEST_HOLD", phase);
+        command.envs(variables.iter().copied());
         Running::start(command)
     }
 
@@ -146,10 +158,18 @@ impl Host {
     /// # Panics
     /// If it does not listen in time.
     pub fn receive_held(&self, more: &[&str], phase: &str) -> (Running, String) {
+        self.receive_with(more, &[(HOLD, phase)])
+    }
+
+    /// As [`Host::receive`], with variables of its environment.
+    ///
+    /// # Panics
+    /// If it does not listen in time.
+    pub fn receive_with(&self, more: &[&str], variables: &[(&str, &str)]) -> (Running, String) {
         let listen = format!("{}:0", self.place.as_ref().map_or("127.0.0.1", |place| place.ip.as_str()));
         let mut args = vec!["receive", "--listen", &listen];
         args.extend(more);
-        let mut receiver = if phase.is_empty() { self.start(&args) } else { self.start_held(&args, phase) };
+        let mut receiver = self.start_with(&args, variables);
         let listening = receiver.wait_event("listening");
         let address = listening["address"].as_str().expect("an address").to_owned();
         (receiver, address)

@@ -14,6 +14,7 @@ pub mod random;
 pub mod browser;
 pub mod process;
 pub mod network;
+pub mod cgroup;
 pub mod relay;
 pub mod host;
 pub mod guest;

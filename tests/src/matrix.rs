@@ -9,10 +9,12 @@
 //! ```
 
 mod case;
+mod table;
 mod queue;
 mod scene;
 mod fault;
 mod verdict;
 
-pub use case::{Case, cases};
+pub use case::Case;
 pub use queue::{Plan, run};
+pub use table::cases;

@@ -42,6 +42,19 @@ fn forecast(a: &Host) -> Value {
     forecasts[0].clone()
 }
 
+/// The trace of a move is decided again as it was decided then.
+fn replays_alike(a: &Host, trace: &str, sent: &Finished) {
+    let replayed = a.run(&["replay", trace]).success();
+    let decision = |one: &Value| ["decision", "predicted_us", "percent"].map(|name| one[name].clone());
+    let told = |lines: &[Value], event: &str| -> Vec<Value> {
+        lines.iter().filter(|line| line["event"] == event).cloned().collect()
+    };
+    let then: Vec<_> = told(&sent.lines, "decided").iter().map(|line| decision(&line["decided"])).collect();
+    let now: Vec<_> = told(&replayed.lines, "decision").iter().map(decision).collect();
+    assert!(then.len() > 2, "{sent:#?}");
+    assert_eq!(now, then);
+}
+
 #[test]
 fn a_guest_that_outruns_the_link_moves_only_when_it_is_slowed_down() {
     if without_kvm("a_guest_that_outruns_the_link_moves_only_when_it_is_slowed_down") {
@@ -55,9 +68,13 @@ fn a_guest_that_outruns_the_link_moves_only_when_it_is_slowed_down() {
     assert!(throttles(&failed).iter().all(|percent| *percent == 0), "{failed:#}");
     a.assert_sound("v");
 
-    let sent = send(&a, &address, &["--on-stall", "throttle,cancel", "--max-throttle", "99"]);
+    let trace = a.path("trace").display().to_string();
+    let sent =
+        send(&a, &address, &["--on-stall", "throttle,cancel", "--max-throttle", "99", "--trace", &trace]);
     receiver.finish().success();
-    let moved = report(&sent.success());
+    let sent = sent.success();
+    replays_alike(&a, &trace, &sent);
+    let moved = report(&sent);
     assert!(throttles(&moved).iter().any(|percent| *percent > 0), "{moved:#}");
     assert_eq!(moved["warnings"], Value::Array(vec![]), "within the budget: {moved:#}");
     b.assert_sound("v");

@@ -13,7 +13,7 @@ use crate::exit;
 use crate::identity::{self, Identity};
 use crate::inbound::{Desk, Ledger, Limits, MemoryLedger, Notice, Notices, Options};
 use crate::link::Link;
-use crate::link::quic::Listener;
+use crate::link::quic::{Cut, Listener};
 use crate::metrics::Fleet;
 use crate::paths::RuntimeDir;
 use crate::progress;
@@ -125,6 +125,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         options.forget = args.ask_timeout;
     }
     let mut settings = send::settings(args.link_timeout);
+    settings.cut = Cut::of_environment()?;
     if connections::Host::now().has_many_cores() {
         // One socket serves all connections, but each of them can be decrypted by another thread.
         settings.workers = 2;

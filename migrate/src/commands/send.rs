@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::history::History;
 use crate::identity::{self, Identity, TrustStore};
 use crate::link::Link;
-use crate::link::quic::{self, Settings};
+use crate::link::quic::{self, Cut, Settings};
 use crate::metrics::Fleet;
 use crate::outbound::{self, Options, Packs};
 use crate::paths::{self, RuntimeDir};
@@ -114,7 +114,8 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     }
     let keys = identity::directory(common.keys.as_deref())?;
     let identity = Identity::load(&keys)?;
-    let settings = settings(args.link_timeout);
+    let mut settings = settings(args.link_timeout);
+    settings.cut = Cut::of_environment()?;
     let mut dial = || -> Result<Box<dyn Link>> {
         // Read anew for every connection, so that a key revoked meanwhile is not trusted.
         let trust = TrustStore::load(&keys)?;

@@ -13,6 +13,7 @@
 //! Nothing of the engine runs before both ends are authenticated: [`Listener::accept`] and [`dial`] answer only then.
 
 mod congestion;
+mod cut;
 mod dial;
 mod listen;
 pub mod pipe;
@@ -22,6 +23,7 @@ mod socket;
 mod streams;
 mod tls;
 
+pub use cut::Cut;
 pub use dial::dial;
 pub use listen::Listener;
 pub use settings::Settings;
@@ -30,6 +32,7 @@ use crate::error::{Error, Result};
 use crate::identity::Fingerprint;
 use crate::link::{Link, LinkStats, PageReceiver, PageSender};
 use bytes::{Buf as _, BytesMut};
+use cut::{Fuse, Stream};
 use quinn::{Connection, Endpoint, RecvStream, SendStream, VarInt};
 use reason::Ends;
 use std::sync::Arc;
@@ -84,6 +87,8 @@ impl Opened {
             side: self.side,
             ends: Arc::new(self.ends),
             key: self.key,
+            control_fuse: Cut::fuse(self.settings.cut, Stream::Control),
+            page_streams: 0,
             settings: self.settings,
             deliveries: Deliveries::default(),
             closed: false,
@@ -103,6 +108,9 @@ pub struct QuicLink {
     ends: Arc<Ends>,
     key: Fingerprint,
     settings: Settings,
+    control_fuse: Option<Fuse>,
+    /// Opened or taken so far.
+    page_streams: u32,
     deliveries: Deliveries,
     closed: bool,
     // Last, so that everything above is dropped while the runtime lives.
@@ -141,13 +149,22 @@ impl QuicLink {
             .map_err(|error| self.ends.lost(&error))?;
         // It fails only for a closed stream, and then the first write tells.
         let _ = stream.set_priority(priority);
+        let fuse = self.next_fuse();
         Ok(Box::new(Sender {
             stream,
+            fuse,
             runtime: self.runtime.clone(),
             ends: self.ends.clone(),
             stall_timeout: after,
             deliveries: self.deliveries.clone(),
         }))
+    }
+
+    /// The fuse of the next page stream.
+    fn next_fuse(&mut self) -> Option<Fuse> {
+        let number = self.page_streams;
+        self.page_streams += 1;
+        Cut::fuse(self.settings.cut, Stream::Page(number))
     }
 
     /// Delivers what was written and tells the peer, within [`LINGER`] and [`FAREWELL`].
@@ -194,7 +211,16 @@ impl Link for QuicLink {
     fn write(&mut self, bytes: &[u8], after: Duration) -> Result<()> {
         const WHAT: &str = "the peer to take a control message";
         let (runtime, ends) = (self.runtime.clone(), self.ends.clone());
+        let burnt = self.control_fuse.as_ref().is_some_and(Fuse::is_burnt);
+        if let Some(fuse) = &mut self.control_fuse {
+            fuse.passed(bytes.len());
+        }
         let (send, _) = self.control(WHAT, after)?;
+        if burnt {
+            // It fails only for a closed stream.
+            let _ = send.reset(VarInt::from_u32(cut::CODE));
+            return Err(ends.cut());
+        }
         runtime.block_on(async {
             let mut rest = bytes;
             while !rest.is_empty() {
@@ -254,8 +280,8 @@ impl Link for QuicLink {
             .block_on(async { timeout(after, self.connection.accept_uni()).await })
             .map_err(|_| Error::TimedOut { what: "the peer to open a page stream", after })?
             .map_err(|error| self.ends.lost(&error))?;
-        let (runtime, ends) = (self.runtime.clone(), self.ends.clone());
-        Ok(Box::new(Receiver { stream, runtime, ends }))
+        let (runtime, ends, fuse) = (self.runtime.clone(), self.ends.clone(), self.next_fuse());
+        Ok(Box::new(Receiver { stream, runtime, ends, fuse }))
     }
 
     fn stats(&self) -> LinkStats {

@@ -69,15 +69,19 @@ impl Outbound<'_> {
 
     /// Lets a workload that is frozen or slowed down go on.
     fn thaw(&mut self) -> Result<()> {
+        // What was to follow behind the start is decided anew.
+        self.missing = None;
+        let frozen_at = self.frozen_at;
+        if frozen_at.is_some() {
+            self.source.thaw()?;
+            self.frozen_at = None;
+        }
+        // Behind that, because a workload that stands still cannot be told how fast to run.
         if self.throttle_percent > 0 {
             self.source.throttle(0)?;
             self.throttle_percent = 0;
         }
-        // What was to follow behind the start is decided anew.
-        self.missing = None;
-        let Some(frozen_at) = self.frozen_at else { return Ok(()) };
-        self.source.thaw()?;
-        self.frozen_at = None;
+        let Some(frozen_at) = frozen_at else { return Ok(()) };
         let ms = frozen_at.elapsed().as_millis();
         self.report.warnings.push(format!(
             "the workload stood still for {ms} ms and went on, because the link was lost before it was committed"

@@ -407,7 +407,12 @@ impl Source for Scripted {
     }
 
     fn throttle(&mut self, percent: u8) -> Result<()> {
-        self.called(Call::Throttle)?.throttle_percent = percent.into();
+        let mut vm = self.called(Call::Throttle)?;
+        if vm.stage == Stage::Frozen {
+            // As a VMM does.
+            return Err(Error::Workload("a frozen workload cannot be slowed down".into()));
+        }
+        vm.throttle_percent = percent.into();
         Ok(())
     }
 

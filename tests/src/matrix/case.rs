@@ -1,6 +1,5 @@
 //! What can go wrong, when, and what must come of it.
 
-use crate::random::Random;
 use crate::relay::{Way, Weather};
 use std::fmt;
 
@@ -67,6 +66,21 @@ pub enum Fault {
     FilesShort(Process),
     /// The receiver allows less memory than the VM has.
     TooLarge,
+    /// The receiver and its VMM may use no more than so many MiB, and the kernel kills one that does.
+    Starve(u64),
+    /// An end cuts a stream behind so many bytes, and the link lives on.
+    Reset(Side, Stream, u64),
+    /// A byte of the destination's memory changes.
+    Damage,
+}
+
+/// A stream of a link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stream {
+    /// The one for messages.
+    Control,
+    /// The pages' streams, counted from 0.
+    Page(u32),
 }
 
 /// Where the VM is allowed to be in the end.
@@ -106,217 +120,25 @@ pub enum Mode {
     PreCopy,
     /// It starts at the destination behind one round, and the rest follows.
     PostCopy,
+    /// As pre-copy, and a link that is lost is looked for again.
+    Resume,
+    /// As that, and all memory is compared before it starts.
+    Verify,
 }
-
-/// The sender's phases, in order. The last one is behind the destination's word that it started.
-const SENDING: &[&str] = &[
-    "greet", "offer", "track", "rounds", "round-1", "freeze", "state", "ready", "pledge", "commit", "settle",
-];
-
-/// The receiver's phases up to its decision. Greeting is its front desk's work, and no phase of a migration.
-const RECEIVING: &[&str] = &["offer", "rounds", "state", "ready", "commit"];
-
-/// The phases of a move by post-copy in which it differs. Behind `commit` the VM runs at the destination and misses pages.
-const SENDING_POST_COPY: &[&str] = &["freeze", "state", "ready", "commit", "post-copy"];
-
-/// The receiver's.
-const RECEIVING_POST_COPY: &[&str] = &["state", "commit", "post-copy"];
-
-/// Time without a link that both ends bear with, and that neither does: they wait for [`LINK_TIMEOUT_MS`].
-const SHORT_MS: u64 = 120;
-const LONG_MS: u64 = 1500;
 
 /// `--link-timeout` of both ends where a fault is meant to be noticed.
-pub(super) const LINK_TIMEOUT_MS: u64 = 700;
+const LINK_TIMEOUT_MS: u64 = 700;
 
-const PROCESSES: &[Process] =
-    &[Process::Sender, Process::Receiver, Process::SourceVmm, Process::DestinationVmm];
-
-/// All cases of a seed: the whole table, then random ones until there are `count`.
-pub fn cases(seed: u64, count: usize) -> Vec<Case> {
-    let named = |mode| move |(moment, fault)| named(seed, mode, moment, fault);
-    let mut all: Vec<_> = table().into_iter().map(named(Mode::PreCopy)).collect();
-    all.extend(table_of_post_copy().into_iter().map(named(Mode::PostCopy)));
-    let mut number = 0;
-    while all.len() < count {
-        number += 1;
-        all.push(random(seed, number));
-    }
-    all
-}
-
-/// Every fault at every moment where it makes sense.
-fn table() -> Vec<(Moment, Fault)> {
-    let mut all = Vec::new();
-    let sending = SENDING.iter().map(|phase| (Side::Send, *phase));
-    let receiving = RECEIVING.iter().map(|phase| (Side::Receive, *phase));
-    for (side, phase) in sending.chain(receiving) {
-        let moment = Moment::Entering(side, phase);
-        let mut at = |fault| all.push((moment, fault));
-        for process in PROCESSES {
-            if *process == Process::DestinationVmm && !has_destination(side, phase) {
-                continue;
-            }
-            at(Fault::Kill(*process));
-        }
-        for way in [Way::Down, Way::Up, Way::Both] {
-            at(Fault::Blackhole(way, None));
-        }
-        at(Fault::Blackhole(Way::Both, Some(LONG_MS)));
-        if side == Side::Send {
-            at(Fault::Blackhole(Way::Both, Some(SHORT_MS)));
-            at(Fault::Stall(SHORT_MS));
-            at(Fault::Stall(LONG_MS));
-            at(Fault::Unplug(Some(SHORT_MS)));
-            at(Fault::Unplug(None));
-            at(Fault::Interrupt(Side::Send));
-            at(Fault::Interrupt(Side::Receive));
-            at(Fault::Slow(20_000_000, 400));
-            at(Fault::Stop(Process::Sender, LONG_MS));
-            at(Fault::Stop(Process::Receiver, LONG_MS));
-            at(Fault::Stop(Process::Receiver, SHORT_MS));
-            at(Fault::Stop(Process::SourceVmm, LONG_MS));
-            at(Fault::MemoryShort(Process::Sender));
-            at(Fault::FilesShort(Process::Sender));
-        }
-        if has_destination(side, phase) {
-            at(Fault::Stop(Process::DestinationVmm, LONG_MS));
-        }
-        if side == Side::Receive {
-            at(Fault::MemoryShort(Process::Receiver));
-            at(Fault::FilesShort(Process::Receiver));
-            at(Fault::DiskFull(Side::Receive));
-        } else if phase != "round-1" {
-            at(Fault::DiskFull(Side::Send));
-        }
-    }
-    all.push((Moment::Before, Fault::TooLarge));
-    all.push((Moment::Before, Fault::DiskFull(Side::Receive)));
-    all.push((Moment::Before, Fault::DiskFull(Side::Send)));
-    all.push((Moment::Before, Fault::Slow(400_000_000, 60_000)));
-    for weather in weathers() {
-        all.push((Moment::Before, Fault::Weather(weather)));
-    }
-    all
-}
-
-/// The same for a move by post-copy: what is cut is made again, and what dies is taken up by `migrate recover`.
-fn table_of_post_copy() -> Vec<(Moment, Fault)> {
-    let mut all = Vec::new();
-    let sending = SENDING_POST_COPY.iter().map(|phase| (Side::Send, *phase));
-    let receiving = RECEIVING_POST_COPY.iter().map(|phase| (Side::Receive, *phase));
-    for (side, phase) in sending.chain(receiving) {
-        let moment = Moment::Entering(side, phase);
-        let mut at = |fault| all.push((moment, fault));
-        for process in PROCESSES {
-            at(Fault::Kill(*process));
-            at(Fault::Stop(*process, LONG_MS));
-        }
-        for way in [Way::Down, Way::Up, Way::Both] {
-            at(Fault::Blackhole(way, None));
-        }
-        at(Fault::Blackhole(Way::Both, Some(LONG_MS)));
-        at(Fault::Stall(LONG_MS));
-        at(Fault::Slow(20_000_000, 400));
-        at(Fault::Interrupt(side));
-        let engine = if side == Side::Send { Process::Sender } else { Process::Receiver };
-        at(Fault::MemoryShort(engine));
-        at(Fault::FilesShort(engine));
-    }
-    for us in [1_000, 5_000, 20_000, 60_000] {
-        let moment = Moment::Into("post-copy", us);
-        for fault in [
-            Fault::Kill(Process::Sender),
-            Fault::Kill(Process::Receiver),
-            Fault::Blackhole(Way::Both, None),
-            Fault::Blackhole(Way::Both, Some(LONG_MS)),
-            Fault::Unplug(Some(LONG_MS)),
-        ] {
-            all.push((moment, fault));
-        }
-    }
-    for weather in weathers() {
-        all.push((Moment::Before, Fault::Weather(weather)));
-    }
-    all
-}
-
-/// Weather that a migration gets through.
-fn weathers() -> Vec<Weather> {
-    let fair = Weather::default();
-    vec![
-        fair,
-        Weather { lose_one_in: 200, ..fair },
-        Weather { lose_one_in: 50, ..fair },
-        Weather { delay_us: 5_000, ..fair },
-        Weather { delay_us: 20_000, ..fair },
-        Weather { jitter_us: 2_000, ..fair },
-        Weather { delay_us: 2_000, jitter_us: 2_000, double_one_in: 100, lose_one_in: 400, ..fair },
-        Weather { double_one_in: 20, ..fair },
-        Weather { double_one_in: 1, ..fair },
-        Weather { bytes_per_s: 30_000_000, ..fair },
-        Weather { bytes_per_s: 30_000_000, lose_one_in: 500, delay_us: 1_000, ..fair },
-    ]
-}
-
-/// Whether there is a VMM at the destination when an end enters this phase.
-fn has_destination(side: Side, phase: &str) -> bool {
-    match side {
-        Side::Send => !matches!(phase, "greet" | "offer"),
-        Side::Receive => phase != "offer",
-    }
-}
-
-fn random(seed: u64, number: u64) -> Case {
-    let mut random = Random::new(seed ^ (number << 20));
-    let mut dice = random.clone();
-    dice.bits();
-    let mode = dice.pick(&[Mode::PreCopy, Mode::PreCopy, Mode::PostCopy]);
-    let (sending, receiving) = match mode {
-        Mode::PreCopy => (SENDING, RECEIVING),
-        Mode::PostCopy => (SENDING_POST_COPY, RECEIVING_POST_COPY),
-    };
-    let moment = match dice.below(4) {
-        0 => Moment::Entering(Side::Send, dice.pick(sending)),
-        1 => Moment::Entering(Side::Receive, dice.pick(receiving)),
-        _ => Moment::Into(dice.pick(sending), dice.below(30_000)),
-    };
-    let process = dice.pick(PROCESSES);
-    let side = dice.pick(&[Side::Send, Side::Receive]);
-    let lasting = dice.pick(&[None, Some(SHORT_MS), Some(LONG_MS)]);
-    let ms = dice.below(LONG_MS);
-    let fault = match dice.below(12) {
-        0..=2 => Fault::Kill(process),
-        3 => Fault::Stop(process, ms),
-        4 => Fault::Interrupt(side),
-        5 | 6 => Fault::Blackhole(dice.pick(&[Way::Down, Way::Up, Way::Both]), lasting),
-        7 => Fault::Unplug(lasting),
-        8 => Fault::Stall(ms),
-        9 => Fault::Weather(Weather {
-            cut_after_bytes: dice.below(30 << 20),
-            lose_one_in: dice.pick(&[0, 100, 300]),
-            jitter_us: dice.pick(&[0, 1_000]),
-            ..Weather::default()
-        }),
-        10 => Fault::MemoryShort(dice.pick(&[Process::Sender, Process::Receiver])),
-        _ => Fault::FilesShort(dice.pick(&[Process::Sender, Process::Receiver])),
-    };
-    Case { name: format!("random-{number}"), seed: random.bits(), mode, moment, fault }
-}
-
-fn named(seed: u64, mode: Mode, moment: Moment, fault: Fault) -> Case {
-    let mode_name = if mode == Mode::PostCopy { "post-copy/" } else { "" };
-    let mut name = format!("{mode_name}{fault}@{moment}");
-    name.retain(|letter| letter != ' ');
-    // The seed of a case depends on its name only, so that a new row does not change the others.
-    let own = name.bytes().fold(seed, |hash, byte| Random::new(hash ^ u64::from(byte)).bits());
-    Case { name, seed: own, mode, moment, fault }
-}
+/// Fewer bytes than the first round has on any page stream, however well they pack.
+const FIRST_ROUND_BYTES: u64 = 1000;
 
 impl Case {
     /// Where the VM has to be in the end. Before `Commit` is sent, what kills the attempt leaves it at the source; once
     /// the destination said that it started, it is there.
     pub fn expected(&self) -> Expected {
+        if self.is_taken_up() {
+            return Expected::Destination;
+        }
         let (before_commit, settled) = match self.moment {
             // A destination that is gone when Ready is in the sender's hands already leaves a doubt.
             Moment::Entering(Side::Send, "commit" | "pledge" | "ready") => (false, false),
@@ -347,11 +169,53 @@ impl Case {
             Fault::Kill(_) | Fault::Blackhole(_, None) | Fault::Interrupt(Side::Send) if before_commit => {
                 Expected::Source
             }
-            Fault::TooLarge => Expected::Source,
+            Fault::TooLarge | Fault::Damage | Fault::Starve(_) => Expected::Source,
             Fault::Weather(weather) if weather.cut_after_bytes == 0 && self.moment == Moment::Before => {
                 Expected::Destination
             }
             _ => Expected::OnlyOne,
+        }
+    }
+
+    /// Whether a link that is lost is looked for again.
+    pub(super) fn retries(&self) -> bool {
+        matches!(self.mode, Mode::Resume | Mode::Verify)
+    }
+
+    /// Whether both ends live through it, and the link with them.
+    pub(super) fn heals(&self) -> bool {
+        match self.fault {
+            Fault::Blackhole(_, lasting) | Fault::Unplug(lasting) => lasting.is_some(),
+            Fault::Stop(process, _) => matches!(process, Process::Sender | Process::Receiver),
+            Fault::Stall(_) | Fault::Slow(..) | Fault::Reset(..) => true,
+            Fault::Weather(weather) => weather.cut_after_bytes == 0,
+            _ => false,
+        }
+    }
+
+    /// Whether the migration has to go on by itself over another link. Behind the state there is no way back into the
+    /// rounds, and whether it arrived is not known of what is cut while it is sent.
+    pub(super) fn is_taken_up(&self) -> bool {
+        let in_time = match self.moment {
+            Moment::Entering(Side::Send, phase) => {
+                matches!(phase, "rounds" | "round-1" | "freeze" | "verify" | "resume")
+            }
+            Moment::Entering(Side::Receive, phase) => matches!(phase, "rounds" | "verify"),
+            // The first bytes of pages are of the first round.
+            Moment::Before => {
+                matches!(self.fault, Fault::Reset(_, Stream::Page(_), bytes) if bytes <= FIRST_ROUND_BYTES)
+            }
+            Moment::Into(..) => false,
+        };
+        self.retries() && self.heals() && in_time
+    }
+
+    /// Whether a stream is cut, so that the link is looked for again: which, by whom, and behind how many bytes.
+    pub(super) fn reset(&self) -> Option<(Side, Stream, u64)> {
+        match (self.fault, self.moment) {
+            (Fault::Reset(side, stream, bytes), _) => Some((side, stream, bytes)),
+            (_, Moment::Entering(Side::Send, "resume")) => Some((Side::Send, Stream::Page(0), 1)),
+            _ => None,
         }
     }
 
@@ -396,6 +260,15 @@ impl fmt::Display for Moment {
     }
 }
 
+impl fmt::Display for Stream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Control => write!(f, "control"),
+            Self::Page(number) => write!(f, "page-{number}"),
+        }
+    }
+}
+
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let lasting = |lasting: &Lasting| lasting.map_or_else(|| "ever".to_owned(), |ms| format!("{ms}ms"));
@@ -420,34 +293,9 @@ impl fmt::Display for Fault {
             Self::MemoryShort(process) => write!(f, "memory-short-{process:?}"),
             Self::FilesShort(process) => write!(f, "files-short-{process:?}"),
             Self::TooLarge => write!(f, "too-large"),
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::collections::BTreeSet;
-
-    #[test]
-    fn a_seed_gives_the_same_cases_again_and_each_has_its_own_name() {
-        let all = cases(7, 1000);
-        assert_eq!(all, cases(7, 1000));
-        assert_ne!(all, cases(8, 1000));
-        let names: BTreeSet<_> = all.iter().map(|case| &case.name).collect();
-        assert_eq!(names.len(), 1000);
-    }
-
-    #[test]
-    fn the_table_has_at_least_300_cases_with_every_process_killed_in_every_phase() {
-        let all = cases(1, 0);
-        assert!(all.len() >= 300, "{}", all.len());
-        for phase in SENDING {
-            for process in PROCESSES {
-                let name = format!("kill-{process:?}@send:{phase}");
-                let there = has_destination(Side::Send, phase) || *process != Process::DestinationVmm;
-                assert_eq!(all.iter().any(|case| case.name == name), there, "{name}");
-            }
+            Self::Starve(mib) => write!(f, "starve-{mib}MiB"),
+            Self::Reset(side, stream, bytes) => write!(f, "reset-{side:?}-{stream}-{bytes}"),
+            Self::Damage => write!(f, "damage"),
         }
     }
 }

@@ -1,8 +1,9 @@
 //! Bringing faults about, and taking away again those that last for a while.
 
-use super::case::{Case, Fault, Moment, Side};
+use super::case::{Case, Fault, Moment, Process, Side};
 use super::scene::Scene;
 use crate::Host;
+use crate::guest::Window;
 use crate::network::Cable;
 use rustix::process::{Pid, Resource, Rlimit, Signal};
 use std::io::Write as _;
@@ -81,7 +82,9 @@ fn apply(fault: Fault, scene: &mut Scene<'_>) {
         Fault::FilesShort(process) => limit(scene.pid(process), Resource::Nofile, |pid| {
             Some(std::fs::read_dir(format!("/proc/{pid}/fd")).ok()?.count() as u64)
         }),
-        Fault::TooLarge => {}
+        Fault::Damage => damage(scene),
+        // In place before the sender starts.
+        Fault::TooLarge | Fault::Starve(_) | Fault::Reset(..) => {}
     }
 }
 
@@ -94,8 +97,15 @@ fn undo(fault: Fault, stopped: Option<i32>, scene: &mut Scene<'_>) {
         Fault::Slow(..) => scene.cable.set_rate(None),
         Fault::DiskFull(Side::Send) => clear_disk(&scene.a.runtime_dir()),
         Fault::DiskFull(Side::Receive) => clear_disk(&scene.b.runtime_dir()),
+        Fault::Starve(_) => scene.larder = None,
         _ => {}
     }
+}
+
+/// Changes a byte of the last page at the destination, which the guest never touches and nobody sends.
+fn damage(scene: &Scene<'_>) {
+    let pid = scene.pid(Process::DestinationVmm).expect("a VMM at the destination");
+    Window::open(pid).expect("its memory").damage_last_page();
 }
 
 /// A process that is gone already needs no signal.

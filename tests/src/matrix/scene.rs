@@ -1,8 +1,9 @@
 //! Two hosts, a guest on the first, and a migration between them that has come to the moment of its case.
 
 use super::case::{Case, Fault, Mode, Moment, Process, Side};
+use crate::cgroup::Larder;
 use crate::guest::Window;
-use crate::host::Place;
+use crate::host::{HOLD, Place, RESET};
 use crate::network::{Cable, FAR, NEAR};
 use crate::process::STEP_LIMIT;
 use crate::random::Random;
@@ -47,6 +48,8 @@ pub(super) struct Scene<'a> {
     pub source: Window,
     pub source_pid: i32,
     pub held: Option<Side>,
+    /// What limits the receiver's memory, until the fault is over.
+    pub larder: Option<Larder>,
 }
 
 impl<'a> Scene<'a> {
@@ -88,7 +91,18 @@ impl<'a> Scene<'a> {
             _ => None,
         };
         let hold = |side| held.filter(|(held, _)| *held == side).map_or("", |(_, phase)| phase);
+        let reset = |side| match case.reset() {
+            Some((at, stream, bytes)) if at == side => format!("{stream}@{bytes}"),
+            _ => String::new(),
+        };
         let mut arguments = vec!["--link-timeout", &link_timeout, "--ask-timeout", "2500ms"];
+        if case.retries() {
+            arguments.extend(["--keep", "30s"]);
+        }
+        let report = b.runtime_dir().join("report.json").display().to_string();
+        if case.fault == Fault::DiskFull(Side::Receive) {
+            arguments.extend(["--report", &report]);
+        }
         if case.fault == Fault::TooLarge {
             arguments.extend(["--max-memory", "32MiB"]);
         }
@@ -96,7 +110,12 @@ impl<'a> Scene<'a> {
             // The receiver itself needs its directory; what fails is everything that it makes there later.
             std::fs::create_dir_all(b.runtime_dir()).ok();
         }
-        let (receiver, address) = b.receive_held(&arguments, hold(Side::Receive));
+        let variables = [(HOLD, hold(Side::Receive)), (RESET, &reset(Side::Receive))];
+        let (receiver, address) = b.receive_with(&arguments, &variables);
+        let larder = match case.fault {
+            Fault::Starve(mib) => Some(Larder::around(receiver.pid(), mib << 20)),
+            _ => None,
+        };
         let weather = match case.fault {
             Fault::Weather(weather) if case.moment == Moment::Before => weather,
             _ => Weather::default(),
@@ -116,18 +135,39 @@ impl<'a> Scene<'a> {
         ];
         arguments.extend(match case.mode {
             // More than one round, so that there is a round 1 to fail in, and an end on a slow machine, too.
-            Mode::PreCopy => ["--downtime", "1ms", "--max-rounds", "5", "--on-timeout", "force"],
+            Mode::PreCopy | Mode::Resume | Mode::Verify => {
+                ["--downtime", "1ms", "--max-rounds", "5", "--on-timeout", "force"]
+            }
             Mode::PostCopy => {
                 ["--downtime", "1us", "--max-rounds", "5", "--post-copy=1", "--on-timeout=post-copy"]
             }
         });
+        if case.mode == Mode::Verify {
+            arguments.push("--verify");
+        }
+        if case.retries() {
+            arguments.extend(["--retry-for", if case.heals() { "20s" } else { "2s" }]);
+        }
+        let (trace, report) = (a.runtime_dir().join("trace"), a.runtime_dir().join("report.json"));
+        let (trace, report) = (trace.display().to_string(), report.display().to_string());
+        if case.fault == Fault::DiskFull(Side::Send) {
+            arguments.extend(["--trace", &trace, "--report", &report]);
+        }
         if case.moment == Moment::Before {
             super::fault::before(case, cable, &a, &b);
         }
-        let sender = a.start_held(&arguments, hold(Side::Send));
+        let variables = [(HOLD, hold(Side::Send)), (RESET, &reset(Side::Send))];
+        let sender = a.start_with(&arguments, &variables);
         let mut scene =
-            Self { a, b, cable, relay, address, receiver, sender, source, source_pid, held: None };
+            Self { a, b, cable, relay, address, receiver, sender, source, source_pid, held: None, larder };
         match case.moment {
+            // Too slow a machine to dial: no stream can be cut then.
+            Moment::Before if case.is_taken_up() => {
+                let begun = |line: &serde_json::Value| line["event"] == "phase" && line["phase"] == "rounds";
+                if !scene.sender.saw(STEP_LIMIT, begun) {
+                    return None;
+                }
+            }
             Moment::Before => {}
             Moment::Entering(side, _) => {
                 if !scene.is_held(side) {
@@ -136,7 +176,10 @@ impl<'a> Scene<'a> {
                 scene.held = Some(side);
             }
             Moment::Into(phase, us) => {
-                scene.sender.saw(STEP_LIMIT, |line| line["event"] == "phase" && line["phase"] == phase);
+                let come = |line: &serde_json::Value| line["event"] == "phase" && line["phase"] == phase;
+                if !scene.sender.saw(STEP_LIMIT, come) && phase == "post-copy" {
+                    return None;
+                }
                 std::thread::sleep(Duration::from_micros(us));
             }
         }
@@ -182,7 +225,7 @@ impl<'a> Scene<'a> {
 fn guest(case: &Case) -> String {
     let mut random = Random::new(case.seed);
     let (ws_mib, rate) = match case.mode {
-        Mode::PreCopy => (2 + random.below(6), 20 + random.below(60)),
+        Mode::PreCopy | Mode::Resume | Mode::Verify => (2 + random.below(6), 20 + random.below(60)),
         Mode::PostCopy => (6 + random.below(2), 60 + random.below(60)),
     };
     format!(

@@ -24,12 +24,15 @@ pub(super) struct Ended {
     pub survivor: Survivor,
     /// `migrate recover` was needed.
     pub recovered: bool,
+    /// The sender found another link, and went on.
+    pub resumed: bool,
 }
 
 impl fmt::Display for Ended {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let recovered = if self.recovered { ", by recover" } else { "" };
-        write!(f, "{:?}{recovered}", self.survivor)
+        let resumed = if self.resumed { ", resumed" } else { "" };
+        write!(f, "{:?}{recovered}{resumed}", self.survivor)
     }
 }
 
@@ -41,6 +44,7 @@ pub(super) fn judge(case: &Case, scene: Scene<'_>) -> Ended {
     let Scene { a, b, sender, mut receiver, address, source, .. } = scene;
     let sent = sender.finish();
     check_words(case, "the sender", &sent);
+    let resumed = resumed(case, &sent);
     let at_source = wait_settled(&a, &["running", "pledged"]);
     let recovered = at_source.as_deref() == Some("pledged");
     if recovered {
@@ -95,14 +99,36 @@ pub(super) fn judge(case: &Case, scene: Scene<'_>) -> Ended {
         }
         Survivor::Nobody => {}
     }
-    Ended { survivor, recovered }
+    Ended { survivor, recovered, resumed }
+}
+
+/// Whether the sender went on over another link. What it said while it ran and its report must agree, and what heals in time it
+/// must have borne, without anybody's help.
+fn resumed(case: &Case, sent: &Finished) -> bool {
+    let resumed = sent.lines.iter().filter(|line| line["event"] == "resumed").count() as u64;
+    if let Some(report) = sent.event("report") {
+        assert_eq!(report["resumes"].as_u64(), Some(resumed), "{sent:#?}");
+    }
+    assert!(resumed == 0 || case.retries(), "nobody asked it to look for another link: {sent:#?}");
+    if case.is_taken_up() {
+        assert_eq!(sent.code, 0, "it did not get over what was over in time: {sent:#?}");
+        let lost = sent.event("link-lost").is_some();
+        assert!(!lost || resumed > 0, "{sent:#?}");
+        // A stream that was cut is a link that was lost, on however slow a machine.
+        assert!(resumed > 0 || case.reset().is_none(), "no stream was cut: {sent:#?}");
+    }
+    if case.fault == Fault::Damage {
+        let found = format!("{sent:?}").contains("memory differs");
+        assert!(sent.code == 7 && found, "the damage was not what ended it: {sent:#?}");
+    }
+    resumed > 0
 }
 
 /// What a program said and how it ended: by one of its documented exit codes, or by the signal that the case sent it. A
 /// process that gets no memory is ended by its allocator.
 fn check_words(case: &Case, who: &str, finished: &Finished) {
     let killed = match finished.code {
-        -9 => matches!(case.fault, Fault::Kill(_)),
+        -9 => matches!(case.fault, Fault::Kill(_) | Fault::Starve(_)),
         -6 => matches!(case.fault, Fault::MemoryShort(_)),
         // A second interrupt ends a program at once; only a receiver that still waits is asked twice.
         -2 => who == "the receiver" || matches!(case.fault, Fault::Interrupt(_)),

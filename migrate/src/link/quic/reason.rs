@@ -103,6 +103,11 @@ impl Ends {
         }
     }
 
+    /// This end cut a stream, because a test wants it.
+    pub(super) fn cut(&self) -> Error {
+        Error::Link(format!("a stream to {} was cut here for a test", self.peer))
+    }
+
     /// Why a read failed.
     pub(super) fn not_read(&self, error: &ReadError) -> Error {
         match error {

@@ -1,6 +1,7 @@
 //! The numbers of a QUIC link.
 
 use super::congestion::BoundedConfig;
+use super::cut::Cut;
 use crate::error::{Error, Result};
 use protocol::frame::MAX_PAGE_STREAMS;
 use quinn::{EndpointConfig, IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
@@ -29,6 +30,8 @@ pub struct Settings {
     pub workers: usize,
     /// How many bytes may be on their way whatever the path was seen to carry; see `congestion`.
     pub in_flight_bytes: u64,
+    /// For tests: a stream to cut.
+    pub cut: Option<Cut>,
 }
 
 impl Default for Settings {
@@ -43,6 +46,7 @@ impl Default for Settings {
             max_batch_bytes: usize::from(MAX_UDP_PAYLOAD_BYTES),
             workers: 1,
             in_flight_bytes: 1 << 20,
+            cut: None,
         }
     }
 }

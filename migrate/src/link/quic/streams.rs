@@ -1,10 +1,11 @@
 //! The page streams of a QUIC link, as the synchronous engine sees them.
 
+use super::cut::{self, Fuse};
 use super::reason::Ends;
 use crate::error::{Error, Result};
 use crate::link::{PageReceiver, PageSender};
 use bytes::Bytes;
-use quinn::{RecvStream, SendStream};
+use quinn::{RecvStream, SendStream, VarInt};
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -41,6 +42,7 @@ impl Deliveries {
 /// Writes pages; dropping it ends the stream cleanly.
 pub(super) struct Sender {
     pub(super) stream: SendStream,
+    pub(super) fuse: Option<Fuse>,
     /// Held, so that the transport outlives the link while an engine thread still has a stream.
     pub(super) runtime: Arc<Runtime>,
     pub(super) ends: Arc<Ends>,
@@ -50,8 +52,16 @@ pub(super) struct Sender {
 
 impl PageSender for Sender {
     fn write(&mut self, chunks: &mut [Bytes]) -> Result<()> {
-        let Self { stream, runtime, ends, stall_timeout, .. } = self;
+        let Self { stream, runtime, ends, stall_timeout, fuse, .. } = self;
         let after = *stall_timeout;
+        if let Some(fuse) = fuse {
+            if fuse.is_burnt() {
+                // It fails only for a closed stream.
+                let _ = stream.reset(VarInt::from_u32(cut::CODE));
+                return Err(ends.cut());
+            }
+            fuse.passed(chunks.iter().map(Bytes::len).sum());
+        }
         runtime.block_on(async {
             let mut rest = chunks;
             while !rest.is_empty() {
@@ -75,6 +85,7 @@ impl Drop for Sender {
 /// Reads pages.
 pub(super) struct Receiver {
     pub(super) stream: RecvStream,
+    pub(super) fuse: Option<Fuse>,
     /// Held, so that the transport outlives the link while an engine thread still has a stream.
     pub(super) runtime: Arc<Runtime>,
     pub(super) ends: Arc<Ends>,
@@ -82,10 +93,18 @@ pub(super) struct Receiver {
 
 impl PageReceiver for Receiver {
     fn read(&mut self) -> Result<Option<Bytes>> {
+        if self.fuse.as_ref().is_some_and(Fuse::is_burnt) {
+            // It fails only for a closed stream.
+            let _ = self.stream.stop(VarInt::from_u32(cut::CODE));
+            return Err(self.ends.cut());
+        }
         let chunk = self
             .runtime
             .block_on(self.stream.read_chunk(MAX_CHUNK_BYTES, true))
             .map_err(|error| self.ends.not_read(&error))?;
+        if let (Some(fuse), Some(chunk)) = (&mut self.fuse, &chunk) {
+            fuse.passed(chunk.bytes.len());
+        }
         Ok(chunk.map(|chunk| chunk.bytes))
     }
 }
