@@ -25,3 +25,25 @@ fn reached<'a>(
     }
     reached
 }
+
+#[cfg(test)]
+mod fixture {
+    use crate::vault::{Committed, Vault, sample};
+    use protocol::layout::{Layout, Space, SpaceKind};
+    use protocol::page::SpaceId;
+
+    /// A chain of so many deltas, small enough to go through every call that is made for it.
+    pub(super) fn chain(vault: &Vault, deltas: u32) -> Vec<Committed> {
+        let space =
+            |id, guest_address| Space { id: SpaceId(id), kind: SpaceKind::Memory, pages: 8, guest_address };
+        let mut memory = sample::Memory::of(Layout { spaces: vec![space(0, 0), space(1, 1 << 20)] }, 42);
+        let mut links = Vec::new();
+        for number in 0..=deltas {
+            memory.write(1);
+            memory.noise(0, u64::from(number % 8));
+            let link = memory.checkpoint(vault, sample::id(number), "web-1", links.last());
+            links.push(link);
+        }
+        links
+    }
+}

@@ -9,8 +9,8 @@
 #[path = "../../migrate/tests/store/contract.rs"]
 mod contract;
 
-use hyper_util::rt::{TokioExecutor, TokioIo};
-use hyper_util::server::conn::auto::Builder as Connections;
+use hyper::server::conn::http1;
+use hyper_util::rt::TokioIo;
 use migrate::store::{LockTimes, S3Store, Store};
 use object_store::aws::AmazonS3Builder;
 use s3s::auth::SimpleAuth;
@@ -48,9 +48,8 @@ impl Server {
             while let Ok((socket, _)) = listener.accept().await {
                 let service = service.clone();
                 tokio::spawn(async move {
-                    let connections = Connections::new(TokioExecutor::new());
                     // A client that goes away is no fault of the server's.
-                    connections.serve_connection(TokioIo::new(socket), service).await.ok();
+                    http1::Builder::new().serve_connection(TokioIo::new(socket), service).await.ok();
                 });
             }
         });

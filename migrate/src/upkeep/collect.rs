@@ -183,6 +183,7 @@ pub fn collect(
 mod tests {
     use super::*;
     use crate::store::{Fault, FaultyStore, MemoryStore, Store};
+    use crate::upkeep::fixture;
     use crate::upkeep::verify::verify;
     use crate::vault::sample;
     use std::sync::Arc;
@@ -212,7 +213,7 @@ mod tests {
     fn littered() -> (Vault, MemoryStore, Vec<CheckpointId>) {
         let store = MemoryStore::new();
         let vault = Vault::create(Arc::new(store.clone()), None).unwrap();
-        let (links, _) = sample::chain(&vault, 3);
+        let links = fixture::chain(&vault, 3);
         let ids: Vec<_> = links.iter().map(|link| link.manifest.id).collect();
         let pruned_unix_ms = crate::vault::now_unix_ms();
         vault.put_json(Kind::Pruned, &name::pruned(ids[3]), &Pruned { id: ids[3], pruned_unix_ms }).unwrap();

@@ -304,6 +304,7 @@ mod tests {
     use super::*;
     use crate::seal::StoreKey;
     use crate::store::{Fault, FaultyStore, MemoryStore, Store};
+    use crate::upkeep::fixture;
     use crate::upkeep::verify::verify;
     use crate::vault::sample;
     use std::sync::Arc;
@@ -317,7 +318,7 @@ mod tests {
     fn filled(key: Option<u8>) -> (Vault, Vec<CheckpointId>) {
         let store = MemoryStore::new();
         let vault = vault(&store, key);
-        let (links, _) = sample::chain(&vault, 2);
+        let links = fixture::chain(&vault, 2);
         let mut memory = sample::Memory::new(9);
         memory.write(2);
         let alone = memory.checkpoint(&vault, sample::id(7), "web-2", None);
