@@ -194,7 +194,9 @@ fn a_store_without_space_costs_a_checkpoint_and_nothing_else() {
 
 #[test]
 fn whoever_holds_the_guest_or_the_store_is_named_and_a_move_between_two_checkpoints_harms_none() {
-    if without_kvm("whoever_holds_the_guest_or_the_store_is_named_and_a_move_between_two_checkpoints_harms_none") {
+    if without_kvm(
+        "whoever_holds_the_guest_or_the_store_is_named_and_a_move_between_two_checkpoints_harms_none",
+    ) {
         return;
     }
     let (a, b) = trusting_pair(Path::new(PROGRAM));

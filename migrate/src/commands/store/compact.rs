@@ -22,7 +22,7 @@ Examples:
 The new checkpoint has the memory, the state and the time of the old one, a name of its own, and stands on nothing. The old ones stay as they
 are, with all that stands on them, until migrate store prune gives them up. No VM is touched. A member of a group is compacted
 alone: the new checkpoint belongs to no group.")]
-pub(super) struct Args {
+pub struct Args {
     #[command(flatten)]
     store: StoreArgs,
     /// Its name or the beginning of it, a time (the newest until then), a VM's name, VM@latest or VM@TIME, or latest.

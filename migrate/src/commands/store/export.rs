@@ -24,7 +24,7 @@ Examples:
 In the image each byte lies at its guest-physical address; the core has the same addresses, and each vCPU as a thread with its registers. Both
 are sparse and in the clear, also from a sealed store. An archive has the checkpoint and all that it stands on as they are stored, for migrate store
 import. A file that is there is not written over.")]
-pub(super) struct Args {
+pub struct Args {
     #[command(flatten)]
     store: StoreArgs,
     /// Its name or the beginning of it, a time (the newest until then), a VM's name, VM@latest or VM@TIME, or latest.

@@ -23,7 +23,7 @@ Examples:
 
 The archive is one that migrate store export --archive wrote. All of it is read back and checked before the checkpoint exists. A store
 that is not there is made; --encrypt names the key of the store the archive is of, if that is sealed.")]
-pub(super) struct Args {
+pub struct Args {
     #[command(flatten)]
     store: StoreArgs,
     /// The archive; - is the standard input.
