@@ -14,7 +14,6 @@ pub mod replay;
 pub mod estimate;
 pub mod keys;
 pub mod restore;
-pub mod store;
 pub mod recover;
 pub mod ledger;
 pub mod completions;

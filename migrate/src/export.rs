@@ -14,6 +14,7 @@ use protocol::state::State;
 use std::fs::File;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
+use vmm::state::VcpuState;
 
 /// What was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,7 +41,6 @@ pub fn raw(image: &Image, path: &Path, cancel: &CancelFlag) -> Result<Exported> 
 /// # Errors
 /// As [`raw`]; `Store` when the state is not that of a VM of ours.
 pub fn core(vault: &Vault, image: &Image, path: &Path, cancel: &CancelFlag) -> Result<Exported> {
-    let layout = layout(image)?;
     let manifest = image.chain().first().map(|link| &link.manifest);
     let manifest = manifest.ok_or_else(|| Error::Store("the chain is empty".into()))?;
     let (_, state) = vault.state(manifest)?;
@@ -52,7 +52,12 @@ pub fn core(vault: &Vault, image: &Image, path: &Path, cancel: &CancelFlag) -> R
     };
     let state = State::decode(&state).map_err(|error| wrong(error.to_string()))?;
     let vcpus = vmm::state::vcpus(&state).map_err(|error| wrong(error.to_string()))?;
-    let core = elf::Core::new(&layout.spaces, &vcpus);
+    core_of(image, &vcpus, path, cancel)
+}
+
+fn core_of(image: &Image, vcpus: &[VcpuState], path: &Path, cancel: &CancelFlag) -> Result<Exported> {
+    let layout = layout(image)?;
+    let core = elf::Core::new(&layout.spaces, vcpus);
     let at = |space: &Space| core.offset(space.id);
     new_file(path, |file| write(image, layout, file, path, core.head(), core.bytes(), &at, cancel))
 }
@@ -116,4 +121,117 @@ fn write(
         file.write_all_at(pages, start + run.offset()).map_err(|error| failed(&error))
     })?;
     Ok(Exported { bytes, data_bytes })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vault::sample;
+    use std::os::unix::fs::MetadataExt as _;
+    use std::process::Command;
+
+    fn vcpu(rip: u64, rax: u64) -> VcpuState {
+        let mut vcpu = VcpuState {
+            mp_state: Default::default(),
+            regs: Default::default(),
+            sregs: Default::default(),
+            xsave: Vec::new(),
+            xcrs: Default::default(),
+            debug_regs: Default::default(),
+            lapic: Default::default(),
+            msrs: Vec::new(),
+            events: Default::default(),
+            nested: None,
+        };
+        vcpu.regs.rip = rip;
+        vcpu.regs.rax = rax;
+        vcpu.sregs.cs.selector = 0x10;
+        vcpu.sregs.gs.base = 0xffff_8880_0000_0000;
+        vcpu
+    }
+
+    #[test]
+    fn an_image_has_each_byte_at_its_address_and_holes_for_zeros() {
+        let vault = sample::vault();
+        let (links, images) = sample::chain(&vault, 3);
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("memory");
+        let image = Image::open(&vault, links[3].manifest.id).unwrap();
+        let done = raw(&image, &path, &CancelFlag::default()).unwrap();
+        let file = File::open(&path).unwrap();
+        for (space, expected) in sample::layout().spaces.iter().zip(&images[3]) {
+            let mut found = vec![0; expected.len()];
+            file.read_exact_at(&mut found, space.guest_address).unwrap();
+            assert!(found == *expected, "space {}", space.id.0);
+        }
+        let metadata = file.metadata().unwrap();
+        assert_eq!(metadata.len(), (4 << 30) + 90 * PAGE_SIZE as u64);
+        assert_eq!(
+            (done.bytes, done.data_bytes),
+            (metadata.len(), image.plan().data_pages() * PAGE_SIZE as u64)
+        );
+        assert!(metadata.blocks() * 512 <= done.data_bytes + (1 << 20), "{} blocks", metadata.blocks());
+        let error = raw(&image, &path, &CancelFlag::default()).unwrap_err();
+        assert!(matches!(error, Error::Usage(_)), "{error}");
+        let cancel = CancelFlag::default();
+        cancel.set();
+        raw(&image, &folder.path().join("other"), &cancel).unwrap_err();
+        assert!(!folder.path().join("other").exists(), "what was not finished is removed");
+    }
+
+    #[test]
+    fn gdb_opens_a_core_and_finds_registers_and_memory() {
+        let vault = sample::vault();
+        let (links, images) = sample::chain(&vault, 2);
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("core");
+        let image = Image::open(&vault, links[2].manifest.id).unwrap();
+        let vcpus = [vcpu(0xffff_ffff_8100_1234, 7), vcpu(0x7c00, 0xabcd_ef01_2345_6789)];
+        core_of(&image, &vcpus, &path, &CancelFlag::default()).unwrap();
+        let word = |space: usize, offset: usize| {
+            u64::from_le_bytes(*images[2][space][offset..].first_chunk().unwrap())
+        };
+        // The first page of each space that is not zeros.
+        let full = |space: usize| {
+            let pages = images[2][space].as_chunks::<PAGE_SIZE>().0;
+            pages.iter().position(|page| page.iter().any(|byte| *byte != 0)).unwrap() * PAGE_SIZE
+        };
+        let (low, high) = (full(0), full(1));
+        let shown = Command::new("gdb")
+            .args(["-nx", "-batch", "-ex", "info threads", "-ex", "thread 1", "-ex", "p/x $rip"])
+            .args(["-ex", "p/x $gs_base", "-ex", "thread 2", "-ex", "p/x $rax", "-ex", "p/x $cs"])
+            .args([
+                "-ex",
+                &format!("x/gx {low:#x}"),
+                "-ex",
+                &format!("x/gx {:#x}", (4_u64 << 30) + high as u64),
+            ])
+            .arg("-c")
+            .arg(&path)
+            .env("LC_ALL", "C")
+            .output()
+            .expect("gdb runs: install gdb");
+        let text = String::from_utf8_lossy(&shown.stdout) + String::from_utf8_lossy(&shown.stderr);
+        for expected in [
+            "0xffffffff81001234".to_owned(),
+            "0xffff888000000000".into(),
+            "0xabcdef0123456789".into(),
+            "= 0x10".into(),
+            format!("{low:#x}:\t{:#018x}", word(0, low)),
+            format!("{:#x}:\t{:#018x}", (4_u64 << 30) + high as u64, word(1, high)),
+        ] {
+            assert!(text.contains(&expected), "no {expected:?} in\n{text}");
+        }
+    }
+
+    #[test]
+    fn a_state_without_registers_is_refused_by_name() {
+        let vault = sample::vault();
+        let (links, _) = sample::chain(&vault, 0);
+        let folder = tempfile::tempdir().unwrap();
+        let image = Image::open(&vault, links[0].manifest.id).unwrap();
+        let error = core(&vault, &image, &folder.path().join("core"), &CancelFlag::default()).unwrap_err();
+        assert!(error.to_string().contains(&links[0].manifest.id.to_string()), "{error}");
+        assert!(!folder.path().join("core").exists());
+    }
 }

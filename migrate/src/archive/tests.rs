@@ -3,7 +3,7 @@ use crate::cancel::CancelFlag;
 use crate::exit;
 use crate::restore::image::Image;
 use crate::seal::StoreKey;
-use crate::store::{MemoryStore, Store as _};
+use crate::store::MemoryStore;
 use crate::vault::{Vault, sample};
 use protocol::checkpoint::name::{self, CheckpointId};
 use std::sync::Arc;
