@@ -177,6 +177,7 @@ impl<'env, 'run> Taking<'env, 'run> {
     ) -> Self {
         let workload = source.workload();
         let memory_bytes = workload.layout.total_bytes();
+        let stage = Stage::new(&workload.layout, options.stage_bytes);
         let report = CheckpointReport::new(options.id, &workload.name, vault.place(), memory_bytes);
         Self {
             taken: workload.layout.spaces.iter().map(|space| PageSet::empty(space.pages)).collect(),
@@ -188,7 +189,7 @@ impl<'env, 'run> Taking<'env, 'run> {
             observer,
             progress,
             report,
-            stage: Stage::new(options.stage_bytes),
+            stage,
             parent: None,
             measured: Vec::new(),
             round: 0,

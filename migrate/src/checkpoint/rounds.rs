@@ -179,6 +179,8 @@ impl Taking<'_, '_> {
         let begun = Instant::now();
         let (round, dirty_pages) = (self.round, plan.iter().map(PageSet::count).sum());
         self.round += 1;
+        // There are fewer than 256: see the stop rule.
+        let stage_round = round as u8;
         self.observer.event(&Event::RoundBegin { round, dirty_pages });
         let mut report = RoundReport { round, dirty_pages, ..RoundReport::default() };
         let mut copying = Duration::ZERO;
@@ -201,7 +203,7 @@ impl Taking<'_, '_> {
                 }
                 copying += reading.elapsed();
                 report.sent_pages += runs.iter().map(|run| u64::from(run.count)).sum::<u64>();
-                self.stage.push(runs, buffer);
+                self.stage.push(stage_round, runs, buffer);
             }
             if !frozen {
                 self.tell(&report, begun);

@@ -6,11 +6,14 @@
 //!    └──────── empty buffers ◀─────────┘
 //! ```
 //!
+//! A page that was read again while an older version of it waits here need be written once only: the older one is stale.
+//!
 //! While the workload runs, whoever reads its memory waits for the store here. While it stands still, it does not: as much again
 //! as the bound may be taken then, because a workload that stands still costs more than memory does.
 
 use crate::error::{Error, Result};
 use crate::vault::RAW_EXTENT_PAGES;
+use protocol::layout::Layout;
 use protocol::page::{PAGE_SIZE, PageRun};
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -29,10 +32,13 @@ const WATCH: Duration = Duration::from_millis(20);
 pub(super) struct Load {
     /// The later it was read, the higher.
     pub(super) number: u64,
+    round: u8,
     /// Which pages, in ascending order; together at most [`LOAD_PAGES`].
     pub(super) runs: Vec<PageRun>,
     /// Their bytes, one behind the other, at the front.
     pub(super) buffer: Box<[u8]>,
+    /// Bit n: the n-th of them was read again since.
+    pub(super) stale: u64,
 }
 
 /// The queue. A clone is another handle.
@@ -56,6 +62,8 @@ struct State {
     /// Buffers that are being filled, queued, or being written.
     used: usize,
     next_number: u64,
+    /// For each page of each space the round in which it was read last.
+    read_in: Vec<Vec<u8>>,
     closed: bool,
     /// Writers wait: what they would do takes from the processors that the workload waits for.
     held: bool,
@@ -65,11 +73,13 @@ struct State {
 }
 
 impl Stage {
-    /// An empty one, of which this much may be in use while the workload runs.
-    pub(super) fn new(live_bytes: u64) -> Self {
+    /// An empty one for this memory, of which this much may be in use while the workload runs.
+    pub(super) fn new(layout: &Layout, live_bytes: u64) -> Self {
+        let read_in = layout.spaces.iter().map(|space| vec![0; space.pages as usize]).collect();
+        let state = Mutex::new(State { read_in, ..State::default() });
         let live_buffers = usize::try_from(live_bytes).unwrap_or(usize::MAX) / BUFFER_BYTES;
         let (queued, freed) = (Condvar::new(), Condvar::new());
-        Self(Arc::new(Shared { state: Mutex::default(), queued, freed, live_buffers: live_buffers.max(2) }))
+        Self(Arc::new(Shared { state, queued, freed, live_buffers: live_buffers.max(2) }))
     }
 
     /// Pages that can be in use while the workload runs.
@@ -91,12 +101,15 @@ impl Stage {
         Ok(free.unwrap_or_else(new_buffer))
     }
 
-    /// Queues what was read into a buffer.
-    pub(super) fn push(&self, runs: Vec<PageRun>, buffer: Box<[u8]>) {
+    /// Queues what was read into a buffer in a round: each page once in it.
+    pub(super) fn push(&self, round: u8, runs: Vec<PageRun>, buffer: Box<[u8]>) {
         let mut state = self.lock();
         let number = state.next_number;
         state.next_number += 1;
-        state.queue.push_back(Load { number, runs, buffer });
+        for run in &runs {
+            state.pages_of(run).fill(round);
+        }
+        state.queue.push_back(Load { number, round, runs, buffer, stale: 0 });
         drop(state);
         self.0.queued.notify_one();
     }
@@ -151,8 +164,9 @@ impl Stage {
                 return None;
             }
             if !state.held
-                && let Some(load) = state.queue.pop_front()
+                && let Some(mut load) = state.queue.pop_front()
             {
+                load.stale = state.stale(&load);
                 return Some(load);
             }
             if state.closed && state.queue.is_empty() {
@@ -224,6 +238,24 @@ impl Stage {
 }
 
 impl State {
+    /// For each page of a run the round in which it was read last.
+    fn pages_of(&mut self, run: &PageRun) -> &mut [u8] {
+        let space = self.read_in.get_mut(usize::from(run.space.0));
+        space.and_then(|pages| pages.get_mut(run.first as usize..run.end() as usize)).unwrap_or_default()
+    }
+
+    /// Which pages of a load were read again in a later round.
+    fn stale(&mut self, load: &Load) -> u64 {
+        let (mut stale, mut bit) = (0, 1);
+        for run in &load.runs {
+            for round in self.pages_of(run) {
+                stale |= if *round == load.round { 0 } else { bit };
+                bit <<= 1;
+            }
+        }
+        stale
+    }
+
     fn has_failed(&self) -> bool {
         self.failed.is_some() || self.told
     }
@@ -247,10 +279,16 @@ fn new_buffer() -> Box<[u8]> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use protocol::layout::{Space, SpaceKind};
     use protocol::page::SpaceId;
     use std::time::Instant;
 
     const MIB: u64 = 1 << 20;
+
+    fn stage() -> Stage {
+        let space = Space { id: SpaceId(0), kind: SpaceKind::Memory, pages: 100, guest_address: 0 };
+        Stage::new(&Layout { spaces: vec![space] }, MIB)
+    }
 
     fn runs(first: u64) -> Vec<PageRun> {
         vec![PageRun { space: SpaceId(0), first, count: 1 }]
@@ -270,11 +308,11 @@ mod tests {
 
     #[test]
     fn it_holds_as_much_as_it_may_and_as_much_again_for_the_last_pages() {
-        let stage = Stage::new(MIB);
+        let stage = stage();
         assert_eq!(stage.live_pages(), 256);
         for _ in 0..4 {
             let buffer = stage.buffer(false, &mut no_wait).unwrap();
-            stage.push(runs(0), buffer);
+            stage.push(0, runs(0), buffer);
         }
         assert!(matches!(stage.buffer(false, &mut no_wait), Err(Error::Interrupted(_))));
         for _ in 0..4 {
@@ -286,7 +324,7 @@ mod tests {
 
     #[test]
     fn loads_come_in_sequence_and_their_buffers_are_used_again() {
-        let stage = Stage::new(MIB);
+        let stage = stage();
         let writer = {
             let stage = stage.clone();
             std::thread::spawn(move || {
@@ -300,7 +338,7 @@ mod tests {
         };
         for page in 0..100 {
             let buffer = stage.buffer(false, &mut patient()).unwrap();
-            stage.push(runs(page), buffer);
+            stage.push(0, runs(page), buffer);
         }
         stage.make_room(256, &mut patient()).unwrap();
         assert_eq!(stage.staged_pages(), 0);
@@ -312,11 +350,26 @@ mod tests {
     }
 
     #[test]
+    fn a_page_that_was_read_again_is_stale_where_it_waits_and_only_there() {
+        let stage = stage();
+        let load = |round, first, count| {
+            let buffer = stage.buffer(true, &mut no_wait).unwrap();
+            stage.push(round, vec![PageRun { space: SpaceId(0), first, count }], buffer);
+        };
+        load(0, 10, 4);
+        load(0, 20, 64);
+        load(1, 12, 1);
+        load(2, 83, 1);
+        let stale: Vec<u64> = (0..4).map(|_| stage.next().unwrap().stale).collect();
+        assert_eq!(stale, [0b100, 1 << 63, 0, 0]);
+    }
+
+    #[test]
     fn a_writer_that_fails_ends_every_wait() {
-        let stage = Stage::new(MIB);
+        let stage = stage();
         for _ in 0..4 {
             let buffer = stage.buffer(false, &mut no_wait).unwrap();
-            stage.push(runs(0), buffer);
+            stage.push(0, runs(0), buffer);
         }
         let failing = stage.clone();
         let writer = std::thread::spawn(move || {

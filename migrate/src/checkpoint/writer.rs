@@ -34,6 +34,8 @@ pub(super) struct Progress {
     data_pages: AtomicU64,
     /// Pages of zeros.
     zero_pages: AtomicU64,
+    /// Pages that were read again before they were written.
+    stale_pages: AtomicU64,
     /// The number of the next segment, and so how many were begun.
     segments: AtomicU32,
 }
@@ -51,7 +53,8 @@ impl Progress {
 
     /// Pages looked at, each as often as it was.
     pub(super) fn pages(&self) -> u64 {
-        self.data_pages() + self.zero_pages.load(Ordering::Relaxed)
+        let looked = [&self.data_pages, &self.zero_pages, &self.stale_pages];
+        looked.iter().map(|pages| pages.load(Ordering::Relaxed)).sum()
     }
 
     /// Segments that were begun.
@@ -172,16 +175,16 @@ struct Open {
 
 impl Writer<'_> {
     fn run(mut self, stage: &Stage) -> Result<Output> {
-        while let Some(Load { number, runs, mut buffer }) = stage.next() {
-            self.write(number, &runs, &mut buffer)?;
+        while let Some(Load { number, runs, mut buffer, stale, .. }) = stage.next() {
+            self.write(number, &runs, stale, &mut buffer)?;
             stage.written(buffer);
         }
         self.finish_segment()?;
         Ok(self.output)
     }
 
-    fn write(&mut self, load: u64, runs: &[PageRun], buffer: &mut [u8]) -> Result<()> {
-        let mut data = self.part(load, runs, buffer);
+    fn write(&mut self, load: u64, runs: &[PageRun], stale: u64, buffer: &mut [u8]) -> Result<()> {
+        let mut data = self.part(load, runs, stale, buffer);
         if !self.target.known.is_empty() {
             data = self.share(load, data, buffer);
         }
@@ -204,14 +207,19 @@ impl Writer<'_> {
         Ok(())
     }
 
-    /// Notes the zeros among some pages, and moves the bytes of the others to the front. Answers their runs.
-    fn part(&mut self, load: u64, runs: &[PageRun], buffer: &mut [u8]) -> Vec<PageRun> {
+    /// Notes the zeros among some pages, passes over those that are stale, and moves the bytes of the others to the front. Answers their
+    /// runs.
+    fn part(&mut self, load: u64, runs: &[PageRun], mut stale: u64, buffer: &mut [u8]) -> Vec<PageRun> {
         let mut data: Vec<PageRun> = Vec::with_capacity(runs.len());
         let (mut from, mut to) = (0, 0);
         for run in runs {
             for page in run.first..run.end() {
                 let one = PageRun { space: run.space, first: page, count: 1 };
-                if is_zero(&buffer[from..from + PAGE_SIZE]) {
+                let is_stale = stale & 1 == 1;
+                stale >>= 1;
+                if is_stale {
+                    self.progress.stale_pages.fetch_add(1, Ordering::Relaxed);
+                } else if is_zero(&buffer[from..from + PAGE_SIZE]) {
                     let placed = Placed { run: one, at: At::Zeros };
                     match self.output.written.lying.last_mut() {
                         Some(last) if last.load == load && last.placed.run.end() == page => {
