@@ -21,6 +21,7 @@ pub mod plan;
 mod order;
 mod touches;
 pub(crate) mod fetch;
+pub mod image;
 pub(crate) mod eager;
 mod lazy;
 pub mod report;

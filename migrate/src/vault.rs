@@ -9,7 +9,7 @@
 //! read is checked for its length before memory is taken for it, and against its digest before it is used. An error names the
 //! checkpoint and the object.
 
-mod wrong;
+pub(crate) mod wrong;
 mod write;
 mod read;
 mod catalogue;
@@ -25,13 +25,15 @@ pub use read::{SegmentReader, Unpacker};
 pub use write::{RAW_EXTENT_PAGES, SegmentWriter, ZSTD_EXTENT_PAGES};
 
 use crate::error::{Error, Result};
+use crate::seal::{SALT_BYTES, Sealer, StoreKey};
 use crate::store::Store;
 use protocol::checkpoint::index::Index;
 use protocol::checkpoint::manifest::{
     HexDigest, MAX_JSON_BYTES, Manifest, Part, StoreInfo, from_json, to_json,
 };
 use protocol::checkpoint::name::{self, CheckpointId};
-use protocol::checkpoint::object::{self, Digest, Kind};
+use protocol::checkpoint::object::{self, Kind};
+use protocol::checkpoint::segment::TAG_BYTES;
 use protocol::control::MAX_BLOB_BYTES;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -39,8 +41,8 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 use wrong::Wrong;
 
-/// What opens a sealed store. There is none yet.
-pub enum StoreKey {}
+/// What an object has around its body: a header, and what sealing adds.
+const FRAME_BYTES: u64 = (object::HEADER_BYTES + SALT_BYTES + TAG_BYTES) as u64;
 
 /// The most bytes of a state: what two blobs of a migration have, and the length of the first.
 const MAX_STATE_BYTES: u64 = 2 * MAX_BLOB_BYTES as u64 + 4;
@@ -53,6 +55,8 @@ const SOFTWARE: &str = concat!("migrate ", env!("CARGO_PKG_VERSION"));
 pub struct Vault {
     store: Arc<dyn Store>,
     info: StoreInfo,
+    /// In a sealed store everything but its description is sealed: what is not was put there by somebody without the key.
+    sealer: Option<Sealer>,
 }
 
 /// Milliseconds since 1970.
@@ -81,16 +85,14 @@ impl Vault {
     /// # Errors
     /// `Store`, also when there is one; `Host`.
     pub fn create(store: Arc<dyn Store>, key: Option<&StoreKey>) -> Result<Self> {
-        if let Some(key) = key {
-            match *key {}
-        }
+        let sealer = key.map(Sealer::new);
         let info = StoreInfo {
             id: random::<16>()?.iter().map(|byte| format!("{byte:02x}")).collect(),
             created_unix_ms: now_unix_ms(),
             software: SOFTWARE.into(),
-            seal: None,
+            seal: sealer.as_ref().map(Sealer::seal),
         };
-        let vault = Self { store, info };
+        let vault = Self { store, info, sealer };
         vault.put_json(Kind::Store, name::STORE, &vault.info)?;
         Ok(vault)
     }
@@ -100,9 +102,6 @@ impl Vault {
     /// # Errors
     /// `Store` when there is none, or it is of a version that this release does not read; `Usage` when the key is not the store's.
     pub fn open(store: Arc<dyn Store>, key: Option<&StoreKey>) -> Result<Self> {
-        if let Some(key) = key {
-            match *key {}
-        }
         if !store.contains(name::STORE)? {
             return Err(Error::Store(format!(
                 "{} is no checkpoint store: it has no {}; `migrate checkpoint` makes one",
@@ -110,11 +109,33 @@ impl Vault {
                 name::STORE
             )));
         }
-        let info: StoreInfo = read_json(&*store, Kind::Store, name::STORE)?;
-        if info.seal.is_some() {
-            return Err(Error::Usage(format!("{} is sealed: give its key", store.place())));
-        }
-        Ok(Self { store, info })
+        let mut vault = Self {
+            info: StoreInfo { id: String::new(), created_unix_ms: 0, software: String::new(), seal: None },
+            store,
+            sealer: None,
+        };
+        vault.info = vault.get_json(Kind::Store, name::STORE)?.0;
+        vault.sealer = match (&vault.info.seal, key) {
+            (None, None) => None,
+            (Some(seal), Some(key)) => {
+                let sealer = Sealer::new(key);
+                sealer.check(seal)?;
+                Some(sealer)
+            }
+            (Some(_), None) => {
+                let place = vault.place();
+                return Err(Error::Usage(format!(
+                    "{place} is sealed: name the file of its key with --encrypt"
+                )));
+            }
+            (None, Some(_)) => {
+                let place = vault.place();
+                return Err(Error::Usage(format!(
+                    "{place} is not sealed, and was made so: leave out --encrypt, or use another store"
+                )));
+            }
+        };
+        Ok(vault)
     }
 
     /// Opens a store, or makes one where there is none.
@@ -140,7 +161,7 @@ impl Vault {
         self.store.place()
     }
 
-    fn wrong<'a>(&'a self, object: &'a str) -> Wrong<'a> {
+    pub(crate) fn wrong<'a>(&'a self, object: &'a str) -> Wrong<'a> {
         Wrong { store: &*self.store, object }
     }
 
@@ -149,7 +170,15 @@ impl Vault {
     /// # Errors
     /// `Store`, also when there is one of this name.
     pub fn put(&self, kind: Kind, name: &str, body: &[u8]) -> Result<Part> {
-        let (bytes, digest) = object::encode(kind, false, body);
+        let sealed = match self.sealer.as_ref().filter(|_| kind != Kind::Store) {
+            None => None,
+            Some(sealer) => {
+                let mut sealed = body.to_vec();
+                sealer.seal_body(name, &mut sealed)?;
+                Some(sealed)
+            }
+        };
+        let (bytes, digest) = object::encode(kind, sealed.is_some(), sealed.as_deref().unwrap_or(body));
         self.store.put(name, &bytes)?;
         Ok(Part { bytes: bytes.len() as u64, digest: HexDigest(digest) })
     }
@@ -163,12 +192,59 @@ impl Vault {
         self.put(kind, name, &json)
     }
 
-    /// Reads the body of an object; `part` is what another object says of it, or `limit_bytes` holds.
+    /// Reads the body of an object, of at most so many bytes; `part` is what another object says of it.
     ///
     /// # Errors
     /// `Store` when there is none, or it is not what it should be.
     fn read(&self, kind: Kind, name: &str, part: Option<&Part>, limit_bytes: u64) -> Result<(Vec<u8>, Part)> {
-        read(&*self.store, kind, name, part, limit_bytes)
+        let wrong = self.wrong(name);
+        let reader = self.store.open(name)?;
+        let found = reader.bytes();
+        if let Some(part) = part.filter(|part| part.bytes != found) {
+            return Err(wrong.damaged(&format!("it has {found} bytes and not {}", part.bytes)));
+        }
+        if found > limit_bytes.saturating_add(FRAME_BYTES) {
+            return Err(wrong.damaged(&format!("its {found} bytes are more than {} has", what(kind))));
+        }
+        let mut bytes = Vec::new();
+        bytes
+            .try_reserve_exact(usize::try_from(found).unwrap_or(usize::MAX))
+            .map_err(|_| Error::Host(format!("there is no memory for the {found} bytes of {name}")))?;
+        bytes.resize(found as usize, 0);
+        reader.read_at(0, &mut bytes)?;
+        self.open_object(kind, name, bytes, part)
+    }
+
+    /// The body of an object whose bytes were read already, from here or elsewhere, and what it is known by.
+    ///
+    /// # Errors
+    /// `Store` when it is not what it should be.
+    pub(crate) fn open_object(
+        &self,
+        kind: Kind,
+        name: &str,
+        mut bytes: Vec<u8>,
+        part: Option<&Part>,
+    ) -> Result<(Vec<u8>, Part)> {
+        let wrong = self.wrong(name);
+        let found = bytes.len() as u64;
+        let object = object::decode(&bytes, kind, what(kind)).map_err(|error| wrong.damaged(&error))?;
+        if let Some(part) = part.filter(|part| part.digest.0 != object.digest) {
+            let why = format!("its digest is {} and not {}", HexDigest(object.digest), part.digest);
+            return Err(wrong.damaged(&why));
+        }
+        let sealer = self.sealer.as_ref().filter(|_| kind != Kind::Store);
+        let (sealed, digest) = (object.sealed, HexDigest(object.digest));
+        if sealed != sealer.is_some() {
+            let why =
+                if sealed { "it is sealed, the store is not" } else { "it is not sealed, the store is" };
+            return Err(wrong.damaged(why));
+        }
+        bytes.drain(..object::HEADER_BYTES);
+        if let Some(sealer) = sealer {
+            sealer.open_body(name, &mut bytes)?;
+        }
+        Ok((bytes, Part { bytes: found, digest }))
     }
 
     /// Reads the body of an object of which another says length and digest.
@@ -259,7 +335,7 @@ fn limit_bytes(kind: Kind) -> u64 {
         Kind::Store | Kind::Manifest | Kind::Group | Kind::Pruned => MAX_JSON_BYTES as u64,
         Kind::State => MAX_STATE_BYTES,
         Kind::Touched => MAX_BLOB_BYTES.into(),
-        Kind::Index => u64::MAX - object::HEADER_BYTES as u64,
+        Kind::Index => u64::MAX,
     }
 }
 
@@ -274,44 +350,4 @@ fn what(kind: Kind) -> &'static str {
         Kind::Pruned => "a note of what was given up",
         Kind::Touched => "an order of first touches",
     }
-}
-
-fn read_json<T: DeserializeOwned>(store: &dyn Store, kind: Kind, name: &str) -> Result<T> {
-    let (json, _) = read(store, kind, name, None, limit_bytes(kind))?;
-    from_json(what(kind), &json).map_err(|error| Wrong { store, object: name }.damaged(&error))
-}
-
-fn read(
-    store: &dyn Store,
-    kind: Kind,
-    name: &str,
-    part: Option<&Part>,
-    limit_bytes: u64,
-) -> Result<(Vec<u8>, Part)> {
-    let wrong = Wrong { store, object: name };
-    let reader = store.open(name)?;
-    let found = reader.bytes();
-    if let Some(part) = part.filter(|part| part.bytes != found) {
-        return Err(wrong.damaged(&format!("it has {found} bytes and not {}", part.bytes)));
-    }
-    if found > limit_bytes + object::HEADER_BYTES as u64 {
-        return Err(wrong.damaged(&format!("its {found} bytes are more than {} has", what(kind))));
-    }
-    let mut bytes = Vec::new();
-    bytes
-        .try_reserve_exact(usize::try_from(found).unwrap_or(usize::MAX))
-        .map_err(|_| Error::Host(format!("there is no memory for the {found} bytes of {name}")))?;
-    bytes.resize(found as usize, 0);
-    reader.read_at(0, &mut bytes)?;
-    let object = object::decode(&bytes, kind, what(kind)).map_err(|error| wrong.damaged(&error))?;
-    if let Some(part) = part.filter(|part| part.digest.0 != object.digest) {
-        let why = format!("its digest is {} and not {}", HexDigest(object.digest), part.digest);
-        return Err(wrong.damaged(&why));
-    }
-    if object.sealed {
-        return Err(wrong.damaged("it is sealed, and the store is not"));
-    }
-    let digest: Digest = object.digest;
-    bytes.drain(..object::HEADER_BYTES);
-    Ok((bytes, Part { bytes: found, digest: HexDigest(digest) }))
 }

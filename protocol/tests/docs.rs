@@ -112,6 +112,10 @@ fn no_constant_of_the_crate_is_left_out() {
     let mut found = 0;
     for file in std::fs::read_dir(source).unwrap() {
         let path = file.unwrap().path();
+        // The constants of checkpoints are in a document of their own: tests/checkpoint.rs holds it to them.
+        if path.is_dir() {
+            continue;
+        }
         let module = path.file_stem().unwrap().to_str().unwrap().to_owned();
         for line in std::fs::read_to_string(&path).unwrap().lines() {
             let Some(rest) = line.trim().strip_prefix("pub const ") else { continue };

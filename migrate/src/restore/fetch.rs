@@ -121,7 +121,14 @@ impl Fetch {
                 Way::Parts(parts) => {
                     for (range, part) in parts {
                         let sums = self.plan.sums(need);
-                        sink(part.run, reader.decode_part(&need.extent, part.page, sums, next(range))?)?;
+                        let pages = reader.decode_part(
+                            &need.extent,
+                            part.page,
+                            sums,
+                            next(range),
+                            &mut scratch.unpacker,
+                        )?;
+                        sink(part.run, pages)?;
                     }
                 }
             }

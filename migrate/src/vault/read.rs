@@ -2,13 +2,14 @@
 
 use super::Vault;
 use crate::error::Result;
+use crate::seal::{ObjectSeal, SALT_BYTES};
 use crate::store::{ObjectReader, Store};
 use crate::vault::wrong::Wrong;
 use protocol::checkpoint::index::Extent;
 use protocol::checkpoint::manifest::Segment;
 use protocol::checkpoint::name;
 use protocol::checkpoint::object::MAJOR;
-use protocol::checkpoint::segment::{Encoding, HEADER_BYTES, MAGIC, MAX_EXTENT_PAGES};
+use protocol::checkpoint::segment::{Encoding, HEADER_BYTES, MAGIC, MAX_EXTENT_PAGES, TAG_BYTES};
 use protocol::page::PAGE_SIZE;
 use std::ops::Range;
 use std::sync::Arc;
@@ -21,6 +22,7 @@ pub struct SegmentReader {
     store: Arc<dyn Store>,
     reader: Box<dyn ObjectReader>,
     name: String,
+    seal: Option<ObjectSeal>,
 }
 
 /// What a thread needs to read extents: buffers that are made once, none longer than an extent.
@@ -34,22 +36,26 @@ pub struct Unpacker {
 struct Scratch {
     zstd: Option<zstd::bulk::Decompressor<'static>>,
     pages: Vec<u8>,
+    opened: Vec<u8>,
 }
 
-impl Scratch {
-    /// What a frame unpacks to, if that is so many bytes.
-    fn unpack(&mut self, frame: &[u8], length: usize) -> Option<&[u8]> {
-        if self.pages.len() < length {
-            self.pages.resize(length, 0);
-        }
-        let zstd = match &mut self.zstd {
-            Some(zstd) => zstd,
-            none => none.insert(zstd::bulk::Decompressor::new().ok()?),
-        };
-        let pages = self.pages.get_mut(..length)?;
-        let found = zstd.decompress_to_buffer(frame, pages).ok()?;
-        (found == length).then_some(pages)
+/// What a frame unpacks to, if that is so many bytes.
+fn unpack<'a>(
+    zstd: &mut Option<zstd::bulk::Decompressor<'static>>,
+    pages: &'a mut Vec<u8>,
+    frame: &[u8],
+    length: usize,
+) -> Option<&'a [u8]> {
+    if pages.len() < length {
+        pages.resize(length, 0);
     }
+    let zstd = match zstd {
+        Some(zstd) => zstd,
+        none => none.insert(zstd::bulk::Decompressor::new().ok()?),
+    };
+    let pages = pages.get_mut(..length)?;
+    let found = zstd.decompress_to_buffer(frame, pages).ok()?;
+    (found == length).then_some(pages)
 }
 
 impl SegmentReader {
@@ -60,14 +66,20 @@ impl SegmentReader {
     pub fn open(vault: &Vault, segment: &Segment) -> Result<Self> {
         let name = name::segment(segment.checkpoint, segment.number);
         let reader = vault.store.open(&name)?;
-        let opened = Self { store: Arc::clone(&vault.store), reader, name };
+        let mut opened = Self { store: Arc::clone(&vault.store), reader, name, seal: None };
         let found = opened.reader.bytes();
-        if found != segment.bytes || found < HEADER_BYTES as u64 {
+        let salt_bytes = if vault.sealer.is_some() { SALT_BYTES } else { 0 };
+        if found != segment.bytes || found < (HEADER_BYTES + salt_bytes) as u64 {
             return Err(opened.damaged(&format!("it has {found} bytes and not {}", segment.bytes)));
         }
         let mut header = [0; HEADER_BYTES];
         opened.reader.read_at(0, &mut header)?;
-        opened.check_header(header)?;
+        opened.check_header(header, vault.sealer.is_some())?;
+        if let Some(sealer) = &vault.sealer {
+            let mut salt = [0; SALT_BYTES];
+            opened.reader.read_at(HEADER_BYTES as u64, &mut salt)?;
+            opened.seal = Some(sealer.object(&opened.name, &salt)?);
+        }
         Ok(opened)
     }
 
@@ -75,7 +87,7 @@ impl SegmentReader {
         Wrong { store: &*self.store, object: &self.name }.damaged(why)
     }
 
-    fn check_header(&self, header: [u8; HEADER_BYTES]) -> Result<()> {
+    fn check_header(&self, header: [u8; HEADER_BYTES], sealed: bool) -> Result<()> {
         let Some([v0, v1, flags, zeros @ ..]) = header.strip_prefix(&MAGIC) else {
             return Err(self.damaged("it does not begin as a segment does"));
         };
@@ -85,10 +97,14 @@ impl SegmentReader {
                 "it is of version {major} of the format, this release reads {MAJOR}: use the release that wrote it"
             )));
         }
-        if *flags != 0 || zeros.iter().any(|byte| *byte != 0) {
+        if *flags > 1 || zeros.iter().any(|byte| *byte != 0) {
             return Err(self.damaged("a reserved field of its header is not zero"));
         }
-        Ok(())
+        match (*flags == 1, sealed) {
+            (true, false) => Err(self.damaged("it is sealed, the store is not")),
+            (false, true) => Err(self.damaged("it is not sealed, the store is")),
+            _ => Ok(()),
+        }
     }
 
     /// Where a whole extent lies.
@@ -99,9 +115,14 @@ impl SegmentReader {
     /// Where `count` pages from `first` on lie alone; `None` when only the whole extent can be read.
     pub fn part(&self, extent: &Extent, first: u16, count: u16) -> Option<Range<u64>> {
         let inside = count > 0 && first.checked_add(count).is_some_and(|end| end <= extent.pages);
-        let page = PAGE_SIZE as u64;
+        let page = self.stride() as u64;
         let start = extent.offset.checked_add(u64::from(first) * page)?;
         (inside && extent.encoding == Encoding::Raw).then(|| start..start + u64::from(count) * page)
+    }
+
+    /// How far apart the pages of a raw extent lie.
+    fn stride(&self) -> usize {
+        PAGE_SIZE + if self.seal.is_some() { TAG_BYTES } else { 0 }
     }
 
     /// Fills a buffer with what lies from a byte offset on: one extent or many neighbours.
@@ -139,24 +160,50 @@ impl SegmentReader {
         stored: &'a [u8],
         scratch: &'a mut Scratch,
     ) -> Result<&'a [u8]> {
-        let length = usize::from(extent.pages.min(MAX_EXTENT_PAGES)) * PAGE_SIZE;
+        let count = usize::from(extent.pages.min(MAX_EXTENT_PAGES));
+        let length = count * PAGE_SIZE;
         let wrong = |why| Err(self.damaged_extent(extent, why));
         if stored.len() as u64 != u64::from(extent.stored_bytes)
             || *blake3::hash(stored).as_bytes() != extent.digest
         {
             return wrong("does not match its digest");
         }
+        let Scratch { zstd, pages, opened } = scratch;
         match extent.encoding {
-            Encoding::Raw if stored.len() == length => Ok(stored),
+            Encoding::Raw if stored.len() == count * self.stride() => {
+                self.open_pieces(extent.offset, stored, self.stride(), opened)
+            }
             Encoding::Raw => wrong("has not the length of its pages"),
             Encoding::Zstd => {
-                scratch.unpack(stored, length).map_or_else(|| wrong("does not unpack to its pages"), Ok)
+                let frame = self.open_pieces(extent.offset, stored, stored.len(), opened)?;
+                let unpacked = unpack(zstd, pages, frame, length);
+                unpacked.map_or_else(|| wrong("does not unpack to its pages"), Ok)
             }
         }
     }
 
+    /// Opens pieces of one length with their tags, or answers what is not sealed as it is.
+    fn open_pieces<'a>(
+        &self,
+        offset: u64,
+        stored: &'a [u8],
+        piece_bytes: usize,
+        opened: &'a mut Vec<u8>,
+    ) -> Result<&'a [u8]> {
+        let Some(seal) = &self.seal else { return Ok(stored) };
+        opened.clear();
+        for (number, piece) in stored.chunks(piece_bytes.max(1)).enumerate() {
+            let start = opened.len();
+            opened.extend_from_slice(piece);
+            let position = offset.saturating_add((number * piece_bytes) as u64);
+            let length = seal.open(position, opened.get_mut(start..).unwrap_or_default())?;
+            opened.truncate(start + length);
+        }
+        Ok(opened)
+    }
+
     /// Some pages of a raw extent, from their stored bytes as [`SegmentReader::part`] has them, each checked against its sum in the
-    /// index, of which `sums` are those of the extent.
+    /// index, of which `sums` are those of the extent. Pages that are not sealed are not copied.
     ///
     /// # Errors
     /// `Store` when they are damaged.
@@ -166,14 +213,21 @@ impl SegmentReader {
         first: u16,
         sums: &[u64],
         stored: &'a [u8],
+        unpacker: &'a mut Unpacker,
     ) -> Result<&'a [u8]> {
-        let (pages, rest) = stored.as_chunks::<PAGE_SIZE>();
+        let count = stored.len() / self.stride();
         let sums = sums.get(usize::from(first)..).unwrap_or_default();
-        if !rest.is_empty() || extent.encoding != Encoding::Raw || sums.len() < pages.len() {
+        if !stored.len().is_multiple_of(self.stride())
+            || extent.encoding != Encoding::Raw
+            || sums.len() < count
+        {
             return Err(self.damaged_extent(extent, "cannot be read by pages"));
         }
-        match pages.iter().zip(sums).position(|(page, sum)| XxHash3_64::oneshot(page) != *sum) {
-            None => Ok(stored),
+        let offset = extent.offset.saturating_add((usize::from(first) * self.stride()) as u64);
+        let pages = self.open_pieces(offset, stored, self.stride(), &mut unpacker.scratch.opened)?;
+        let (whole, _) = pages.as_chunks::<PAGE_SIZE>();
+        match whole.iter().zip(sums).position(|(page, sum)| XxHash3_64::oneshot(page) != *sum) {
+            None => Ok(pages),
             Some(at) => {
                 let page = usize::from(first) + at;
                 Err(self.damaged_extent(extent, &format!("does not match the sum of its page {page}")))

@@ -70,6 +70,15 @@ impl Memory {
         }
     }
 
+    /// Writes noise into one page.
+    pub(crate) fn noise(&mut self, space: usize, page: u64) {
+        self.changed[space].insert(page, 1);
+        for word in 0..PAGE_SIZE / 8 {
+            let (value, at) = (self.random(), page as usize * PAGE_SIZE + word * 8);
+            self.spaces[space][at..at + 8].copy_from_slice(&value.to_le_bytes());
+        }
+    }
+
     /// Takes a checkpoint: on a parent what changed since the last one, and else everything.
     pub(crate) fn checkpoint(
         &mut self,

@@ -1,11 +1,15 @@
+#[path = "../../tests/format/reader.rs"]
+mod reader;
+
 use super::sample::{Memory, chain, id, vault};
 use super::*;
 use crate::exit;
-use crate::store::MemoryStore;
+use crate::store::{LocalStore, MemoryStore};
 use protocol::checkpoint::index::At;
 use protocol::checkpoint::manifest::Group;
 use protocol::checkpoint::segment::Encoding;
 use protocol::page::PAGE_SIZE;
+use std::path::Path;
 
 /// The memory that a chain stands for, page by page from the newest link that has it.
 fn restored(vault: &Vault, id: CheckpointId) -> Result<Vec<Vec<u8>>> {
@@ -38,7 +42,7 @@ fn restored(vault: &Vault, id: CheckpointId) -> Result<Vec<Vec<u8>>> {
             if let Some(part) = part {
                 let mut stored = vec![0; (part.end - part.start) as usize];
                 reader.fetch(part.start, &mut stored)?;
-                assert_eq!(reader.decode_part(extent, page, sums, &stored)?, target);
+                assert_eq!(reader.decode_part(extent, page, sums, &stored, &mut unpacker)?, target);
             }
         }
     }
@@ -61,24 +65,35 @@ fn a_chain_holds_the_memory_of_each_of_its_links() {
     assert_eq!(again.manifests().unwrap().committed, links);
 }
 
+fn key(byte: u8) -> StoreKey {
+    StoreKey::from_bytes([byte; 32])
+}
+
 /// A full checkpoint and a delta of a memory of a few pages.
-fn small() -> (Vault, MemoryStore, CheckpointId) {
+fn small(key: Option<&StoreKey>) -> (Vault, MemoryStore, CheckpointId) {
     let store = MemoryStore::new();
-    let vault = Vault::create(Arc::new(store.clone()), None).unwrap();
+    let vault = Vault::create(Arc::new(store.clone()), key).unwrap();
+    write_small(&vault);
+    (vault, store, id(1))
+}
+
+fn write_small(vault: &Vault) -> Memory {
     let mut layout = sample::layout();
     layout.spaces[0].pages = 3;
     layout.spaces[1].pages = 2;
     let mut memory = Memory::of(layout, 3);
     memory.write(4);
-    let full = memory.checkpoint(&vault, id(0), "web-1", None);
-    memory.write(1);
-    let delta = memory.checkpoint(&vault, id(1), "web-1", Some(&full)).manifest.id;
-    (vault, store, delta)
+    memory.noise(0, 0);
+    memory.noise(1, 1);
+    let full = memory.checkpoint(vault, id(0), "web-1", None);
+    memory.noise(0, 1);
+    memory.checkpoint(vault, id(1), "web-1", Some(&full));
+    memory
 }
 
 /// Reads everything that a restore does.
-fn read_all(store: &MemoryStore, id: CheckpointId) -> Result<()> {
-    let vault = Vault::open(Arc::new(store.clone()), None)?;
+fn read_all(store: &MemoryStore, key: Option<&StoreKey>, id: CheckpointId) -> Result<()> {
+    let vault = Vault::open(Arc::new(store.clone()), key)?;
     let chain = vault.chain(id)?;
     vault.state(&chain[0].manifest)?;
     vault.state(&chain[1].manifest)?;
@@ -87,8 +102,17 @@ fn read_all(store: &MemoryStore, id: CheckpointId) -> Result<()> {
 
 #[test]
 fn any_byte_that_is_flipped_is_noticed_and_named() {
-    let (vault, store, delta) = small();
-    read_all(&store, delta).unwrap();
+    flip_every_byte(None);
+}
+
+#[test]
+fn any_byte_of_a_sealed_store_that_is_flipped_is_noticed_and_named() {
+    flip_every_byte(Some(&key(1)));
+}
+
+fn flip_every_byte(key: Option<&StoreKey>) {
+    let (vault, store, delta) = small(key);
+    read_all(&store, key, delta).unwrap();
     let mut flipped = 0;
     for object in vault.store().list("").unwrap() {
         let reader = vault.store().open(&object.name).unwrap();
@@ -99,7 +123,7 @@ fn any_byte_that_is_flipped_is_noticed_and_named() {
             store.delete(&object.name).unwrap();
             store.put(&object.name, &bytes).unwrap();
             let error =
-                read_all(&store, delta).expect_err(&format!("byte {at} of {}", object.name)).to_string();
+                read_all(&store, key, delta).expect_err(&format!("byte {at} of {}", object.name)).to_string();
             assert!(error.contains(&object.name), "byte {at} of {}: {error}", object.name);
             bytes[at] ^= 1 << (at % 8);
             flipped += 1;
@@ -107,13 +131,13 @@ fn any_byte_that_is_flipped_is_noticed_and_named() {
         store.delete(&object.name).unwrap();
         store.put(&object.name, &bytes).unwrap();
     }
-    read_all(&store, delta).unwrap();
+    read_all(&store, key, delta).unwrap();
     assert!(flipped > 10_000, "{flipped}");
 }
 
 #[test]
 fn any_object_that_is_cut_or_gone_is_noticed_and_named() {
-    let (vault, store, delta) = small();
+    let (vault, store, delta) = small(None);
     for object in vault.store().list("").unwrap() {
         let reader = vault.store().open(&object.name).unwrap();
         let mut bytes = vec![0; object.bytes as usize];
@@ -123,11 +147,11 @@ fn any_object_that_is_cut_or_gone_is_noticed_and_named() {
             other.resize(length, 0);
             store.delete(&object.name).unwrap();
             store.put(&object.name, &other).unwrap();
-            let error = read_all(&store, delta).expect_err(&object.name).to_string();
+            let error = read_all(&store, None, delta).expect_err(&object.name).to_string();
             assert!(error.contains(&object.name), "{length} bytes of {}: {error}", object.name);
         }
         store.delete(&object.name).unwrap();
-        let error = read_all(&store, delta).expect_err(&object.name).to_string();
+        let error = read_all(&store, None, delta).expect_err(&object.name).to_string();
         let id = wrong::checkpoint_of(&object.name).map(|id| id.to_string()).unwrap_or_default();
         assert!(
             error.contains(&object.name) || !id.is_empty() && error.contains(&id),
@@ -257,4 +281,89 @@ fn a_store_is_opened_only_where_there_is_one_of_our_version() {
     store.put(name::STORE, &newer).unwrap();
     let error = Vault::open(store, None).err().unwrap().to_string();
     assert!(error.contains("version 2") && error.contains(name::STORE), "{error}");
+}
+
+#[test]
+fn a_sealed_store_shows_nothing_and_is_opened_by_its_key_alone() {
+    let (_, store, delta) = small(Some(&key(1)));
+    read_all(&store, Some(&key(1)), delta).unwrap();
+    for wrong in [None, Some(key(2))] {
+        let error = Vault::open(Arc::new(store.clone()), wrong.as_ref()).err().unwrap();
+        assert_eq!(exit::code(&error), 2, "{error}");
+    }
+    let (_, plain, same) = small(None);
+    assert_eq!(same, delta);
+    assert_eq!(exit::code(&read_all(&plain, Some(&key(1)), same).unwrap_err()), 2);
+    // Somebody without the key puts what is not sealed in the place of what is.
+    for object in plain.list("").unwrap().iter().filter(|object| object.name != name::STORE) {
+        let mut bytes = [Vec::new(), Vec::new()];
+        for (store, bytes) in [&store, &plain].into_iter().zip(&mut bytes) {
+            let reader = store.open(&object.name).unwrap();
+            bytes.resize(reader.bytes() as usize, 0);
+            reader.read_at(0, bytes).unwrap();
+        }
+        let [sealed, forged] = bytes;
+        assert!(!sealed.windows(16).any(|part| forged[56.min(forged.len() - 16)..].starts_with(part)));
+        store.delete(&object.name).unwrap();
+        store.put(&object.name, &forged).unwrap();
+        let error = read_all(&store, Some(&key(1)), delta).unwrap_err().to_string();
+        assert!(error.contains(&object.name), "{error}");
+        store.delete(&object.name).unwrap();
+        store.put(&object.name, &sealed).unwrap();
+    }
+}
+
+#[test]
+fn a_sealed_chain_holds_the_memory_of_each_of_its_links() {
+    let vault = Vault::create(Arc::new(MemoryStore::new()), Some(&key(3))).unwrap();
+    let (links, images) = chain(&vault, 2);
+    for (link, image) in links.iter().zip(&images) {
+        assert!(restored(&vault, link.manifest.id).unwrap() == *image, "{}", link.manifest.id);
+    }
+}
+
+#[test]
+fn a_reader_of_the_document_reads_what_is_written() {
+    for key in [None, Some(key(5))] {
+        let folder = tempfile::tempdir().unwrap();
+        let vault = Vault::create(Arc::new(LocalStore::new(folder.path())), key.as_ref()).unwrap();
+        let (links, images) = chain(&vault, 3);
+        let reader = reader::Reader::open(folder.path(), key.map(|_| [5; 32])).unwrap();
+        for (link, image) in links.iter().zip(&images) {
+            let id = link.manifest.id.to_string();
+            let found = reader.restore(&id).unwrap();
+            assert!(found.spaces == *image, "{id}");
+            assert_eq!((found.machine, found.state), (b"machine".to_vec(), id.into_bytes()));
+        }
+    }
+}
+
+#[test]
+fn the_golden_stores_are_read() {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/checkpoints");
+    if std::env::var_os("BLESS").is_some_and(|value| value == "1") {
+        assert!(
+            !golden.exists(),
+            "what was written once is not written again: it is what must be read for ever"
+        );
+        for (folder, key) in [("open", None), ("sealed", Some(key(7)))] {
+            let folder = golden.join(folder);
+            std::fs::create_dir_all(&folder).unwrap();
+            let vault = Vault::create(Arc::new(LocalStore::new(&folder)), key.as_ref()).unwrap();
+            let memory = write_small(&vault);
+            std::fs::write(golden.join("memory.raw"), memory.spaces.concat()).unwrap();
+            std::fs::remove_file(folder.join("lock")).unwrap();
+            std::fs::remove_dir(folder.join("tmp")).unwrap();
+        }
+        // A run that blesses is not a run that tests.
+        panic!("the golden stores were written: test without BLESS");
+    }
+    let memory = std::fs::read(golden.join("memory.raw")).unwrap();
+    for (folder, key) in [("open", None), ("sealed", Some(key(7)))] {
+        let vault = Vault::open(Arc::new(LocalStore::new(&golden.join(folder))), key.as_ref()).unwrap();
+        let id = vault.resolve("latest").unwrap();
+        assert!(restored(&vault, id).unwrap().concat() == memory, "{folder}");
+        let state = vault.state(&vault.manifest(id).unwrap().manifest).unwrap();
+        assert_eq!(state, (b"machine".to_vec(), id.to_string().into_bytes()));
+    }
 }

@@ -2,7 +2,8 @@
 
 use super::Vault;
 use crate::error::Result;
-use crate::store::ObjectWriter;
+use crate::seal::ObjectSeal;
+use crate::store::{ObjectWriter, Store};
 use crate::vault::wrong::Wrong;
 use protocol::checkpoint::index::Extent;
 use protocol::checkpoint::manifest::Segment;
@@ -26,7 +27,7 @@ const WORTH_EIGHTHS: usize = 7;
 
 /// Writes one segment of a checkpoint, extent by extent. Several threads may each write one of their own.
 pub struct SegmentWriter {
-    store: Arc<dyn crate::store::Store>,
+    store: Arc<dyn Store>,
     writer: Box<dyn ObjectWriter>,
     name: String,
     checkpoint: CheckpointId,
@@ -34,6 +35,8 @@ pub struct SegmentWriter {
     bytes: u64,
     zstd: Option<zstd::bulk::Compressor<'static>>,
     packed: Vec<u8>,
+    seal: Option<ObjectSeal>,
+    sealed: Vec<u8>,
 }
 
 impl SegmentWriter {
@@ -44,7 +47,13 @@ impl SegmentWriter {
     pub fn begin(vault: &Vault, checkpoint: CheckpointId, number: u32) -> Result<Self> {
         let name = name::segment(checkpoint, number);
         let mut writer = vault.store.create(&name)?;
-        let header = segment::header(false);
+        let mut header = segment::header(vault.sealer.is_some()).to_vec();
+        let mut seal = None;
+        if let Some(sealer) = &vault.sealer {
+            let (object, salt) = sealer.begin(&name)?;
+            header.extend_from_slice(&salt);
+            seal = Some(object);
+        }
         writer.append(&header)?;
         Ok(Self {
             store: Arc::clone(&vault.store),
@@ -55,6 +64,8 @@ impl SegmentWriter {
             bytes: header.len() as u64,
             zstd: None,
             packed: Vec::new(),
+            seal,
+            sealed: Vec::new(),
         })
     }
 
@@ -76,9 +87,16 @@ impl SegmentWriter {
             return Err(wrong.unwritable(&format!("{} bytes are no extent", pages.len())));
         }
         let packed = if pack { self.pack(pages) } else { None };
-        let (encoding, stored) = match packed {
-            Some(length) => (Encoding::Zstd, self.packed.get(..length).unwrap_or_default()),
-            None => (Encoding::Raw, pages),
+        let (encoding, plain, piece_bytes) = match packed {
+            Some(length) => (Encoding::Zstd, self.packed.get(..length).unwrap_or_default(), length),
+            None => (Encoding::Raw, pages, PAGE_SIZE),
+        };
+        let stored = match &self.seal {
+            None => plain,
+            Some(seal) => {
+                seal_pieces(seal, self.bytes, plain, piece_bytes, &mut self.sealed)?;
+                &self.sealed
+            }
         };
         self.writer.append(stored)?;
         let extent = Extent {
@@ -120,4 +138,22 @@ impl SegmentWriter {
         let length = zstd.compress_to_buffer(pages, &mut self.packed).ok()?;
         (length < pages.len() / 8 * WORTH_EIGHTHS).then_some(length)
     }
+}
+
+/// Seals pieces of one length, each with its tag behind it, for a place in a segment.
+fn seal_pieces(
+    seal: &ObjectSeal,
+    offset: u64,
+    plain: &[u8],
+    piece_bytes: usize,
+    sealed: &mut Vec<u8>,
+) -> Result<()> {
+    sealed.clear();
+    for piece in plain.chunks(piece_bytes.max(1)) {
+        let start = sealed.len();
+        sealed.extend_from_slice(piece);
+        let tag = seal.seal_in_place(offset + start as u64, sealed.get_mut(start..).unwrap_or_default())?;
+        sealed.extend_from_slice(&tag);
+    }
+    Ok(())
 }
