@@ -34,7 +34,7 @@ pub struct Forecast {
 
 impl Forecast {
     /// Of this checkpoint's memory.
-    pub fn of(image: &Image<'_>) -> Option<Self> {
+    pub fn of(image: &Image) -> Option<Self> {
         let newest = &image.chain().first()?.manifest;
         let id = newest.id;
         Some(Self {
@@ -54,7 +54,7 @@ impl Forecast {
 /// `Store`, `Host` or `Interrupted`: there is no new checkpoint then, and what was written of it is removed as far as that is possible.
 pub fn compact(
     vault: &Vault,
-    image: &Image<'_>,
+    image: &Image,
     lease: &dyn Lease,
     cancel: &CancelFlag,
 ) -> Result<Committed> {
@@ -71,7 +71,7 @@ pub fn compact(
 
 fn write(
     vault: &Vault,
-    image: &Image<'_>,
+    image: &Image,
     id: CheckpointId,
     lease: &dyn Lease,
     cancel: &CancelFlag,

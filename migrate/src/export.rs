@@ -28,7 +28,7 @@ pub struct Exported {
 ///
 /// # Errors
 /// `Usage` when the file is there, `Host` when it cannot be written, `Store`, `Interrupted`.
-pub fn raw(image: &Image<'_>, path: &Path, cancel: &CancelFlag) -> Result<Exported> {
+pub fn raw(image: &Image, path: &Path, cancel: &CancelFlag) -> Result<Exported> {
     let layout = layout(image)?;
     let bytes = layout.spaces.iter().map(|space| space.guest_address + length(space)).max().unwrap_or(0);
     let at = |space: &Space| Some(space.guest_address);
@@ -39,7 +39,7 @@ pub fn raw(image: &Image<'_>, path: &Path, cancel: &CancelFlag) -> Result<Export
 ///
 /// # Errors
 /// As [`raw`]; `Store` when the state is not that of a VM of ours.
-pub fn core(vault: &Vault, image: &Image<'_>, path: &Path, cancel: &CancelFlag) -> Result<Exported> {
+pub fn core(vault: &Vault, image: &Image, path: &Path, cancel: &CancelFlag) -> Result<Exported> {
     let layout = layout(image)?;
     let manifest = image.chain().first().map(|link| &link.manifest);
     let manifest = manifest.ok_or_else(|| Error::Store("the chain is empty".into()))?;
@@ -57,7 +57,7 @@ pub fn core(vault: &Vault, image: &Image<'_>, path: &Path, cancel: &CancelFlag) 
     new_file(path, |file| write(image, layout, file, path, core.head(), core.bytes(), &at, cancel))
 }
 
-fn layout<'a>(image: &'a Image<'_>) -> Result<&'a Layout> {
+fn layout(image: &Image) -> Result<&Layout> {
     let newest = image.chain().first().ok_or_else(|| Error::Store("the chain is empty".into()))?;
     Ok(&newest.manifest.layout)
 }
@@ -95,7 +95,7 @@ fn unwritable(path: &Path, error: &std::io::Error) -> Error {
 
 #[allow(clippy::too_many_arguments, reason = "what both kinds of files differ in")]
 fn write(
-    image: &Image<'_>,
+    image: &Image,
     layout: &Layout,
     file: &File,
     path: &Path,

@@ -14,17 +14,17 @@ const GAP_BYTES: u64 = 64 << 10;
 const GROUP_BYTES: u64 = 2 << 20;
 
 /// The memory of a checkpoint, its chain merged.
-pub struct Image<'a> {
+pub struct Image {
     chain: Vec<Committed>,
-    fetch: Fetch<'a>,
+    fetch: Fetch,
 }
 
-impl<'a> Image<'a> {
+impl Image {
     /// Merges the chain of a checkpoint, and finds every segment that it needs.
     ///
     /// # Errors
     /// `Store` naming checkpoint and object.
-    pub fn open(vault: &'a Vault, id: CheckpointId) -> Result<Self> {
+    pub fn open(vault: &Vault, id: CheckpointId) -> Result<Self> {
         let chain = vault.chain(id)?;
         let newest =
             chain.first().ok_or_else(|| Error::Store(format!("checkpoint {id}: its chain is empty")))?;
@@ -35,7 +35,7 @@ impl<'a> Image<'a> {
             }
             merge.add(&link.manifest.segments, &vault.index(&link.manifest)?);
         }
-        let fetch = Fetch::new(vault, merge.finish());
+        let fetch = Fetch::new(vault.clone(), merge.finish());
         fetch.open_all()?;
         Ok(Self { chain, fetch })
     }
