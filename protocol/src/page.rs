@@ -128,15 +128,42 @@ impl PageSet {
         self.words.iter().map(|word| u64::from(word.count_ones())).sum()
     }
 
-    /// Pages of the set among `count` from `first` on.
+    /// Pages of the set among `count` from `first` on. Looks at no others.
     pub fn count_in(&self, first: u64, count: u64) -> u64 {
         let end = first.saturating_add(count).min(self.pages);
         let (mut at, mut found) = (first, 0);
-        while let Some(next) = self.next_set(at).filter(|next| *next < end) {
-            at = self.next_clear(next).min(end);
-            found += at - next;
+        while at < end {
+            let upto = (at / 64 * 64 + 64).min(end);
+            let mask = (u64::MAX >> (64 - (upto - at))) << (at % 64);
+            found += u64::from((self.words[(at / 64) as usize] & mask).count_ones());
+            at = upto;
         }
         found
+    }
+
+    /// The first page of the set from `from` on and before `end`. Looks at no others, where [`PageSet::next_set`] may look at
+    /// all of a large and empty set.
+    pub fn next_set_before(&self, from: u64, end: u64) -> Option<u64> {
+        self.scan_before(from, end, 0)
+    }
+
+    /// The first page that is not in the set from `from` on and before `end`. Looks at no others.
+    pub fn next_clear_before(&self, from: u64, end: u64) -> Option<u64> {
+        self.scan_before(from, end, u64::MAX)
+    }
+
+    /// As `scan`, and no further than `end`.
+    fn scan_before(&self, from: u64, end: u64, flip: u64) -> Option<u64> {
+        let end = end.min(self.pages);
+        let mut at = from;
+        while at < end {
+            let word = (self.words[(at / 64) as usize] ^ flip) >> (at % 64);
+            if word != 0 {
+                return Some(at + u64::from(word.trailing_zeros())).filter(|page| *page < end);
+            }
+            at = at / 64 * 64 + 64;
+        }
+        None
     }
 
     /// Whether no page is in the set.
@@ -277,6 +304,14 @@ mod tests {
             prop_assert_eq!(
                 set.count_in(some.start, u64::from(max_pages)),
                 model.iter().filter(|page| some.contains(*page)).count() as u64
+            );
+            prop_assert_eq!(
+                set.next_set_before(some.start, some.end),
+                model.iter().copied().find(|page| some.contains(page))
+            );
+            prop_assert_eq!(
+                set.next_clear_before(some.start, some.end),
+                some.clone().find(|page| *page < pages && !model.contains(page))
             );
             let mut seen = BTreeSet::new();
             for run in set.runs(SpaceId(3), max_pages) {

@@ -229,7 +229,8 @@ impl<'a> Serving<'a> {
         }
         for (space, page) in unused {
             let Some(data) = self.plan().data.get(usize::from(space.0)) else { continue };
-            let end = data.next_set(page).unwrap_or(data.pages()).min(page + ZERO_PAGES);
+            let end =
+                data.next_set_before(page, page + ZERO_PAGES).unwrap_or(page + ZERO_PAGES).min(data.pages());
             self.workload.place_zeros(PageRun { space, first: page, count: (end - page) as u32 })?;
         }
         Ok(())

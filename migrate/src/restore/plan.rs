@@ -128,12 +128,8 @@ impl Merge {
         for placed in &index.runs {
             let Some(covered) = self.covered.get_mut(usize::from(placed.run.space.0)) else { continue };
             let mut at = placed.run.first;
-            while at < placed.run.end() {
-                let first = covered.next_clear(at);
-                let end = covered.next_set(first).unwrap_or(u64::MAX).min(placed.run.end());
-                if first >= end {
-                    break;
-                }
+            while let Some(first) = covered.next_clear_before(at, placed.run.end()) {
+                let end = covered.next_set_before(first, placed.run.end()).unwrap_or(placed.run.end());
                 if let At::Extent { extent, page } = placed.at {
                     let run = PageRun { first, count: (end - first) as u32, ..placed.run };
                     // It lies in an extent of at most 256 pages.

@@ -1,7 +1,8 @@
 //! Records of first touches: hints, which are never worth an error.
 
-use super::{Vault, limit_bytes, random};
+use super::{Vault, limit_bytes};
 use crate::error::Result;
+use crate::outbound::new_migration_id;
 use protocol::checkpoint::name::{self, CheckpointId, TOUCHED};
 use protocol::checkpoint::object::Kind;
 use protocol::checkpoint::touched;
@@ -31,7 +32,8 @@ impl Vault {
         if runs.is_empty() || self.store.list(&folder)?.len() >= MAX_RECORDS {
             return Ok(());
         }
-        let name = name::touched(id, u64::from_le_bytes(random()?));
+        // The crypto library's own randomness takes tens of milliseconds to begin with, and this needs no better than the kernel's.
+        let name = name::touched(id, new_migration_id()?.0 as u64);
         self.put(Kind::Touched, &name, &touched::encode(runs)).map(drop)
     }
 }
