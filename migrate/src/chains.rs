@@ -175,7 +175,9 @@ impl Chains {
                 Some(format!("it stands on another {} than there is", meant.id))
             }
             // A link that stands on a member of a group that is gone needs the group for nothing.
-            Some(parent) if parent.is_torn => Some(format!("it stands on {}, which cannot be restored", meant.id)),
+            Some(parent) if parent.is_torn => {
+                Some(format!("it stands on {}, which cannot be restored", meant.id))
+            }
             Some(_) => None,
         });
         let is_torn = torn.is_some();

@@ -18,7 +18,7 @@ Examples:
 
 A line is a checkpoint: what it stands on is the line above it, or where it says so. Sizes are what it added, and what restoring it
 may need in all. One that is damaged is told and does not hide the rest.")]
-pub(super) struct Args {
+pub struct Args {
     #[command(flatten)]
     store: StoreArgs,
     /// Only the checkpoints of this workload.

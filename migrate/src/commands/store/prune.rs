@@ -22,7 +22,7 @@ Examples:
 The rules hold for each workload, and what one of them keeps stays, with all that it stands on and all of its group; so does the newest in
 any case. Hours, days and weeks are those of UTC, and the newest of each stays. The space is given back by migrate store gc, when the
 grace period is over.")]
-pub(super) struct Args {
+pub struct Args {
     #[command(flatten)]
     store: StoreArgs,
     #[command(flatten)]
@@ -40,7 +40,7 @@ pub(super) struct Args {
 
 /// Which checkpoints stay.
 #[derive(Debug, Clone, clap::Args)]
-pub(in crate::commands) struct KeepArgs {
+pub struct KeepArgs {
     /// Keep the newest so many checkpoints.
     #[arg(long, value_name = "N", default_value_t = 0)]
     keep_last: u32,

@@ -17,7 +17,7 @@ use std::time::{Duration, UNIX_EPOCH};
 Examples:
   migrate store show --store /var/lib/checkpoints latest
   migrate store show --store /var/lib/checkpoints 20261123T194831Z-3f9a1c07 --json")]
-pub(super) struct Args {
+pub struct Args {
     #[command(flatten)]
     store: StoreArgs,
     /// Its name or the beginning of it, a time, a VM's name, VM@latest or VM@TIME, or latest.
