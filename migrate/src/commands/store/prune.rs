@@ -40,7 +40,7 @@ pub struct Args {
 
 /// Which checkpoints stay.
 #[derive(Debug, Clone, clap::Args)]
-pub struct KeepArgs {
+pub(in crate::commands) struct KeepArgs {
     /// Keep the newest so many checkpoints.
     #[arg(long, value_name = "N", default_value_t = 0)]
     keep_last: u32,
