@@ -208,7 +208,7 @@ pub fn restoring(common: &Common) -> impl FnMut(&restore::report::Event) + use<>
     move |event| {
         match event {
             event if json => emit(event),
-            Restoring::Running { name, running_us, missing_pages } => {
+            Restoring::Running { name, running_us, missing_pages, .. } => {
                 let more = match missing_pages {
                     0 => String::new(),
                     pages => format!("; {} of its memory follow", show_bytes(pages * PAGE_SIZE as u64)),

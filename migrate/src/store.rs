@@ -14,10 +14,14 @@ mod ranges;
 mod holder;
 mod local;
 mod memory;
+mod s3;
+mod faulty;
 
+pub use faulty::{Fault, FaultyStore};
 pub use holder::Holder;
 pub use local::LocalStore;
 pub use memory::MemoryStore;
+pub use s3::{LockTimes, S3Store};
 
 use crate::error::{Error, Result};
 use std::ops::Range;
@@ -29,7 +33,8 @@ use std::time::{Duration, Instant, SystemTime};
 /// How often somebody who waits for a store's lock tries again.
 const LOCK_RETRY: Duration = Duration::from_millis(200);
 
-/// The store at a place that the operator named: the path of a directory. Nothing is made or looked for before it is used.
+/// The store at a place that the operator named: the path of a directory, or `s3://BUCKET/PREFIX`. Nothing is made or looked for there
+/// before it is used.
 ///
 /// # Errors
 /// `Usage` when it is no such place.
@@ -37,9 +42,12 @@ pub fn open(place: &str) -> Result<Arc<dyn Store>> {
     if place.is_empty() {
         return Err(Error::Usage("a store is a directory, as in --store /var/lib/checkpoints".into()));
     }
+    if place.starts_with(s3::SCHEME) {
+        return Ok(Arc::new(S3Store::from_env(place)?));
+    }
     if let Some((scheme, _)) = place.split_once("://") {
         return Err(Error::Usage(format!(
-            "{place:?} is no store: {scheme}:// is not known; a store is the path of a directory"
+            "{place:?} is no store: {scheme}:// is not known; a store is the path of a directory, or s3://bucket/prefix"
         )));
     }
     Ok(Arc::new(LocalStore::new(Path::new(place))))

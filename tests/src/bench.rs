@@ -28,7 +28,8 @@ pub use options::Options;
 /// Measures what the options ask for.
 ///
 /// # Errors
-/// With what cannot be written. What cannot be measured is a panic: a benchmark that goes wrong has no figures to give.
+/// With what cannot be written. What goes wrong is a panic: a guest that is not sound, or a VMM that does not start. A move that
+/// does not arrive is a figure.
 pub fn run(options: &Options) -> std::io::Result<()> {
     // What an interrupted benchmark left would be measured along.
     crate::network::sweep();

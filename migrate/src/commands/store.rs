@@ -3,6 +3,15 @@
 mod list;
 mod show;
 mod prune;
+mod verify;
+mod gc;
+mod copy;
+mod key;
+
+pub(super) use prune::KeepArgs;
+mod compact;
+mod export;
+mod import;
 
 use crate::cli::Common;
 use crate::error::Result;
@@ -22,6 +31,20 @@ pub enum Verb {
     Show(show::Args),
     /// Give up checkpoints that no rule keeps.
     Prune(prune::Args),
+    /// Read everything and say what is damaged.
+    Verify(verify::Args),
+    /// Delete what no checkpoint needs any more, after a grace period.
+    Gc(gc::Args),
+    /// Copy checkpoints, with all that they stand on, to another store.
+    Copy(copy::Args),
+    /// Make a key to seal stores with.
+    Key(key::Args),
+    /// Merge a checkpoint and all that it stands on into a new full one.
+    Compact(compact::Args),
+    /// Write a checkpoint as a memory image, an ELF core for a debugger, or an archive for another store.
+    Export(export::Args),
+    /// Take in a checkpoint from an archive.
+    Import(import::Args),
 }
 
 /// Runs the verb.
@@ -33,6 +56,13 @@ pub fn run(common: &Common, verb: &Verb) -> Result<ExitCode> {
         Verb::List(args) => list::run(common, args),
         Verb::Show(args) => show::run(common, args),
         Verb::Prune(args) => prune::run(common, args),
+        Verb::Verify(args) => verify::run(common, args),
+        Verb::Gc(args) => gc::run(common, args),
+        Verb::Copy(args) => copy::run(common, args),
+        Verb::Key(args) => key::run(common, args),
+        Verb::Compact(args) => compact::run(common, args),
+        Verb::Export(args) => export::run(common, args),
+        Verb::Import(args) => import::run(common, args),
     }
 }
 
@@ -48,10 +78,14 @@ pub struct StoreArgs {
 }
 
 impl StoreArgs {
+    /// The key, if there is one.
+    fn key(&self) -> Result<Option<StoreKey>> {
+        self.encrypt.as_deref().map(StoreKey::load).transpose()
+    }
+
     /// Opens it.
     fn open(&self) -> Result<Vault> {
-        let key = self.encrypt.as_deref().map(StoreKey::load).transpose()?;
-        Vault::open(crate::store::open(&self.store)?, key.as_ref())
+        Vault::open(crate::store::open(&self.store)?, self.key()?.as_ref())
     }
 }
 

@@ -123,6 +123,8 @@ pub enum Event {
     Running {
         /// Its name.
         name: String,
+        /// The name of this restore.
+        migration: MigrationId,
         /// From the beginning until then, in microseconds.
         running_us: u64,
         /// Pages that it misses.

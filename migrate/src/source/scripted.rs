@@ -88,6 +88,8 @@ struct Vm {
     baseline: Option<CheckpointId>,
     /// What the baseline lacks.
     owed: Vec<PageSet>,
+    /// What this attempt took for a baseline.
+    covered: Vec<PageSet>,
     stage: Stage,
     random: u64,
     pages_per_call: u64,
@@ -119,6 +121,7 @@ impl Machine {
             taken: empty(),
             baseline: None,
             owed: empty(),
+            covered: empty(),
             stage: Stage::Running,
             random: seed,
             pages_per_call,
@@ -316,6 +319,7 @@ impl Source for Scripted {
         let mut vm = self.called(Call::Track)?;
         let vm = &mut *vm;
         vm.taken.iter_mut().for_each(PageSet::clear);
+        vm.covered.iter_mut().for_each(PageSet::clear);
         match (dirty, vm.baseline) {
             (Dirty::SinceBaseline, Some(_)) => vm.dirty.clone_from(&vm.owed),
             _ => vm.dirty.iter_mut().for_each(|dirty| dirty.insert(0, u64::MAX)),
@@ -331,7 +335,10 @@ impl Source for Scripted {
         let mut vm = self.called(Call::Baseline)?;
         let vm = &mut *vm;
         vm.owed.clone_from(&vm.dirty);
-        vm.taken.iter_mut().for_each(PageSet::clear);
+        for (covered, taken) in vm.covered.iter_mut().zip(&mut vm.taken) {
+            covered.union(taken);
+            taken.clear();
+        }
         vm.baseline = Some(checkpoint);
         Ok(())
     }
@@ -385,12 +392,10 @@ impl Source for Scripted {
     fn redirty(&mut self, pages: &[PageSet]) -> Result<()> {
         let mut vm = self.called(Call::Redirty)?;
         let vm = &mut *vm;
-        let books = vm.dirty.iter_mut().zip(&mut vm.taken).zip(&mut vm.owed);
-        for (((dirty, taken), owed), pages) in books.zip(pages) {
-            // What this attempt did not take was taken for the baseline, which is retracted.
+        let books = vm.dirty.iter_mut().zip(&mut vm.owed).zip(&vm.covered);
+        for (((dirty, owed), covered), pages) in books.zip(pages) {
             let mut retracted = pages.clone();
-            retracted.subtract(taken);
-            retracted.subtract(dirty);
+            retracted.intersect(covered);
             owed.union(&retracted);
             dirty.union(pages);
         }

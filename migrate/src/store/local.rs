@@ -10,8 +10,8 @@
 //! those above it that the store has not made durable before. So a crash leaves it whole or leaves a leftover.
 //!
 //! Assumed of the file system: rename(2) or link(2) is atomic, fsync(2) of a file and of a directory does what it says, and flock(2) holds
-//! across all hosts that write here. ext4, XFS, Btrfs, tmpfs and NFS version 4 do so (on NFS, flock is a lock of the server, unless it is
-//! mounted with `nolock` or `local_lock`; against those a second host looks how fresh the first one's record is).
+//! across all hosts that write here. ext4, XFS, Btrfs and tmpfs on one host do so, and NFS version 4, where flock is a lock of the server;
+//! NFS that is mounted with `nolock` or `local_lock` does not.
 
 mod directory;
 mod lock;

@@ -3,11 +3,15 @@
 use super::Options;
 use super::cases::Case;
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 
-/// Median, least and most of every number in the samples.
+/// Median, least and most of every number in the samples, and how many of them failed.
 pub(super) fn summary(samples: &[Value]) -> Value {
-    let mut result = json!({ "runs": samples.len() });
-    for name in samples.first().and_then(Value::as_object).into_iter().flat_map(|sample| sample.keys()) {
+    let failed = samples.iter().filter(|sample| sample.get("failed").is_some()).count();
+    let mut result = json!({ "runs": samples.len(), "failed": failed });
+    let names: BTreeSet<&String> =
+        samples.iter().filter_map(Value::as_object).flat_map(|sample| sample.keys()).collect();
+    for name in names {
         let mut values: Vec<f64> = samples.iter().filter_map(|sample| sample[name].as_f64()).collect();
         values.sort_by(f64::total_cmp);
         if let (Some(least), Some(most)) = (values.first(), values.last()) {
@@ -58,6 +62,12 @@ mod tests {
     fn a_summary_has_the_median_and_the_spread_of_every_number() {
         let samples: Vec<_> = [5.0, 1.0, 3.0].into_iter().map(|ms| json!({"ms": ms, "name": "x"})).collect();
         let result = summary(&samples);
-        assert_eq!(result, json!({"runs": 3, "ms": {"median": 3.0, "least": 1.0, "most": 5.0}}));
+        assert_eq!(result, json!({"runs": 3, "failed": 0, "ms": {"median": 3.0, "least": 1.0, "most": 5.0}}));
+    }
+
+    #[test]
+    fn a_failed_sample_is_counted_and_takes_nothing_from_the_others() {
+        let result = summary(&[json!({"failed": "too slow"}), json!({"ms": 7.0})]);
+        assert_eq!(result, json!({"runs": 2, "failed": 1, "ms": {"median": 7.0, "least": 7.0, "most": 7.0}}));
     }
 }

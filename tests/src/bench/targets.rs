@@ -60,6 +60,8 @@ pub(super) fn judge(figures: &Figures) -> Vec<Value> {
     };
     for case in figures.cases() {
         let median = |way: &str, name: &str| figures.median(case, way, name);
+        let failed = figures.moves.get(&(case, OURS)).and_then(|result| result["failed"].as_f64());
+        at_most(format!("{case}: moves of ours that did not arrive"), "moves", failed, Some(0.0), false);
         let downtime = median(OURS, "downtime_guest_us");
         if case.contains("idle") {
             at_most(format!("{case}: downtime, by the guest"), "us", downtime, Some(IDLE_DOWNTIME_US), false);

@@ -18,7 +18,7 @@ impl Words {
     }
 }
 
-/// Three sets of pages of one space.
+/// Sets of pages of one space.
 ///
 /// A page can be in several: taken, and dirty again since. Whatever is pending in a session that was not begun with every
 /// page is owed.
@@ -29,6 +29,8 @@ pub struct Books {
     taken: Vec<u64>,
     /// What no checkpoint has: every page that was ever written as far as the log was read, but for what a baseline covers.
     owed: Vec<u64>,
+    /// What this session took for a baseline.
+    covered: Vec<u64>,
 }
 
 impl Books {
@@ -36,7 +38,7 @@ impl Books {
     pub fn all_pending(pages: u64) -> Self {
         let words = usize::try_from(pages.div_ceil(64)).unwrap_or(usize::MAX);
         let all = all_of(pages, words);
-        Self { pages, pending: all.clone(), taken: vec![0; words], owed: all }
+        Self { pages, pending: all.clone(), taken: vec![0; words], owed: all, covered: vec![0; words] }
     }
 
     /// How many pages are pending.
@@ -57,12 +59,15 @@ impl Books {
     pub fn begin_with_every_page(&mut self) {
         self.pending = all_of(self.pages, self.pending.len());
         self.taken.fill(0);
+        self.covered.fill(0);
     }
 
     /// What was taken is safe: only what is pending is owed.
     pub fn cover(&mut self) {
         self.owed.clone_from(&self.pending);
-        self.taken.fill(0);
+        for (covered, taken) in self.covered.iter_mut().zip(&mut self.taken) {
+            *covered |= std::mem::take(taken);
+        }
     }
 
     /// Nothing is safe anywhere: every page is owed and pending.
@@ -75,6 +80,7 @@ impl Books {
     pub fn settle(&mut self) {
         self.pending.clone_from(&self.owed);
         self.taken.fill(0);
+        self.covered.fill(0);
     }
 
     /// Those of these pages that are owed.
@@ -132,8 +138,8 @@ impl Books {
         }
     }
 
-    /// Makes pages pending again; bit n is page `first + n`. A page that was neither taken nor pending is owed from now on:
-    /// whoever gives it back took it for a checkpoint that it now retracts.
+    /// Makes pages pending again; bit n is page `first + n`. Those that this session's own baseline covers are owed again: it
+    /// has retracted them. Any others are given back to this session alone.
     ///
     /// # Errors
     /// [`Error::Protocol`] when `first` is not a multiple of 64, or a word lies beyond the space.
@@ -150,9 +156,10 @@ impl Books {
         }
         let skip = index(first / 64);
         let pending = self.pending.iter_mut().skip(skip);
-        let books = pending.zip(self.taken.iter_mut().skip(skip)).zip(self.owed.iter_mut().skip(skip));
-        for (((pending, taken), owed), bits) in books.zip(bits) {
-            *owed |= bits & !*taken & !*pending;
+        let books = pending.zip(self.taken.iter_mut().skip(skip));
+        let owed = self.owed.iter_mut().zip(&self.covered).skip(skip);
+        for (((pending, taken), (owed, covered)), bits) in books.zip(owed).zip(bits) {
+            *owed |= bits & covered;
             *pending |= bits;
             *taken &= !bits;
         }

@@ -232,6 +232,8 @@ enum Step {
     Harvest,
     Take(u64, u64),
     Redirty,
+    /// Gives back what it may have taken or not.
+    RedirtyRange(u64, u64),
     Baseline,
     Forget,
     /// The session ends: by its own will, or because its engine died.
@@ -247,6 +249,7 @@ fn step() -> impl Strategy<Value = Step> {
         5 => (0..PAGES, 1..=PAGES).prop_map(|(first, pages)| Step::Take(first, pages.min(PAGES - first))),
         1 => Just(Step::Take(0, PAGES)),
         1 => Just(Step::Redirty),
+        1 => (0..PAGES / 64, 1..4_u64).prop_map(|(first, words)| Step::RedirtyRange(first, words)),
         2 => Just(Step::Baseline),
         1 => Just(Step::End),
     ]
@@ -267,8 +270,10 @@ struct Taker {
     /// What the newest checkpoint has.
     safe: Vec<Option<u64>>,
     last_taken: Option<Words>,
-    /// A checkpoint has what was taken last.
-    last_is_covered: bool,
+    /// What this session's checkpoints took.
+    covered: BTreeSet<u64>,
+    /// What this session gave back and did not take again.
+    given_back: BTreeSet<u64>,
     /// This session's next checkpoint has no parent.
     whole: bool,
     /// Pages that may be named: written, and not seen by a take behind a harvest that a checkpoint covered.
@@ -297,7 +302,8 @@ impl Taker {
             copies: BTreeMap::new(),
             safe: vec![None; PAGES as usize],
             last_taken: None,
-            last_is_covered: false,
+            covered: BTreeSet::new(),
+            given_back: BTreeSet::new(),
             whole: false,
             may_be_named: (0..PAGES).collect(),
             settled: BTreeSet::new(),
@@ -317,6 +323,8 @@ impl Taker {
         self.copies.clear();
         self.settled.clear();
         self.last_taken = None;
+        self.covered.clear();
+        self.given_back.clear();
     }
 
     fn carry_out(&mut self, step: Step) {
@@ -355,28 +363,25 @@ impl Taker {
                 let words = self.tracker.take(0, first, pages).unwrap();
                 for page in pages_of(&words) {
                     self.copies.insert(page, self.guest[page as usize]);
+                    self.given_back.remove(&page);
                     if !self.written_since_harvest.contains(&page) {
                         self.settled.insert(page);
                     }
                 }
-                (self.last_taken, self.last_is_covered) = (Some(words), false);
+                self.last_taken = Some(words);
             }
             Step::Redirty => {
                 let Some(words) = self.last_taken.take() else { return };
-                self.tracker.redirty(0, words.first, &words.bits).unwrap();
-                for page in pages_of(&words) {
-                    self.copies.remove(&page);
-                    self.settled.remove(&page);
-                    if self.last_is_covered {
-                        // What the checkpoint has of it is retracted.
-                        self.safe[page as usize] = None;
-                        self.may_be_named.insert(page);
-                    }
-                }
+                self.give_back(&words);
+            }
+            Step::RedirtyRange(first, words) => {
+                let bits = vec![u64::MAX; words.min(PAGES / 64 - first) as usize];
+                self.give_back(&Words { first: first * 64, bits });
             }
             Step::Baseline => {
                 self.tracker.set_baseline(checkpoint(1)).unwrap();
-                self.last_is_covered = true;
+                self.covered.extend(self.copies.keys());
+                self.may_be_named.extend(&self.given_back);
                 if std::mem::take(&mut self.whole) {
                     self.safe.fill(None);
                     self.may_be_named = (0..PAGES).collect();
@@ -387,6 +392,20 @@ impl Taker {
                 for page in std::mem::take(&mut self.settled) {
                     self.may_be_named.remove(&page);
                 }
+            }
+        }
+    }
+
+    fn give_back(&mut self, words: &Words) {
+        self.tracker.redirty(0, words.first, &words.bits).unwrap();
+        for page in pages_of(words) {
+            self.copies.remove(&page);
+            self.settled.remove(&page);
+            self.given_back.insert(page);
+            if self.covered.contains(&page) {
+                // What the checkpoint has of it is retracted.
+                self.safe[page as usize] = None;
+                self.may_be_named.insert(page);
             }
         }
     }

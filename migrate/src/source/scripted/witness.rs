@@ -79,7 +79,7 @@ impl Witness {
     }
 
     /// The source froze with this memory.
-    pub(super) fn frozen_with(&self, memory: &[Vec<u8>]) {
+    pub(crate) fn frozen_with(&self, memory: &[Vec<u8>]) {
         self.lock().at_freeze = memory.to_vec();
     }
 
