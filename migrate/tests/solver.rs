@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 const LIMIT: Duration = Duration::from_secs(120);
 
 fn solver(store: &Path) -> Command {
-    // Cargo builds the examples of a package with its tests, beside them.
     let tests = std::env::current_exe().unwrap();
-    let examples: PathBuf = tests.parent().unwrap().parent().unwrap().join("examples/solver");
-    let mut command = Command::new(examples);
+    let example: PathBuf = tests.parent().unwrap().parent().unwrap().join("examples/solver");
+    // Cargo builds the examples with all tests of a package, but not with one of them alone.
+    assert!(example.exists(), "{} is missing: cargo build -p migrate --example solver", example.display());
+    let mut command = Command::new(example);
     command.arg("--store").arg(store).stdout(Stdio::piped());
     command
 }
@@ -84,20 +85,23 @@ fn killed_at_any_moment_it_comes_to_the_same_result() {
     for attempt in 0.. {
         assert!(attempt < 100, "it never came to an end");
         let mut child = solver(&store).spawn().unwrap();
-        // It runs from its first line on; a checkpoint takes most of the time between two steps.
         let mut first = String::new();
         let mut output = BufReader::new(child.stdout.take().unwrap());
         output.read_line(&mut first).unwrap();
         assert!(first.starts_with("begins at step "), "{first:?}");
-        seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        // The last attempts are left alone.
+        let mut lines = Vec::new();
+        // The last attempt is left alone. The others get to their first checkpoints, so that each has something to go on from, and die
+        // in a step or, more often, in the middle of a checkpoint.
         if attempt < 8 {
-            std::thread::sleep(Duration::from_millis(u64::from(seed >> 16) % 300));
+            seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            lines.extend((&mut output).lines().take(1 + (seed >> 28) as usize % 4).map(Result::unwrap));
+            std::thread::sleep(Duration::from_micros(u64::from(seed >> 8) % 40_000));
             child.kill().unwrap();
         }
-        let lines: Vec<String> = output.lines().map(Result::unwrap).collect();
+        lines.extend(output.lines().map(Result::unwrap));
         let status = child.wait().unwrap();
         if status.success() {
+            assert!(attempt > 0 && first.trim() != "begins at step 0", "it was never killed");
             assert_eq!(result(&lines), undisturbed);
             break;
         }
