@@ -44,6 +44,7 @@ mod conversation;
 pub mod link;
 pub mod inbound;
 pub mod destination;
+pub mod program;
 pub mod report;
 pub mod speed;
 pub mod steer;

@@ -1,9 +1,15 @@
-//! The system calls that no crate wraps: those of a userfaultfd(2) that another process made for its own memory.
+//! The system calls that no crate wraps: those of a userfaultfd(2) that another process made for its own memory, and in [`mapped`] those
+//! for memory of this process.
 //!
-//! What they change is memory of that process and never this one's, so nothing here can break a rule of the language;
+//! What the former change is memory of that process and never this one's, so nothing here can break a rule of the language;
 //! the blocks are unsafe because the kernel reads the arguments through pointers.
 
 pub(crate) mod writeback;
+
+mod mapped;
+
+pub use mapped::Plain;
+pub(crate) use mapped::{Mapped, WriteTracker};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;

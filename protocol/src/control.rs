@@ -258,6 +258,8 @@ impl Offer {
 pub enum WorkloadKind {
     /// A KVM virtual machine on x86-64 under the `vmm` crate.
     Vm,
+    /// A program that writes itself down: it stands in checkpoints alone and is never offered.
+    Program,
 }
 
 /// What the receiver says.

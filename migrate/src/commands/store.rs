@@ -68,7 +68,7 @@ pub fn run(common: &Common, verb: &Verb) -> Result<ExitCode> {
 
 /// Which store.
 #[derive(Debug, clap::Args)]
-struct StoreArgs {
+pub struct StoreArgs {
     /// Where the checkpoints lie: a directory, or s3://BUCKET/PREFIX.
     #[arg(long, value_name = "STORE")]
     store: String,

@@ -64,7 +64,10 @@ impl VmDestination {
     }
 
     fn arrive(&self, offer: &Offer, machine: &[u8]) -> std::result::Result<Arrival, Refusal> {
-        let WorkloadKind::Vm = offer.kind;
+        if offer.kind != WorkloadKind::Vm {
+            let reason = format!("{} is no VM: the program that it is of restores it itself", offer.name);
+            return Err(refuse(RefuseCode::BadOffer, reason));
+        }
         let name = self.place.name.clone().unwrap_or_else(|| offer.name.clone());
         check_name(&name).map_err(|error| refuse(RefuseCode::BadOffer, error.to_string()))?;
         let socket = self.place.runtime.socket(&name);

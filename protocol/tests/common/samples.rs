@@ -431,7 +431,7 @@ pub(crate) const REFUSE_CODES: [RefuseCode; 8] = [
     RefuseCode::NoSuchMigration,
 ];
 pub(crate) const OUTCOMES: [Outcome; 3] = [Outcome::Started, Outcome::Discarded, Outcome::Unknown];
-pub(crate) const WORKLOAD_KINDS: [WorkloadKind; 1] = [WorkloadKind::Vm];
+pub(crate) const WORKLOAD_KINDS: [WorkloadKind; 2] = [WorkloadKind::Vm, WorkloadKind::Program];
 pub(crate) const SPACE_KINDS: [SpaceKind; 1] = [SpaceKind::Memory];
 pub(crate) const ROLES: [Role; 2] = [Role::Query, Role::Session];
 pub(crate) const TRACKING_MODES: [TrackingMode; 3] =
@@ -473,6 +473,7 @@ pub(crate) fn complete() -> bool {
     });
     let kinds = WORKLOAD_KINDS.map(|kind| match kind {
         WorkloadKind::Vm => 0,
+        WorkloadKind::Program => 1,
     });
     let spaces = SPACE_KINDS.map(|kind| match kind {
         SpaceKind::Memory => 0,
