@@ -189,9 +189,12 @@ impl QuicLink {
                     break;
                 }
             }
+            let ended = self.connection.close_reason().is_some();
             let before = self.connection.stats().udp_tx.datagrams;
             self.connection.close(VarInt::from_u32(code), reason.as_bytes());
             let _ = match delivered {
+                // It was lost, or the peer was first: nothing is sent any more.
+                true if ended => Ok(()),
                 true => timeout(FAREWELL, said_closed(&self.connection, before)).await,
                 false => timeout(FAREWELL, self.endpoint.wait_idle()).await,
             };
