@@ -14,6 +14,7 @@ pub mod replay;
 pub mod estimate;
 pub mod keys;
 pub mod restore;
+pub mod store;
 pub mod recover;
 pub mod ledger;
 pub mod completions;
