@@ -16,7 +16,6 @@ pub mod keys;
 pub mod restore;
 pub mod store;
 pub mod recover;
-pub mod store;
 pub mod ledger;
 pub mod completions;
 pub mod man;

@@ -52,12 +52,7 @@ impl Forecast {
 ///
 /// # Errors
 /// `Store`, `Host` or `Interrupted`: there is no new checkpoint then, and what was written of it is removed as far as that is possible.
-pub fn compact(
-    vault: &Vault,
-    image: &Image,
-    lease: &dyn Lease,
-    cancel: &CancelFlag,
-) -> Result<Committed> {
+pub fn compact(vault: &Vault, image: &Image, lease: &dyn Lease, cancel: &CancelFlag) -> Result<Committed> {
     let id = new_id()?;
     let result = write(vault, image, id, lease, cancel);
     if result.is_err() {

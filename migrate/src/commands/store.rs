@@ -68,7 +68,7 @@ pub fn run(common: &Common, verb: &Verb) -> Result<ExitCode> {
 
 /// Which store.
 #[derive(Debug, clap::Args)]
-struct StoreArgs {
+pub(super) struct StoreArgs {
     /// Where the checkpoints lie: a directory, or s3://BUCKET/PREFIX.
     #[arg(long, value_name = "STORE")]
     store: String,
@@ -84,7 +84,7 @@ impl StoreArgs {
     }
 
     /// Opens it.
-    fn open(&self) -> Result<Vault> {
+    pub(super) fn open(&self) -> Result<Vault> {
         Vault::open(crate::store::open(&self.store)?, self.key()?.as_ref())
     }
 }
