@@ -15,6 +15,7 @@ use crate::destination::PageMemory;
 use crate::error::{Error, Result};
 use crate::restore::fetch::{Fetch, Scratch};
 use crate::restore::{eager, pages_of};
+use crate::seal::StoreKey;
 use crate::vault::{Committed, Vault};
 use protocol::checkpoint::manifest::HexDigest;
 use protocol::checkpoint::name::CheckpointId;
@@ -22,6 +23,7 @@ use protocol::control;
 use protocol::layout::Layout;
 use protocol::page::{PAGE_SIZE, PageRun, PageSet, SpaceId};
 use std::fmt;
+use std::path::Path;
 use twox_hash::XxHash3_64;
 
 /// Threads that fill a destination's memory.
@@ -174,11 +176,19 @@ impl Stores {
     }
 }
 
-/// The stores at these places.
+/// The store at a place, with the key in this file if it is sealed.
 ///
 /// # Errors
-/// As [`Vault::open`].
-pub fn open_stores(places: &[String]) -> Result<Stores> {
-    let open = |place: &String| Vault::open(crate::store::open(place)?, None);
+/// As [`Vault::open`] and [`StoreKey::load`].
+pub fn open_store(place: &str, key: Option<&Path>) -> Result<Vault> {
+    Vault::open(crate::store::open(place)?, key.map(StoreKey::load).transpose()?.as_ref())
+}
+
+/// The stores at these places, those that are sealed all with one key.
+///
+/// # Errors
+/// As [`open_store`].
+pub fn open_stores(places: &[String], key: Option<&Path>) -> Result<Stores> {
+    let open = |place: &String| open_store(place, key);
     Ok(Stores::new(places.iter().map(open).collect::<Result<_>>()?))
 }

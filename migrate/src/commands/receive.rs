@@ -78,6 +78,9 @@ pub struct Args {
     /// A store of checkpoints that a sender may refer to, so that it need not send what is there. May be given several times.
     #[arg(long, value_name = "STORE")]
     seed_from: Vec<String>,
+    /// The file of those stores' key, if they are sealed.
+    #[arg(long, value_name = "FILE", requires = "seed_from")]
+    seed_key: Option<PathBuf>,
     /// How long to wait for a sender that says nothing.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = units::duration)]
     link_timeout: Duration,
@@ -118,7 +121,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     options.linger = args.ask_timeout;
     options.keep = args.keep;
     if !args.seed_from.is_empty() {
-        options.seeds = Some(seed::open_stores(&args.seed_from)?);
+        options.seeds = Some(seed::open_stores(&args.seed_from, args.seed_key.as_deref())?);
     }
     if args.once {
         // Nobody is here to answer afterwards.

@@ -1,5 +1,6 @@
 //! `migrate restore`: start a VM from a checkpoint, with all of its memory or before that.
 
+use super::store::StoreArgs;
 use super::target::Target;
 use super::{cancel_on_signals, emit};
 use crate::cli::Common;
@@ -10,9 +11,7 @@ use crate::paths::RuntimeDir;
 use crate::progress;
 use crate::restore::report::{Event, Report};
 use crate::restore::{self, Options};
-use crate::store;
 use crate::units;
-use crate::vault::Vault;
 use std::process::ExitCode;
 
 /// Which checkpoint, and as what.
@@ -28,9 +27,8 @@ missing or damaged. With --lazy the VM runs at once and its memory follows, what
 waits for what it touches, and this goes on trying. Were it killed, --resume goes on in its place. With --group all VMs of a checkpoint
 that was taken with --group are restored, and none of them starts before all of them could.")]
 pub struct Args {
-    /// Where the checkpoints lie: a directory.
-    #[arg(long, value_name = "STORE")]
-    store: String,
+    #[command(flatten)]
+    store: StoreArgs,
     /// Its name or the beginning of it, a time (the newest until then), a VM's name, VM@latest or VM@TIME, or latest.
     #[arg(value_name = "CHECKPOINT", default_value = "latest")]
     checkpoint: String,
@@ -66,7 +64,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let program = std::env::current_exe()
         .map_err(|error| Error::Host(format!("this program's own path is not known: {error}")))?;
     let cancel = cancel_on_signals()?;
-    let vault = Vault::open(store::open(&args.store)?, None)?;
+    let vault = args.store.open()?;
     let max_memory_bytes = match args.max_memory {
         Some(bytes) => bytes,
         None => super::receive::available_memory_bytes()?,

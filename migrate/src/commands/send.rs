@@ -19,15 +19,13 @@ use crate::outbound::{self, Options, Packs};
 use crate::paths::{self, RuntimeDir};
 use crate::progress;
 use crate::report::{Document, Event, Observer, Outcome};
-use crate::seed::Seed;
+use crate::seed::{self, Seed};
 use crate::select::hot::HotRule;
 use crate::source::Source as _;
 use crate::source::vm::VmSource;
 use crate::speed::Speedometer;
 use crate::steer::{Board, Place, Server, Subject, Watched};
-use crate::store;
 use crate::units;
-use crate::vault::Vault;
 use protocol::monitor::{Phase, Status};
 use protocol::steer::End;
 use std::fs::File;
@@ -68,6 +66,9 @@ pub struct Args {
     /// A store with checkpoints of the VM that migrate receive --seed-from can read, too: what is as in the last one is not sent.
     #[arg(long, value_name = "STORE")]
     seed_from: Option<String>,
+    /// The file of that store's key, if it is sealed.
+    #[arg(long, value_name = "FILE", requires = "seed_from")]
+    seed_key: Option<PathBuf>,
     /// Serve figures as OpenMetrics at http://ADDR:PORT/metrics while it moves.
     #[arg(long, value_name = "ADDR:PORT")]
     metrics: Option<SocketAddr>,
@@ -125,7 +126,10 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let source = VmSource::connect(&status.name, target.socket(), &args.address)?;
     let gauge = source.gauge();
     // Before the destination is asked: it may take a moment, and nobody shall wait for it.
-    let seed = args.seed_from.as_deref().and_then(|place| seed(place, &status, &source, &cancel));
+    let seed = args
+        .seed_from
+        .as_deref()
+        .and_then(|place| seed(place, args.seed_key.as_deref(), &status, &source, &cancel));
     let link = dial()?;
     let mut options = Options::new(outbound::new_migration_id()?);
     options.seed = seed;
@@ -212,9 +216,15 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
 }
 
 /// The checkpoint in a store that the VM is tracked from, or else its newest; one that cannot be had is no reason not to move.
-fn seed(place: &str, vm: &Status, source: &VmSource, cancel: &CancelFlag) -> Option<Arc<Seed>> {
+fn seed(
+    place: &str,
+    key: Option<&Path>,
+    vm: &Status,
+    source: &VmSource,
+    cancel: &CancelFlag,
+) -> Option<Arc<Seed>> {
     let open = || {
-        let vault = Vault::open(store::open(place)?, None)?;
+        let vault = seed::open_store(place, key)?;
         let tracked = vm.baseline.filter(|id| vault.manifest(*id).is_ok());
         let id = tracked.map_or_else(|| vault.resolve(&format!("{}@latest", vm.name)), Ok)?;
         Seed::open(&vault, id, &source.workload().layout, cancel)

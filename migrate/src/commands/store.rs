@@ -84,7 +84,7 @@ impl StoreArgs {
     }
 
     /// Opens it.
-    fn open(&self) -> Result<Vault> {
+    pub(super) fn open(&self) -> Result<Vault> {
         Vault::open(crate::store::open(&self.store)?, self.key()?.as_ref())
     }
 }
