@@ -24,6 +24,7 @@ mod stop;
 mod stage;
 mod packing;
 mod placement;
+mod known;
 mod writer;
 mod rounds;
 mod commit;
@@ -38,16 +39,18 @@ use crate::source::{Dirty, Source};
 use crate::store::Lease;
 use crate::vault::Vault;
 pub use group::{GroupFailed, GroupOptions, GroupReport, Joining, take_group};
+use known::Known;
 pub use meeting::{Meeting, Member, Spread};
 use protocol::checkpoint::manifest::{MAX_CHAIN_DELTAS, Parent};
 use protocol::checkpoint::name::CheckpointId;
 use protocol::page::PageSet;
 pub use report::CheckpointReport;
 use stage::Stage;
+use std::sync::Arc;
 use std::thread::Scope;
 use std::time::{Duration, Instant};
 use stop::Measured;
-use writer::{Progress, Writers};
+use writer::{Progress, Target, Writers};
 
 /// What the operator wants.
 #[derive(Debug, Clone)]
@@ -64,6 +67,8 @@ pub struct Options {
     pub stage_bytes: u64,
     /// Whether pages may be packed.
     pub pack: bool,
+    /// Whether a full checkpoint refers to what lies in the store already, instead of writing it again.
+    pub share: bool,
     /// Whether the workload ends with the checkpoint, instead of going on.
     pub suspend: bool,
     /// Its place in the group without which it does not exist, and what that is called.
@@ -81,6 +86,7 @@ impl Options {
             fixed_cost: Duration::from_millis(1),
             stage_bytes: 128 << 20,
             pack: true,
+            share: true,
             suspend: false,
             group: None,
         }
@@ -118,6 +124,16 @@ pub fn take(
     }
 }
 
+/// What a delta stands on.
+struct Standing {
+    /// How it is named there.
+    parent: Parent,
+    /// How many deltas there are with it.
+    deltas: u32,
+    /// What lies in the store for all of that.
+    stored_bytes: u64,
+}
+
 struct Taking<'env, 'run> {
     source: Box<dyn Source>,
     vault: &'env Vault,
@@ -143,6 +159,8 @@ struct Taking<'env, 'run> {
     frozen_copying: Duration,
     /// The description of the machine, and the workload's state.
     state: Vec<u8>,
+    /// What lies in the store already, for a full checkpoint.
+    known: Arc<Known>,
     /// Whether the manifest may be in the store.
     may_exist: bool,
 }
@@ -180,6 +198,7 @@ impl<'env, 'run> Taking<'env, 'run> {
             taken_unix_ms: 0,
             frozen_copying: Duration::ZERO,
             state: Vec::new(),
+            known: Arc::default(),
             may_exist: false,
         }
     }
@@ -191,7 +210,8 @@ impl<'env, 'run> Taking<'env, 'run> {
     {
         self.phase(Phase::Track, Self::track)?;
         let Options { id, pack, .. } = *self.options;
-        let writers = Writers::start(scope, &self.stage, self.vault, id, pack, self.progress);
+        let target = Target { vault: self.vault, id, pack, known: Arc::clone(&self.known) };
+        let writers = Writers::start(scope, &self.stage, &target, self.progress);
         let read = self.read_all();
         if let Err(error) = &read {
             if let Some((member, _)) = &self.options.group {
@@ -244,19 +264,31 @@ impl<'env, 'run> Taking<'env, 'run> {
         self.cancel.check()?;
         self.report.tracking = self.source.track(Dirty::SinceBaseline)?;
         let baseline = self.source.baseline().filter(|_| !self.options.full);
-        let Some(baseline) = baseline else { return Ok(()) };
+        let Some(baseline) = baseline else { return self.know() };
         match self.stands_on(baseline) {
-            Ok((parent, deltas)) => {
+            Ok(Standing { parent, deltas, stored_bytes }) => {
                 (self.report.parent, self.report.deltas) = (Some(parent.id), deltas);
+                self.report.chain_bytes = stored_bytes;
                 self.parent = Some(parent);
             }
-            Err(why) => self.warn(format!("a full checkpoint instead of a delta on {baseline}: {why}")),
+            Err(why) => {
+                self.warn(format!("a full checkpoint instead of a delta on {baseline}: {why}"));
+                self.know()?;
+            }
         }
         Ok(())
     }
 
-    /// Whether a delta can stand on this checkpoint: then how it is named there, and how many deltas there are with it.
-    fn stands_on(&self, id: CheckpointId) -> std::result::Result<(Parent, u32), String> {
+    /// Finds out what lies in the store already, where looking there is no dearer than writing.
+    fn know(&mut self) -> Result<()> {
+        if self.options.share && !self.vault.store().is_remote() {
+            self.known = Arc::new(Known::of(self.vault, &self.source.workload().name)?);
+        }
+        Ok(())
+    }
+
+    /// Whether a delta can stand on this checkpoint.
+    fn stands_on(&self, id: CheckpointId) -> std::result::Result<Standing, String> {
         let chain = self.vault.chain(id).map_err(|error| error.to_string())?;
         let parent = chain.first().ok_or("it is no checkpoint of this store")?;
         let workload = self.source.workload();
@@ -267,7 +299,12 @@ impl<'env, 'run> Taking<'env, 'run> {
         if deltas > MAX_CHAIN_DELTAS {
             return Err(format!("{MAX_CHAIN_DELTAS} deltas on each other are the most there can be"));
         }
-        Ok((parent.as_parent(), deltas))
+        let own = chain.iter().flat_map(|link| {
+            let id = link.manifest.id;
+            link.manifest.segments.iter().filter(move |segment| segment.checkpoint == id)
+        });
+        let stored_bytes = own.map(|segment| segment.bytes).sum();
+        Ok(Standing { parent: parent.as_parent(), deltas, stored_bytes })
     }
 
     fn warn(&mut self, warning: String) {

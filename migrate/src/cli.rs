@@ -74,6 +74,9 @@ enum Verb {
     Keys(commands::keys::Args),
     /// Show and settle VMs that a lost connection left frozen between two hosts.
     Recover(commands::recover::Args),
+    /// List, show and give up the checkpoints of a store.
+    #[command(subcommand)]
+    Store(commands::store::Verb),
     /// Ask a ledger guest for its account of itself, and check its memory from outside.
     Ledger(commands::ledger::Args),
     /// Print what a shell needs to complete the words of this program.
@@ -112,6 +115,7 @@ pub fn run() -> ExitCode {
         Verb::Replay(args) => commands::replay::run(&cli.common, &args),
         Verb::Keys(args) => commands::keys::run(&cli.common, &args),
         Verb::Recover(args) => commands::recover::run(&cli.common, &args),
+        Verb::Store(verb) => commands::store::run(&cli.common, &verb),
         Verb::Ledger(args) => commands::ledger::run(&cli.common, &args),
         Verb::Completions(args) => commands::completions::run(&cli.common, &args),
         Verb::Man(args) => commands::man::run(&cli.common, &args),

@@ -5,6 +5,9 @@ use crate::error::Error;
 /// The guest's ledger, or the guest itself, says that something is broken.
 pub const GUEST: u8 = 11;
 
+/// The store of checkpoints refused something, or what lies there is damaged.
+pub const STORE: u8 = 12;
+
 /// The exit code of an error: one for each class of fault, so that a script can act on it.
 pub fn code(error: &Error) -> u8 {
     match error.root() {
@@ -17,7 +20,7 @@ pub fn code(error: &Error) -> u8 {
         Error::Protocol(_) => 8,
         Error::NotConverged(_) => 9,
         Error::InDoubt(_) => 10,
-        Error::Store(_) => 12,
+        Error::Store(_) => STORE,
         Error::Interrupted(_) => 130,
     }
 }

@@ -51,6 +51,7 @@ use crate::destination::{Destination, Refusal};
 use crate::error::{Error, Result, clean};
 use crate::identity::Fingerprint;
 use crate::report::{ArrivalReport, Event, Observer, Phase, PhaseTime, micros, rate};
+use crate::seed::Stores;
 pub use admission::Limits;
 use desk::Visitors;
 pub use desk::{Accept, Desk, Notice, Notices, Offered, Stranded};
@@ -87,6 +88,8 @@ pub struct Options {
     /// How long to miss a link that is lost before anything was started. What is discarded then is in the ledger, so whoever
     /// goes on serving connections with it still has the answer; only one that ends then should wait for as long as `linger`.
     pub forget: Duration,
+    /// The stores of checkpoints that a sender may refer to.
+    pub seeds: Option<Stores>,
 }
 
 impl Options {
@@ -99,6 +102,7 @@ impl Options {
             linger: Duration::from_secs(60),
             keep: Duration::from_secs(600),
             forget: Duration::from_secs(1),
+            seeds: None,
         }
     }
 }
@@ -341,13 +345,33 @@ impl Inbound<'_> {
         }
         self.cancel.check()?;
         self.turn_away_the_early();
-        self.talk.say(&Upstream::Accept, &[], self.options.idle)?;
+        let accept = self.seeded(&offer, destination)?;
+        self.cancel.check()?;
+        self.talk.say(&accept, &[], self.options.idle)?;
         let layout = Arc::new(offer.layout);
         self.layout = layout.clone();
         let Offer { page_streams, connections, .. } = offer;
         let course = Course { layout, memory: destination.memory(), page_streams, connections };
         self.take_streams(&course)?;
         Ok(course)
+    }
+
+    /// Begins memory with the checkpoint that the offer names, if it is here. One that is not, or is damaged, is no reason to refuse.
+    fn seeded(&mut self, offer: &Offer, destination: &dyn Destination) -> Result<Upstream> {
+        let (Some(seed), Some(stores)) = (&offer.seed, &self.options.seeds) else {
+            return Ok(Upstream::Accept);
+        };
+        match stores.load(seed, &offer.layout, &*destination.memory(), self.cancel) {
+            Ok(pages) => {
+                self.report.seeded_pages = pages;
+                Ok(Upstream::Seeded { pages })
+            }
+            Err(error @ (Error::Host(_) | Error::Interrupted(_))) => Err(error),
+            Err(error) => {
+                tracing::warn!("memory does not begin with the sender's checkpoint: {error}");
+                Ok(Upstream::Accept)
+            }
+        }
     }
 
     /// Takes the further connections of the link and the page streams of all, from the round under way on.

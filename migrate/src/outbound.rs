@@ -33,6 +33,7 @@ mod ticker;
 mod buffers;
 mod encode;
 mod lanes;
+mod seeding;
 mod rounds;
 mod resume;
 mod join;
@@ -52,8 +53,9 @@ use crate::report::{
     Connections, Event, FixedPart, Observer, Outcome, Phase, PhaseTime, PostCopyReport, REPORT_VERSION,
     Report, micros,
 };
+use crate::seed::Seed;
 use crate::select::hot::{HotPages, HotRule};
-use crate::source::{Dirty, Donor, Source};
+use crate::source::{Donor, Source};
 use buffers::Buffers;
 use commit::Answer;
 pub use commit::{Word, ask};
@@ -66,7 +68,9 @@ use protocol::control::{Downstream, MAX_CONNECTIONS, Offer, Upstream};
 use protocol::frame::MAX_PAGE_STREAMS;
 use protocol::handshake::{CONNECTIONS, Hello, POST_COPY};
 use protocol::page::PageSet;
+use seeding::There;
 use std::io::Read;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use ticker::Ticker;
 
@@ -93,6 +97,8 @@ pub struct Options {
     pub packs: Packs,
     /// Whether all memory is compared while the workload stands still, before it may start there.
     pub verify: bool,
+    /// A checkpoint of the workload that the destination may have, too: what it has is not sent again.
+    pub seed: Option<Arc<Seed>>,
     /// The longest the peer may leave us waiting with nothing moving on the link.
     pub stall: Duration,
     /// The longest the destination may take to make room for the workload.
@@ -118,6 +124,7 @@ impl Options {
             connections: Connections::default(),
             packs: Packs::default(),
             verify: false,
+            seed: None,
             stall: Duration::from_secs(10),
             // Touching fresh memory was measured at up to 2 s/GiB on a machine that must get it back from its host.
             prepare: Duration::from_secs(120),
@@ -226,6 +233,8 @@ struct Outbound<'a> {
     peer_key: Fingerprint,
     /// Every page that was taken from the source, in all rounds.
     taken: Vec<PageSet>,
+    /// Where memory there began with a checkpoint: what of it was not written since and need not be sent.
+    there: Option<There>,
     /// The pages of the round under way: what the destination must have before it is over.
     owed: Vec<PageSet>,
     /// The round under way.
@@ -281,6 +290,7 @@ impl<'a> Outbound<'a> {
             packed_pages: 0,
             zero_pages: 0,
             skipped_pages: 0,
+            seeded_pages: 0,
             sent_bytes: 0,
             state_bytes: 0,
             resumes: 0,
@@ -298,6 +308,7 @@ impl<'a> Outbound<'a> {
             warnings: Vec::new(),
         };
         Self {
+            there: None,
             taken: workload.layout.spaces.iter().map(|space| PageSet::empty(space.pages)).collect(),
             peer_key: link.peer_key(),
             owed: Vec::new(),
@@ -432,10 +443,12 @@ impl<'a> Outbound<'a> {
             layout: workload.layout.clone(),
             page_streams: self.options.page_streams,
             connections: self.report.connections.number,
+            seed: self.seed().map(|seed| seed.name().clone()),
         };
         self.talk.say(&Downstream::Offer(offer), &workload.machine, self.options.stall)?;
         match self.hear("the destination to make room", self.options.prepare)? {
             Upstream::Accept => {}
+            Upstream::Seeded { pages } => self.is_seeded(pages)?,
             other => return Err(out_of_order("Accept", other.name())),
         }
         self.lanes = self.open_lanes()?;
@@ -450,7 +463,8 @@ impl<'a> Outbound<'a> {
     }
 
     fn track(&mut self) -> Result<()> {
-        self.report.tracking = self.source.track(Dirty::Everything)?;
+        self.report.tracking = self.source.track(self.dirty_at_first())?;
+        self.find_what_is_there()?;
         if self.options.verify { self.forecast_verify() } else { Ok(()) }
     }
 

@@ -237,6 +237,9 @@ pub struct Report {
     pub zero_pages: u64,
     /// Pages never touched and not sent.
     pub skipped_pages: u64,
+    /// Pages that the destination had from a checkpoint, and that were not sent in the first round.
+    #[serde(default)]
+    pub seeded_pages: u64,
     /// Bytes on the page streams in all rounds.
     pub sent_bytes: u64,
     /// Bytes of the state.
@@ -358,6 +361,9 @@ pub struct ArrivalReport {
     /// How often a link was lost in the rounds and they went on over another one.
     #[serde(default)]
     pub resumes: u32,
+    /// Pages that memory began with, from a checkpoint.
+    #[serde(default)]
+    pub seeded_pages: u64,
     /// What followed behind the start, if it was started without all of its memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub post_copy: Option<FaultReport>,
@@ -379,6 +385,7 @@ impl ArrivalReport {
             received_bytes: 0,
             state_bytes: 0,
             resumes: 0,
+            seeded_pages: 0,
             post_copy: None,
             total_us: 0,
         }

@@ -20,8 +20,9 @@
 pub mod plan;
 mod order;
 mod touches;
-mod fetch;
-mod eager;
+pub(crate) mod fetch;
+pub mod image;
+pub(crate) mod eager;
 mod lazy;
 mod group;
 pub mod report;
@@ -145,6 +146,7 @@ impl Run<'_> {
             layout: manifest.layout.clone(),
             page_streams: 1,
             connections: 1,
+            seed: None,
         };
         // Before anything of it is read: so much memory would have to be here.
         offer.check(self.options.max_memory_bytes).map_err(|error| {
@@ -187,21 +189,10 @@ impl Run<'_> {
         self.serve(workload.as_ref(), &gathered, running_us, clock)
     }
 
-    /// Reads what tells where the pages lie: the indexes, newest first, until no page is left of which an older one could tell, and
-    /// what earlier restores recorded. Every segment that will be read is opened.
-    fn gather(&self) -> Result<Gathered<'_>> {
+    /// Reads what tells where the pages lie, and what earlier restores recorded.
+    fn gather(&self) -> Result<Gathered> {
         let manifest = &self.newest.manifest;
-        let (mut merge, mut links) = (Merge::new(&manifest.layout), 0);
-        for link in self.chain {
-            if merge.is_complete() {
-                break;
-            }
-            self.cancel.check()?;
-            merge.add(&link.manifest.segments, &self.vault.index(&link.manifest)?);
-            links += 1;
-        }
-        let fetch = Fetch::new(self.vault, merge.finish());
-        fetch.open_all()?;
+        let (fetch, links) = pages_of(self.vault, self.chain, self.cancel)?;
         let recorded =
             if self.options.lazy { self.vault.touched(manifest.id, &manifest.layout) } else { Vec::new() };
         Ok(Gathered { fetch, links, recorded: touches::merged(&recorded) })
@@ -210,7 +201,7 @@ impl Run<'_> {
     fn eagerly(
         &self,
         mut destination: Box<dyn Destination>,
-        gathered: &Gathered<'_>,
+        gathered: &Gathered,
         state: &[u8],
         clock: &mut Clock<'_>,
     ) -> Result<Report> {
@@ -238,7 +229,7 @@ impl Run<'_> {
     fn lazily(
         &self,
         mut destination: Box<dyn Destination>,
-        gathered: &Gathered<'_>,
+        gathered: &Gathered,
         state: &[u8],
         clock: &mut Clock<'_>,
     ) -> Result<Report> {
@@ -258,7 +249,7 @@ impl Run<'_> {
     fn serve(
         &self,
         workload: &dyn Incomplete,
-        gathered: &Gathered<'_>,
+        gathered: &Gathered,
         running_us: u64,
         clock: &mut Clock<'_>,
     ) -> Result<Report> {
@@ -284,7 +275,7 @@ impl Run<'_> {
     fn report(
         &self,
         name: String,
-        gathered: &Gathered<'_>,
+        gathered: &Gathered,
         running_us: u64,
         lazily: Option<Lazily>,
         clock: &Clock<'_>,
@@ -308,12 +299,30 @@ impl Run<'_> {
 }
 
 /// What tells where the pages lie.
-struct Gathered<'a> {
-    fetch: Fetch<'a>,
+struct Gathered {
+    fetch: Fetch,
     /// How many indexes were read.
     links: u64,
     /// What earlier restores touched first.
     recorded: Vec<PageRun>,
+}
+
+/// The pages of a chain, newest first: merges the indexes until no page is left of which an older one could tell, and opens every segment
+/// that will be read. Answers how many indexes that took, too.
+pub(crate) fn pages_of(vault: &Vault, chain: &[Committed], cancel: &CancelFlag) -> Result<(Fetch, u64)> {
+    let Some(newest) = chain.first() else { return Err(Error::Store("a chain is empty".into())) };
+    let (mut merge, mut links) = (Merge::new(&newest.manifest.layout), 0);
+    for link in chain {
+        if merge.is_complete() {
+            break;
+        }
+        cancel.check()?;
+        merge.add(&link.manifest.segments, &vault.index(&link.manifest)?);
+        links += 1;
+    }
+    let fetch = Fetch::new(vault.clone(), merge.finish());
+    fetch.open_all()?;
+    Ok((fetch, links))
 }
 
 fn joined<T>(result: thread::Result<Result<T>>) -> Result<T> {

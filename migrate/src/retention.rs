@@ -7,8 +7,12 @@
 //!         needed by the day's newest ─┘daily                    last     last     last, daily
 //! ```
 //!
-//! A checkpoint stays because a rule wants it, because one that stays stands on it, or because its group stays. Everything here is a
-//! pure function of what the manifests say.
+//! A checkpoint stays because a rule wants it, because one that stays stands on it, or because its group stays. [`apply`] is a pure
+//! function of what the manifests say; [`prune()`] does it.
+
+mod prune;
+
+pub use prune::{Plan, prune};
 
 use protocol::checkpoint::manifest::Manifest;
 use protocol::checkpoint::name::CheckpointId;
@@ -111,11 +115,11 @@ pub struct Retention {
     pub dropped: Vec<CheckpointId>,
 }
 
-/// Applies the rules to checkpoints of any number of workloads. A checkpoint whose parent is not among them is kept or dropped all the
-/// same: it is damaged, and retention is not what finds that out.
+/// Applies the rules to checkpoints of any number of workloads. The newest checkpoint of each workload always stays.
 ///
-/// The newest checkpoint of each workload always stays.
-pub fn apply(members: &[Member], keep: &Keep) -> Retention {
+/// `bystanders` cannot be restored as they are, so they fulfil no rule and neither stay nor go; but what they stand on stays, because
+/// what they lack may turn up.
+pub fn apply(members: &[Member], bystanders: &[Member], keep: &Keep) -> Retention {
     let mut kept: BTreeMap<CheckpointId, BTreeSet<Reason>> = BTreeMap::new();
     let mut workloads: BTreeMap<&str, Vec<&Member>> = BTreeMap::new();
     for member in members {
@@ -145,36 +149,41 @@ pub fn apply(members: &[Member], keep: &Keep) -> Retention {
             }
         }
     }
-    keep_what_they_need(members, &mut kept);
+    keep_what_they_need(members, bystanders, &mut kept);
     let mut dropped: Vec<&Member> = members.iter().filter(|member| !kept.contains_key(&member.id)).collect();
     leaves_first(&mut dropped);
     Retention { dropped: dropped.iter().map(|member| member.id).collect(), kept }
 }
 
 /// Adds groups and ancestors, until nothing is missing.
-fn keep_what_they_need(members: &[Member], kept: &mut BTreeMap<CheckpointId, BTreeSet<Reason>>) {
-    let by_id: BTreeMap<CheckpointId, &Member> = members.iter().map(|member| (member.id, member)).collect();
+fn keep_what_they_need(
+    members: &[Member],
+    bystanders: &[Member],
+    kept: &mut BTreeMap<CheckpointId, BTreeSet<Reason>>,
+) {
+    let all = || members.iter().chain(bystanders);
+    let by_id: BTreeMap<CheckpointId, &Member> = all().map(|member| (member.id, member)).collect();
+    let droppable: BTreeSet<CheckpointId> = members.iter().map(|member| member.id).collect();
     let mut groups: BTreeMap<CheckpointId, Vec<CheckpointId>> = BTreeMap::new();
-    for member in members {
+    for member in all() {
         if let Some(group) = member.group {
             groups.entry(group).or_default().push(member.id);
         }
     }
-    let mut open: Vec<CheckpointId> = kept.keys().copied().collect();
+    let mut open: Vec<CheckpointId> =
+        kept.keys().copied().chain(bystanders.iter().map(|one| one.id)).collect();
+    let mut seen: BTreeSet<CheckpointId> = open.iter().copied().collect();
     while let Some(id) = open.pop() {
         let Some(member) = by_id.get(&id) else { continue };
         let of_group = member.group.and_then(|group| groups.get(&group)).into_iter().flatten();
         let of_group = of_group.filter(|other| **other != id).map(|other| (*other, Reason::Group(id)));
-        let parent = member.parent.filter(|parent| by_id.contains_key(parent));
-        let parent = parent.map(|parent| (parent, Reason::NeededBy(id)));
+        let parent = member.parent.map(|parent| (parent, Reason::NeededBy(id)));
         for (other, reason) in of_group.chain(parent) {
-            let reasons = kept.entry(other).or_insert_with(|| {
+            if seen.insert(other) {
                 open.push(other);
-                BTreeSet::new()
-            });
-            // One such word is enough where there is a better one already.
-            if reasons.is_empty() {
-                reasons.insert(reason);
+                if droppable.contains(&other) {
+                    kept.entry(other).or_default().insert(reason);
+                }
             }
         }
     }
@@ -209,7 +218,7 @@ mod tests {
     fn the_newest_of_each_hour_day_and_week_stays() {
         // Every 20 minutes for 30 days, from Thursday, 1 January 1970 on; all of them full.
         let members: Vec<Member> = (0..30 * 72).map(|number| member(number * 20, None)).collect();
-        let kept = |keep| minutes(&apply(&members, &keep));
+        let kept = |keep| minutes(&apply(&members, &[], &keep));
         let end = 30 * 1440;
         assert_eq!(kept(Keep { last: 3, ..Keep::default() }), [end - 60, end - 40, end - 20]);
         assert_eq!(kept(Keep { hourly: 3, ..Keep::default() }), [end - 140, end - 80, end - 20]);
@@ -227,6 +236,7 @@ mod tests {
         let aside = member(1440 * 3, None);
         let found = apply(
             &[aside.clone(), second.clone(), full.clone(), first.clone()],
+            &[],
             &Keep { daily: 2, ..Keep::default() },
         );
         let reason = |member: &Member| found.kept[&member.id].iter().copied().collect::<Vec<_>>();
@@ -236,6 +246,7 @@ mod tests {
         assert_eq!(reason(&aside), [Reason::Last, Reason::Daily]);
         let found = apply(
             &[full.clone(), first.clone(), second.clone(), aside],
+            &[],
             &Keep { last: 1, ..Keep::default() },
         );
         assert_eq!(found.dropped, [second.id, first.id, full.id]);
@@ -247,7 +258,7 @@ mod tests {
         other.workload = "db".into();
         other.id = CheckpointId::new(0, 2);
         let members = [member(0, None), member(5, None), other];
-        assert_eq!(apply(&members, &Keep::default()).dropped, [members[0].id]);
+        assert_eq!(apply(&members, &[], &Keep::default()).dropped, [members[0].id]);
     }
 
     /// Checkpoints of two workloads, some of them in groups, each a delta on an earlier one of its workload or full.
@@ -284,7 +295,7 @@ mod tests {
     proptest! {
         #[test]
         fn nothing_that_is_needed_goes(members in stores(), keep in keeps()) {
-            let found = apply(&members, &keep);
+            let found = apply(&members, &[], &keep);
             prop_assert_eq!(found.kept.len() + found.dropped.len(), members.len());
             let kept = |id: &CheckpointId| found.kept.contains_key(id);
             for workload in ["web", "db"] {
@@ -309,9 +320,9 @@ mod tests {
 
         #[test]
         fn twice_is_once(members in stores(), keep in keeps()) {
-            let found = apply(&members, &keep);
+            let found = apply(&members, &[], &keep);
             let rest: Vec<Member> = members.into_iter().filter(|one| found.kept.contains_key(&one.id)).collect();
-            prop_assert!(apply(&rest, &keep).dropped.is_empty());
+            prop_assert!(apply(&rest, &[], &keep).dropped.is_empty());
         }
 
         #[test]
@@ -322,7 +333,7 @@ mod tests {
                 daily: keep.daily + more.daily,
                 weekly: keep.weekly + more.weekly,
             };
-            let (less, more) = (apply(&members, &keep), apply(&members, &both));
+            let (less, more) = (apply(&members, &[], &keep), apply(&members, &[], &both));
             prop_assert!(less.kept.keys().all(|id| more.kept.contains_key(id)));
         }
     }

@@ -15,7 +15,9 @@ mod holder;
 mod local;
 mod memory;
 mod s3;
+mod faulty;
 
+pub use faulty::{Fault, FaultyStore};
 pub use holder::Holder;
 pub use local::LocalStore;
 pub use memory::MemoryStore;

@@ -9,7 +9,7 @@
 //! read is checked for its length before memory is taken for it, and against its digest before it is used. An error names the
 //! checkpoint and the object.
 
-mod wrong;
+pub(crate) mod wrong;
 mod write;
 mod read;
 mod catalogue;
@@ -162,7 +162,7 @@ impl Vault {
         self.store.place()
     }
 
-    fn wrong<'a>(&'a self, object: &'a str) -> Wrong<'a> {
+    pub(crate) fn wrong<'a>(&'a self, object: &'a str) -> Wrong<'a> {
         Wrong { store: &*self.store, object }
     }
 
@@ -213,6 +213,22 @@ impl Vault {
             .map_err(|_| Error::Host(format!("there is no memory for the {found} bytes of {name}")))?;
         bytes.resize(found as usize, 0);
         reader.read_at(0, &mut bytes)?;
+        self.open_object(kind, name, bytes, part)
+    }
+
+    /// The body of an object whose bytes were read already, from here or elsewhere, and what it is known by.
+    ///
+    /// # Errors
+    /// `Store` when it is not what it should be.
+    pub(crate) fn open_object(
+        &self,
+        kind: Kind,
+        name: &str,
+        mut bytes: Vec<u8>,
+        part: Option<&Part>,
+    ) -> Result<(Vec<u8>, Part)> {
+        let wrong = self.wrong(name);
+        let found = bytes.len() as u64;
         let object = object::decode(&bytes, kind, what(kind)).map_err(|error| wrong.damaged(&error))?;
         if let Some(part) = part.filter(|part| part.digest.0 != object.digest) {
             let why = format!("its digest is {} and not {}", HexDigest(object.digest), part.digest);

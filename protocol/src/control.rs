@@ -31,6 +31,10 @@
 //! Done ───────────────────────────────▶  may forget
 //! ```
 //!
+//! With the capability `seed` an offer may name a checkpoint that both ends can read. A receiver that has put its pages in memory, all
+//! others being zeros, answers `Seeded` instead of `Accept`; the first round then needs no page that is as the checkpoint has it. One
+//! that cannot answers `Accept`, and everything is sent.
+//!
 //! Instead of `Offer`, a sender that lost its link behind `Commit` says `Ask` on a new connection and is told the
 //! `Outcome`, or `Incomplete`: then it may say `Recover`, is told in `Missing` what is still to be sent, and goes on
 //! from there. One that lost it in the rounds says `Resume` and is told in `Resumed` what arrived; one that opens a
@@ -38,6 +42,8 @@
 //! say why it gives up: `Cancel` downstream, `Failed` upstream.
 
 use crate::MigrationId;
+use crate::checkpoint::manifest::HexDigest;
+use crate::checkpoint::name::CheckpointId;
 use crate::error::{ProtocolError, Result};
 use crate::frame::MAX_PAGE_STREAMS;
 use crate::layout::Layout;
@@ -192,6 +198,20 @@ pub struct Offer {
     /// 1 and no more than there are streams. More than 1 needs the capability `connections`.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub connections: u16,
+    /// A checkpoint that memory may begin with. Only to a receiver with the capability `seed`, which may pass it over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seed: Option<Seed>,
+}
+
+/// A checkpoint in a store that both ends can read, each by a path of its own.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Seed {
+    /// The store's id: [`StoreInfo::id`](crate::checkpoint::manifest::StoreInfo::id).
+    pub store: String,
+    /// The checkpoint.
+    pub checkpoint: CheckpointId,
+    /// The digest of its manifest, and so of all that is in it.
+    pub manifest: HexDigest,
 }
 
 /// What an offer means that does not speak of connections.
@@ -248,6 +268,12 @@ pub enum Upstream {
     Hello(crate::handshake::Hello),
     /// The memory is there; send pages. Also the answer to `Join`.
     Accept,
+    /// As `Accept`, and the memory is as the checkpoint has it that the offer named: all other pages are zeros. Only to an offer
+    /// that named one.
+    Seeded {
+        /// Pages of the checkpoint that are not zeros.
+        pages: u64,
+    },
     /// The receiver will not take this workload; nothing was changed.
     Refuse {
         /// Why, as a class that a script can act on.
@@ -328,6 +354,7 @@ impl Upstream {
         match self {
             Self::Hello(_) => "Hello",
             Self::Accept => "Accept",
+            Self::Seeded { .. } => "Seeded",
             Self::Refuse { .. } => "Refuse",
             Self::RoundDone { .. } => "RoundDone",
             Self::Verified { .. } => "Verified",

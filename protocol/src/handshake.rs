@@ -56,9 +56,12 @@ pub const CONNECTIONS: &str = "connections";
 /// Both ends compare digests over all memory before the workload may start.
 pub const VERIFY: &str = "verify";
 
+/// The receiver may have a checkpoint from which the sender's pages are counted: see [`Seed`](crate::control::Seed).
+pub const SEED: &str = "seed";
+
 /// The capabilities of this release. All of version 1.0 is the base.
 pub const CAPABILITIES: &[&str] =
-    &[POST_COPY, PACKED_PAGES, DELTA_PAGES, KNOWN_PAGES, PROBE, RESUME, CONNECTIONS, VERIFY];
+    &[POST_COPY, PACKED_PAGES, DELTA_PAGES, KNOWN_PAGES, PROBE, RESUME, CONNECTIONS, VERIFY, SEED];
 
 /// First bytes of a control stream, decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -9,7 +9,12 @@
 
 mod common;
 
-use common::reader;
+use common::{checkpoint, reader, samples};
+use protocol::ProtocolError;
+use protocol::checkpoint::index::Index;
+use protocol::checkpoint::manifest::{self, Manifest};
+use protocol::checkpoint::object::{self, Kind};
+use protocol::checkpoint::touched;
 use protocol::control::{Downstream, Upstream};
 use protocol::envelope::{self, Header, MAX_JSON_BYTES};
 use protocol::layout::Layout;
@@ -23,13 +28,25 @@ const MOST_KIB: u64 = 24 << 10;
 
 const CHILD: &str = "PROTOCOL_BOUNDS_CHILD";
 
+/// What reading a checkpoint's JSON of 16 MiB may add: three times as much were measured, a vector that grew while it was read.
+const MOST_JSON_KIB: u64 = 96 << 10;
+
 #[test]
 fn no_decoder_allocates_beyond_its_bounds() {
+    in_a_process_of_its_own("no_decoder_allocates_beyond_its_bounds", watch_the_decoders);
+}
+
+#[test]
+fn no_object_of_a_store_allocates_beyond_its_bounds() {
+    in_a_process_of_its_own("no_object_of_a_store_allocates_beyond_its_bounds", watch_the_store);
+}
+
+fn in_a_process_of_its_own(test: &str, watch: fn()) {
     if std::env::var_os(CHILD).is_some() {
-        return watch_the_decoders();
+        return watch();
     }
     let child = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "no_decoder_allocates_beyond_its_bounds", "--nocapture", "--test-threads=1"])
+        .args(["--exact", test, "--nocapture", "--test-threads=1"])
         .env(CHILD, "1")
         .env("GLIBC_TUNABLES", "glibc.malloc.arena_max=1")
         .output()
@@ -94,6 +111,54 @@ fn watch_the_decoders() {
     let grown = peak_kib() - before;
     println!("all of them: {grown} KiB more");
     assert!(grown <= MOST_KIB, "the decoders took {grown} KiB, {MOST_KIB} KiB are their bound");
+}
+
+fn watch_the_store() {
+    let layout = samples::layout();
+    let counts = [[0xff; 8], [0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0], [0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff]];
+    let indexes = counts.map(|head| [&head[..], &[0; 4096]].concat());
+    let good = checkpoint::index().encode();
+    let mut lengths = Vec::new();
+    for length in [u64::MAX, 1 << 40, 1 << 32] {
+        let mut bytes = object::encode(Kind::Index, false, &good).0;
+        bytes[16..24].copy_from_slice(&length.to_le_bytes());
+        lengths.push(bytes);
+    }
+    let start = peak_kib();
+    assert!(start - kib("VmSize:") < 4 << 10, "too much could be allocated unseen");
+    for bytes in &indexes {
+        assert!(Index::decode(&layout, 2, bytes).is_err());
+        assert!(touched::decode(&layout, bytes).is_err());
+    }
+    assert!(Index::decode(&layout, 2, &good).is_ok());
+    for bytes in &lengths {
+        assert!(object::decode(bytes, Kind::Index, "test").is_err());
+    }
+    let grown = peak_kib() - start;
+    assert!(grown < 1 << 10, "reading what is short took {grown} KiB");
+    let room = manifest::MAX_JSON_BYTES - 4096;
+    let json = serde_json::to_string(&checkpoint::manifest()).unwrap();
+    let (before, after) = json.split_once(r#""segments":["#).unwrap();
+    let segment = r#"{"checkpoint":"20261123T194831Z-3f9a1c07","number":0,"bytes":1},"#;
+    let bodies = [
+        [before, r#""segments":["#, &segment.repeat(room / segment.len()), after].concat(),
+        [r#"{"later":["#, &"0,".repeat(room / 2), "0],", &json[1..]].concat(),
+        [r#"{"later":"#, &"[".repeat(room), "]"].concat(),
+        [r#"{"software":""#, &"x".repeat(room), "\","].concat(),
+    ];
+    // What making them took for a while counts here, too.
+    let start = kib("VmSize:");
+    let read: Vec<_> =
+        bodies.iter().map(|body| manifest::from_json::<Manifest>("test", body.as_bytes()).is_ok()).collect();
+    assert_eq!(read, [true, true, false, false]);
+    let grown = peak_kib() - start;
+    println!("{grown} KiB more");
+    assert!(grown <= MOST_JSON_KIB, "manifests took {grown} KiB, {MOST_JSON_KIB} KiB are their bound");
+    let too_long = vec![b' '; manifest::MAX_JSON_BYTES + 1];
+    assert!(matches!(
+        manifest::from_json::<Manifest>("test", &too_long),
+        Err(ProtocolError::TooLarge { .. })
+    ));
 }
 
 /// The largest JSON bodies that a header lets through, each made to become as much as possible.

@@ -20,7 +20,7 @@ use std::path::Path;
 const DOCUMENTS: [&str; 2] = ["wire-protocol.md", "control-protocol.md"];
 
 /// Public constants that are not numbers or texts of the wire.
-const NOT_LIMITS: [&str; 10] = [
+const NOT_LIMITS: [&str; 11] = [
     "handshake::CAPABILITIES",
     "handshake::OURS",
     "handshake::POST_COPY",
@@ -31,6 +31,7 @@ const NOT_LIMITS: [&str; 10] = [
     "handshake::PROBE",
     "handshake::CONNECTIONS",
     "handshake::VERIFY",
+    "handshake::SEED",
 ];
 
 fn document(name: &str) -> String {
@@ -111,6 +112,10 @@ fn no_constant_of_the_crate_is_left_out() {
     let mut found = 0;
     for file in std::fs::read_dir(source).unwrap() {
         let path = file.unwrap().path();
+        // The constants of checkpoints are in a document of their own: tests/checkpoint.rs holds it to them.
+        if path.is_dir() {
+            continue;
+        }
         let module = path.file_stem().unwrap().to_str().unwrap().to_owned();
         for line in std::fs::read_to_string(&path).unwrap().lines() {
             let Some(rest) = line.trim().strip_prefix("pub const ") else { continue };

@@ -315,6 +315,7 @@ fn an_offer_from_outside_is_checked() {
         layout: samples::layout(),
         page_streams,
         connections: 1,
+        seed: None,
     };
     offer("web-1.example_com", 1).check(4 << 30).unwrap();
     offer(&"x".repeat(control::MAX_NAME_BYTES), frame::MAX_PAGE_STREAMS).check(4 << 30).unwrap();

@@ -151,7 +151,18 @@ fn a_series_goes_on_until_it_is_interrupted() {
         return;
     }
     let (host, store) = scene(BUSY);
-    let words = ["checkpoint", "v", "--store", &store, "--every", "300ms", "--max-deltas", "2"];
+    let words = [
+        "checkpoint",
+        "v",
+        "--store",
+        &store,
+        "--every",
+        "300ms",
+        "--max-deltas",
+        "2",
+        "--recovery-time",
+        "1h",
+    ];
     let mut series = host.start(&words);
     let mut kinds = Vec::new();
     for _ in 0..5 {
@@ -194,7 +205,9 @@ fn a_store_without_space_costs_a_checkpoint_and_nothing_else() {
 
 #[test]
 fn whoever_holds_the_guest_or_the_store_is_named_and_a_move_between_two_checkpoints_harms_none() {
-    if without_kvm("whoever_holds_the_guest_or_the_store_is_named_and_a_move_between_two_checkpoints_harms_none") {
+    if without_kvm(
+        "whoever_holds_the_guest_or_the_store_is_named_and_a_move_between_two_checkpoints_harms_none",
+    ) {
         return;
     }
     let (a, b) = trusting_pair(Path::new(PROGRAM));

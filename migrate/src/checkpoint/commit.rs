@@ -1,5 +1,6 @@
 //! Behind the pause: everything becomes durable, then the manifest is written, and only then it is a checkpoint.
 
+use super::known::FOREIGN;
 use super::meeting::{Ended, Member};
 use super::placement::Written;
 use super::writer::Writers;
@@ -7,11 +8,12 @@ use super::{CheckpointReport, Failed, Taking};
 use crate::error::{Error, Result};
 use crate::report::{Event, Phase, PhaseTime, micros};
 use crate::source::Durable;
-use protocol::checkpoint::index::At;
+use protocol::checkpoint::index::{At, Index};
 use protocol::checkpoint::manifest::{Group, Manifest, Parent, Segment};
 use protocol::checkpoint::name;
 use protocol::checkpoint::object::Kind;
 use protocol::page::PageSet;
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 /// What takes checkpoints, as it says itself.
@@ -39,13 +41,19 @@ impl Taking<'_, '_> {
     pub(super) fn commit(&mut self, written: Written, segments: Vec<Segment>) -> Result<()> {
         let workload = self.source.workload();
         let id = self.options.id;
-        let body = written.into_index(&workload.layout);
+        let mut body = written.into_index(&workload.layout);
+        let own = segments.len() as u32;
+        let segments = self.with_foreign(&mut body, segments);
         for placed in &body.runs {
             let pages = u64::from(placed.run.count);
             self.report.dirty_pages += pages;
             match placed.at {
                 At::Zeros => self.report.zero_pages += pages,
-                At::Extent { .. } => self.report.data_pages += pages,
+                At::Extent { extent, .. } => {
+                    let is_own = body.extents.get(extent as usize).is_some_and(|extent| extent.segment < own);
+                    *if is_own { &mut self.report.data_pages } else { &mut self.report.shared_pages } +=
+                        pages;
+                }
             }
         }
         let index = self.vault.put_index(id, &body)?;
@@ -53,6 +61,7 @@ impl Taking<'_, '_> {
         self.report.index_bytes = index.bytes;
         self.report.written_pages = self.progress.data_pages();
         self.report.stored_bytes = self.progress.stored_bytes();
+        self.report.chain_bytes += self.report.stored_bytes;
         let manifest = Manifest {
             id,
             taken_unix_ms: self.taken_unix_ms,
@@ -101,6 +110,20 @@ impl Taking<'_, '_> {
                 Err(error)
             }
         }
+    }
+
+    /// The segments of an index: its own, and behind them those of others that its extents lie in.
+    fn with_foreign(&self, index: &mut Index, mut segments: Vec<Segment>) -> Vec<Segment> {
+        let mut positions = HashMap::new();
+        for extent in index.extents.iter_mut().filter(|extent| extent.segment >= FOREIGN) {
+            if let Some(segment) = self.known.segment(extent.segment) {
+                extent.segment = *positions.entry(extent.segment).or_insert_with(|| {
+                    segments.push(segment.clone());
+                    segments.len() as u32 - 1
+                });
+            }
+        }
+        segments
     }
 
     /// The checkpoint exists: its pages count as safe from now on, and the workload goes on, or ends.

@@ -44,6 +44,8 @@ pub struct CheckpointReport {
     pub written_pages: u64,
     /// Bytes of segments: pages as they are stored.
     pub stored_bytes: u64,
+    /// The same of all links of its chain together.
+    pub chain_bytes: u64,
     /// Bytes of the index and the manifest.
     pub index_bytes: u64,
     /// Bytes of the state.
@@ -90,6 +92,7 @@ impl CheckpointReport {
             shared_pages: 0,
             written_pages: 0,
             stored_bytes: 0,
+            chain_bytes: 0,
             index_bytes: 0,
             state_bytes: 0,
             predicted_pause_us: 0,

@@ -2,6 +2,7 @@
 //!
 //! Several writers work side by side, each on a segment of its own: while one waits for a segment to be durable, another writes.
 
+use super::known::{Candidate, Known, Prover, without};
 use super::packing::Packing;
 use super::placement::{Lying, Written};
 use super::stage::{Load, Stage};
@@ -13,6 +14,8 @@ use protocol::checkpoint::name::CheckpointId;
 use protocol::checkpoint::segment::Encoding;
 use protocol::page::{PAGE_SIZE, PageRun};
 use protocol::payload::is_zero;
+use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::thread::{Scope, ScopedJoinHandle};
 
@@ -57,6 +60,17 @@ impl Progress {
     }
 }
 
+/// Where to, and how.
+#[derive(Clone)]
+pub(super) struct Target<'a> {
+    pub(super) vault: &'a Vault,
+    pub(super) id: CheckpointId,
+    /// Whether pages may be packed.
+    pub(super) pack: bool,
+    /// What lies there already.
+    pub(super) known: Arc<Known>,
+}
+
 /// The writers of one checkpoint. Dropped, they end once nothing is queued any more.
 pub(super) struct Writers<'scope> {
     stage: Stage,
@@ -75,20 +89,18 @@ impl<'scope> Writers<'scope> {
     pub(super) fn start<'env: 'scope>(
         scope: &'scope Scope<'scope, 'env>,
         stage: &Stage,
-        vault: &'env Vault,
-        id: CheckpointId,
-        pack: bool,
+        target: &Target<'env>,
         progress: &'env Progress,
     ) -> Self {
         let start = |_| {
-            let stage = stage.clone();
+            let (stage, target) = (stage.clone(), target.clone());
             scope.spawn(move || {
                 let _guard = Guard(&stage);
                 let writer = Writer {
-                    vault,
-                    id,
+                    target: &target,
                     progress,
-                    pack,
+                    prover: Prover::default(),
+                    referred: HashMap::new(),
                     segment: None,
                     output: Output::default(),
                     packing: Packing::default(),
@@ -143,10 +155,11 @@ impl Drop for Guard<'_> {
 }
 
 struct Writer<'a> {
-    vault: &'a Vault,
-    id: CheckpointId,
+    target: &'a Target<'a>,
     progress: &'a Progress,
-    pack: bool,
+    prover: Prover,
+    /// Of known extents that pages lie in: their positions among the written ones.
+    referred: HashMap<u32, u32>,
     segment: Option<Open>,
     output: Output,
     packing: Packing,
@@ -168,24 +181,26 @@ impl Writer<'_> {
     }
 
     fn write(&mut self, load: u64, runs: &[PageRun], buffer: &mut [u8]) -> Result<()> {
-        let data = self.part(load, runs, buffer);
+        let mut data = self.part(load, runs, buffer);
+        if !self.target.known.is_empty() {
+            data = self.share(load, data, buffer);
+        }
         let bytes = &buffer[..data.iter().map(PageRun::bytes).sum()];
         self.progress.data_pages.fetch_add((bytes.len() / PAGE_SIZE) as u64, Ordering::Relaxed);
         // Whether packing pays is found out with the first few pages.
-        let mut packs = self.pack && !bytes.is_empty() && self.packing.try_next();
-        let (mut at, mut places) = (0, Vec::new());
+        let mut packs = self.target.pack && !bytes.is_empty() && self.packing.try_next();
+        let mut at = 0;
         while at < bytes.len() {
             let most = if packs { usize::from(ZSTD_EXTENT_PAGES) * PAGE_SIZE } else { bytes.len() };
             let part = &bytes[at..bytes.len().min(at + most)];
             let (extent, packed) = self.append(part, packs)?;
-            places.push((extent, part.len() / PAGE_SIZE));
+            self.place(load, runs_of(&data, at / PAGE_SIZE, part.len() / PAGE_SIZE), extent, 0);
             if packs {
                 self.packing.tried(packed);
                 packs = packed;
             }
             at += part.len();
         }
-        self.place(load, &data, &places);
         Ok(())
     }
 
@@ -230,7 +245,7 @@ impl Writer<'_> {
             Some(open) => open,
             none => {
                 let number = self.progress.segments.fetch_add(1, Ordering::Relaxed);
-                let writer = SegmentWriter::begin(self.vault, self.id, number)?;
+                let writer = SegmentWriter::begin(self.target.vault, self.target.id, number)?;
                 none.insert(Open { number, writer })
             }
         };
@@ -243,25 +258,33 @@ impl Writer<'_> {
         Ok((extents.len() as u32 - 1, extent.encoding == Encoding::Zstd))
     }
 
-    /// Notes where runs lie whose pages follow each other in some extents.
-    fn place(&mut self, load: u64, runs: &[PageRun], places: &[(u32, usize)]) {
-        let mut places = places.iter().copied();
-        let (mut extent, mut pages, mut page) = (0, 0, 0);
+    /// Notes where runs lie: in an extent, one behind the other from a page on.
+    fn place(&mut self, load: u64, runs: impl Iterator<Item = PageRun>, extent: u32, mut page: u16) {
         for run in runs {
-            let mut rest = *run;
-            while rest.count > 0 {
-                if page == pages {
-                    let Some(next) = places.next() else { return };
-                    (extent, pages, page) = (next.0, next.1, 0);
-                }
-                let count = rest.count.min((pages - page) as u32);
-                let placed =
-                    Placed { run: PageRun { count, ..rest }, at: At::Extent { extent, page: page as u16 } };
-                self.output.written.lying.push(Lying { load, placed });
-                rest = PageRun { first: rest.first + u64::from(count), count: rest.count - count, ..rest };
-                page += count as usize;
-            }
+            let placed = Placed { run, at: At::Extent { extent, page } };
+            self.output.written.lying.push(Lying { load, placed });
+            page += run.count as u16;
         }
+    }
+
+    /// Looks for pages that lie in the store already, and refers to them. Answers the runs of the others, whose bytes are at the front.
+    fn share(&mut self, load: u64, data: Vec<PageRun>, buffer: &mut [u8]) -> Vec<PageRun> {
+        let Target { vault, known, .. } = self.target;
+        let bytes: usize = data.iter().map(PageRun::bytes).sum();
+        let shared = self.prover.shared(vault, known, &buffer[..bytes]);
+        if shared.is_empty() {
+            return data;
+        }
+        for Candidate { first, pages, extent: number, page } in &shared {
+            let Some((extent, sums)) = known.extent(*number) else { continue };
+            let written = &mut self.output.written;
+            let position = *self.referred.entry(*number).or_insert_with(|| {
+                written.extents.push((*extent, sums.clone()));
+                written.extents.len() as u32 - 1
+            });
+            self.place(load, runs_of(&data, *first, *pages), position, *page);
+        }
+        without(&shared, &data, &mut buffer[..bytes])
     }
 
     fn finish_segment(&mut self) -> Result<()> {
@@ -270,4 +293,16 @@ impl Writer<'_> {
         }
         Ok(())
     }
+}
+
+/// The part of some runs that begins behind so many of their pages and has so many.
+pub(super) fn runs_of(runs: &[PageRun], skip: usize, pages: usize) -> impl Iterator<Item = PageRun> + '_ {
+    let (mut skip, mut left) = (skip as u64, pages as u64);
+    runs.iter().filter_map(move |run| {
+        let skipped = skip.min(u64::from(run.count));
+        let count = left.min(u64::from(run.count) - skipped);
+        skip -= skipped;
+        left -= count;
+        (count > 0).then(|| PageRun { first: run.first + skipped, count: count as u32, ..*run })
+    })
 }

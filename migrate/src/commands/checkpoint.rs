@@ -5,19 +5,25 @@ mod series;
 mod show;
 
 use super::cancel_on_signals;
+use super::store::KeepArgs;
 use super::target::Target;
 use crate::cancel::CancelFlag;
+use crate::chains::Chains;
 use crate::checkpoint::{self, CheckpointReport, Options};
 use crate::cli::Common;
 use crate::error::{Error, Result};
 use crate::paths::RuntimeDir;
 use crate::progress;
+use crate::retention::{Plan, prune};
+use crate::schedule::Aim;
+use crate::seal::StoreKey;
 use crate::source::vm::VmSource;
 use crate::speed::Speedometer;
 use crate::store::{self, Attempt, Lease, Store};
 use crate::units;
 use crate::vault::{Vault, new_id};
 use protocol::monitor::{Phase, Status};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -25,12 +31,17 @@ use std::time::{Duration, Instant};
 /// How often somebody who waits for a store's lock tries again.
 const LOCK_RETRY: Duration = Duration::from_millis(100);
 
+/// The shortest interval of a series.
+const SHORTEST: Duration = Duration::from_millis(100);
+
 /// Which VM, where to, and how often.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
   migrate checkpoint web --store /var/lib/checkpoints
   migrate checkpoint web --store /var/lib/checkpoints --every 30s
+  migrate checkpoint web --store /var/lib/checkpoints --every auto --recovery-time 5s --overhead 2% --mtbf 24h
+  migrate checkpoint web --store /var/lib/checkpoints --every 10m --keep-last 6 --keep-hourly 24 --keep-daily 7
   migrate checkpoint web --store /mnt/shared/checkpoints --suspend
   migrate checkpoint --group shop web db --store /var/lib/checkpoints
 
@@ -48,9 +59,12 @@ pub struct Args {
     /// For a test: freeze the VMs of a group whenever each of them is ready.
     #[arg(long, hide = true, requires = "group")]
     no_barrier: bool,
-    /// Where the checkpoints lie: a directory. It becomes a store if it is none.
+    /// Where the checkpoints lie: a directory, or s3://BUCKET/PREFIX. It becomes a store if it is none.
     #[arg(long, value_name = "STORE")]
     store: String,
+    /// The file of the store's key. A store that is made with one is sealed; a sealed one needs it.
+    #[arg(long, value_name = "FILE")]
+    encrypt: Option<PathBuf>,
     /// Take a full checkpoint, whatever a delta could stand on.
     #[arg(long)]
     full: bool,
@@ -63,18 +77,74 @@ pub struct Args {
     /// End the VM with its checkpoint, to restore it elsewhere: it stands still while it is written, and goes on if anything fails.
     #[arg(long, conflicts_with = "every")]
     suspend: bool,
-    /// Go on until interrupted: a checkpoint in every such interval, counted from the beginning of one to that of the next.
-    #[arg(long, value_name = "TIME", value_parser = units::duration)]
-    every: Option<Duration>,
-    /// With --every: a full checkpoint behind so many deltas.
-    #[arg(long, value_name = "N", default_value = "100", requires = "every", value_parser = clap::value_parser!(u32).range(0..=4096))]
-    max_deltas: u32,
+    /// Go on until interrupted: a checkpoint in every such interval, counted from the beginning of one to that of the next; or auto for
+    /// the interval that costs least, by what checkpoints were measured to cost and --mtbf.
+    #[arg(long, value_name = "TIME|auto", value_parser = every)]
+    every: Option<Every>,
+    #[command(flatten)]
+    aim: AimArgs,
+    #[command(flatten)]
+    keep: KeepArgs,
     /// Memory to keep what was read and is not written yet, at most; twice as much while the VM is paused.
     #[arg(long, value_name = "SIZE", default_value = "128MiB", value_parser = units::size)]
     stage: u64,
     /// For measurements: do not pack.
     #[arg(long, hide = true)]
     raw: bool,
+    /// For measurements: do not look for what is stored already.
+    #[arg(long, hide = true)]
+    unshared: bool,
+}
+
+/// What a series aims at.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "With --every")]
+struct AimArgs {
+    /// How long restoring may take: a full checkpoint is taken before a chain takes longer.
+    #[arg(long, value_name = "TIME", default_value = "5s", requires = "every", value_parser = units::duration)]
+    recovery_time: Duration,
+    /// With auto: the most of its time that the VM may lose to checkpoints.
+    #[arg(long, value_name = "PERCENT", default_value = "2%", requires = "every", value_parser = percent)]
+    overhead: f64,
+    /// With auto: how long this host lives on average between two failures.
+    #[arg(long, value_name = "TIME", default_value = "24h", requires = "every", value_parser = units::duration)]
+    mtbf: Duration,
+    /// The most deltas on a full checkpoint.
+    #[arg(long, value_name = "N", default_value = "100", requires = "every", value_parser = clap::value_parser!(u32).range(0..=4096))]
+    max_deltas: u32,
+}
+
+impl AimArgs {
+    fn aim(&self) -> Aim {
+        let Self { recovery_time, overhead, mtbf, max_deltas } = *self;
+        Aim { recovery_time, overhead, mtbf, max_deltas }
+    }
+}
+
+/// When the next checkpoint of a series is due.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Every {
+    Interval(Duration),
+    Auto,
+}
+
+fn every(text: &str) -> std::result::Result<Every, String> {
+    if text == "auto" {
+        return Ok(Every::Auto);
+    }
+    match units::duration(text)? {
+        interval if interval >= SHORTEST => Ok(Every::Interval(interval)),
+        _ => Err(format!("take an interval of {} ms or more, or auto", SHORTEST.as_millis())),
+    }
+}
+
+/// A part of a whole, from text such as `2%`.
+fn percent(text: &str) -> std::result::Result<f64, String> {
+    let number = text.trim().trim_end_matches('%').trim_end();
+    match number.parse::<f64>() {
+        Ok(percent) if percent > 0.0 && percent <= 100.0 => Ok(percent / 100.0),
+        _ => Err(format!("{text:?} is no part of the time: write for instance 2%")),
+    }
 }
 
 /// Runs the verb.
@@ -97,12 +167,14 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         args,
         target: Target::find(&runtime, vm)?,
         store: store::open(&args.store)?,
+        key: args.encrypt.as_deref().map(StoreKey::load).transpose()?,
         cancel: cancel_on_signals()?,
     };
     match args.every {
-        Some(interval) => series::run(&writer, interval),
+        Some(every) => series::run(&writer, every),
         None => {
-            writer.take(&Wanted::first(args), &writer.cancel)?;
+            let status = writer.status()?;
+            writer.take(&status, &Wanted::first(args), &writer.cancel)?;
             Ok(ExitCode::SUCCESS)
         }
     }
@@ -128,15 +200,21 @@ struct Writer<'a> {
     args: &'a Args,
     target: Target,
     store: Arc<dyn Store>,
+    key: Option<StoreKey>,
     cancel: CancelFlag,
 }
 
 impl Writer<'_> {
+    /// How the VM is, if it is there.
+    fn status(&self) -> Result<Status> {
+        self.target.status()
+    }
+
     /// Takes one checkpoint and prints it, or what was done of it. The VM and the store are held no longer than that.
-    fn take(&self, wanted: &Wanted, cancel: &CancelFlag) -> Result<CheckpointReport> {
-        let status = writable(&self.target)?;
+    fn take(&self, status: &Status, wanted: &Wanted, cancel: &CancelFlag) -> Result<CheckpointReport> {
+        check_writable(status)?;
         let lease = lock(self.store.as_ref(), &status.name, self.args.wait, cancel)?;
-        let vault = Vault::open_or_create(Arc::clone(&self.store), None)?;
+        let vault = Vault::open_or_create(Arc::clone(&self.store), self.key.as_ref())?;
         let source = VmSource::checkpoint(&status.name, self.target.socket())?;
         let gauge = source.gauge();
         let mut options = Options::new(new_id()?);
@@ -153,13 +231,31 @@ impl Writer<'_> {
         };
         report.guest = speedometer.finish();
         show::report(self.common, &report);
-        failure.map_or(Ok(report), Err)
+        if let Some(error) = failure {
+            return Err(error);
+        }
+        if let Err(error) = self.prune(&vault, lease.as_ref(), &report.workload) {
+            // The checkpoint is what this is about, and it is there.
+            show::not_pruned(self.common, &error);
+        }
+        Ok(report)
+    }
+
+    /// Gives up what no rule keeps, if there are any.
+    fn prune(&self, vault: &Vault, lease: &dyn Lease, workload: &str) -> Result<()> {
+        let keep = self.args.keep.keep();
+        if keep.is_empty() {
+            return Ok(());
+        }
+        let chains = Chains::of(&vault.manifests()?);
+        let gone = prune(vault, lease, &Plan::new(&chains, &keep, Some(workload)))?;
+        show::pruned(self.common, &gone);
+        Ok(())
     }
 }
 
-/// How a VM is that can be written down.
-fn writable(target: &Target) -> Result<Status> {
-    let status = target.status()?;
+/// That a VM can be written down.
+fn check_writable(status: &Status) -> Result<()> {
     if status.phase == Phase::Pledged {
         return Err(Error::Workload(format!(
             "{} stands still because the outcome of a migration is not known: settle it with migrate recover {0}",
@@ -172,7 +268,7 @@ fn writable(target: &Target) -> Result<Status> {
             status.name
         )));
     }
-    Ok(status)
+    Ok(())
 }
 
 /// The right to write, waiting for it as long as that is wanted.
@@ -198,6 +294,7 @@ impl Args {
         options.max_pause = self.max_pause;
         options.stage_bytes = self.stage;
         options.pack = !self.raw;
+        options.share = !self.unshared;
         options.suspend = self.suspend;
     }
 }

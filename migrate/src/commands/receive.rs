@@ -17,6 +17,7 @@ use crate::link::quic::Listener;
 use crate::metrics::Fleet;
 use crate::paths::RuntimeDir;
 use crate::progress;
+use crate::seed;
 use crate::steer;
 use crate::units;
 use arrival::{Host, Job};
@@ -74,6 +75,9 @@ pub struct Args {
     /// Give up when nobody has sent a VM for this long [default: wait forever].
     #[arg(long, value_name = "TIME", value_parser = units::duration)]
     timeout: Option<Duration>,
+    /// A store of checkpoints that a sender may refer to, so that it need not send what is there. May be given several times.
+    #[arg(long, value_name = "STORE")]
+    seed_from: Vec<String>,
     /// How long to wait for a sender that says nothing.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = units::duration)]
     link_timeout: Duration,
@@ -113,6 +117,9 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     options.idle = args.link_timeout;
     options.linger = args.ask_timeout;
     options.keep = args.keep;
+    if !args.seed_from.is_empty() {
+        options.seeds = Some(seed::open_stores(&args.seed_from)?);
+    }
     if args.once {
         // Nobody is here to answer afterwards.
         options.forget = args.ask_timeout;

@@ -60,7 +60,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let Some(pledge) = status.pledged_to.filter(|_| status.phase == Phase::Pledged) else {
         if let Some(pages) = status.awaiting_pages {
             return Err(Error::Workload(format!(
-                "{name} misses {pages} pages that are still at the host it came from: start migrate receive here, and run \
+                "{name} misses {pages} pages that are still at the host it came from, or in the store it was restored from: start migrate receive here, and run \
                  migrate recover {name} there if its migrate send is gone"
             )));
         }

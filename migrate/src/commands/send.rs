@@ -3,6 +3,7 @@
 use super::limits::LimitArgs;
 use super::target::Target;
 use super::{cancel_on_signals, emit};
+use crate::cancel::CancelFlag;
 use crate::cli::Common;
 use crate::connections::{self, Host, Meter, Wanted};
 use crate::controls::{check_bandwidth, check_limits};
@@ -18,17 +19,22 @@ use crate::outbound::{self, Options, Packs};
 use crate::paths::{self, RuntimeDir};
 use crate::progress;
 use crate::report::{Document, Event, Observer, Outcome};
+use crate::seed::Seed;
 use crate::select::hot::HotRule;
+use crate::source::Source as _;
 use crate::source::vm::VmSource;
 use crate::speed::Speedometer;
 use crate::steer::{Board, Place, Server, Subject, Watched};
+use crate::store;
 use crate::units;
-use protocol::monitor::Phase;
+use crate::vault::Vault;
+use protocol::monitor::{Phase, Status};
 use protocol::steer::End;
 use std::fs::File;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// What to send where, and within which limits.
@@ -59,6 +65,9 @@ pub struct Args {
     /// move, and the VM goes on here. Not together with --post-copy.
     #[arg(long, conflicts_with = "post_copy")]
     verify: bool,
+    /// A store with checkpoints of the VM that migrate receive --seed-from can read, too: what is as in the last one is not sent.
+    #[arg(long, value_name = "STORE")]
+    seed_from: Option<String>,
     /// Serve figures as OpenMetrics at http://ADDR:PORT/metrics while it moves.
     #[arg(long, value_name = "ADDR:PORT")]
     metrics: Option<SocketAddr>,
@@ -114,8 +123,11 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let cancel = cancel_on_signals()?;
     let source = VmSource::connect(&status.name, target.socket(), &args.address)?;
     let gauge = source.gauge();
+    // Before the destination is asked: it may take a moment, and nobody shall wait for it.
+    let seed = args.seed_from.as_deref().and_then(|place| seed(place, &status, &source, &cancel));
     let link = dial()?;
     let mut options = Options::new(outbound::new_migration_id()?);
+    options.seed = seed;
     let limits = args.limits.over(&Limits::default());
     check_limits(&limits).map_err(Error::Usage)?;
     options.controls.change(|now| *now = limits);
@@ -196,6 +208,23 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         progress::show_report(&report);
     }
     failure.map_or(Ok(ExitCode::SUCCESS), Err)
+}
+
+/// The checkpoint in a store that the VM is tracked from, or else its newest; one that cannot be had is no reason not to move.
+fn seed(place: &str, vm: &Status, source: &VmSource, cancel: &CancelFlag) -> Option<Arc<Seed>> {
+    let open = || {
+        let vault = Vault::open(store::open(place)?, None)?;
+        let tracked = vm.baseline.filter(|id| vault.manifest(*id).is_ok());
+        let id = tracked.map_or_else(|| vault.resolve(&format!("{}@latest", vm.name)), Ok)?;
+        Seed::open(&vault, id, &source.workload().layout, cancel)
+    };
+    match open() {
+        Ok(seed) => Some(Arc::new(seed)),
+        Err(error) => {
+            tracing::warn!("everything is sent, because no checkpoint can be counted from: {error}");
+            None
+        }
+    }
 }
 
 /// The link's settings for a limit on a peer's silence.

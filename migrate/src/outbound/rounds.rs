@@ -88,16 +88,20 @@ impl Outbound<'_> {
 
     /// What is dirty when the rounds begin; and where they begin again in the first round, what it had not come to.
     fn first_harvest(&mut self) -> Result<Vec<PageSet>> {
-        if self.taken.iter().all(PageSet::is_empty) {
+        if self.taken.iter().all(PageSet::is_empty) && self.there.is_none() {
             return self.harvest(Selector::Full);
         }
         let mut dirty = self.harvest(Selector::Precopy)?;
         if self.round == 0 {
-            for (dirty, taken) in dirty.iter_mut().zip(&self.taken) {
+            for (space, (dirty, taken)) in dirty.iter_mut().zip(&self.taken).enumerate() {
                 let mut left = PageSet::full(taken.pages());
                 left.subtract(taken);
+                if let Some(there) = self.there.as_ref().and_then(|there| there.same.get(space)) {
+                    left.subtract(there);
+                }
                 dirty.union(&left);
             }
+            self.add_what_differs(&mut dirty);
         }
         Ok(dirty)
     }
@@ -116,7 +120,7 @@ impl Outbound<'_> {
         Ok(())
     }
 
-    fn take(&mut self, space: SpaceId, first: u64, count: u64) -> Result<()> {
+    pub(super) fn take(&mut self, space: SpaceId, first: u64, count: u64) -> Result<()> {
         // Noted before it is done: a call that fails may have taken some of them.
         let index = usize::from(space.0);
         if let Some(taken) = self.taken.get_mut(index) {
@@ -321,7 +325,7 @@ impl Outbound<'_> {
         let Batch { space, first, count, .. } = *batch;
         let wanted = Window::of(pages, batch)?;
         let at = usize::from(space.0);
-        let before = self.taken.get(at).map(|taken| Window::of(taken, batch)).transpose()?;
+        let before = self.written_there(at).map(|written| Window::of(&written, batch)).transpose()?;
         self.take(space, first, count)?;
         self.source.present(space, first, count, pages)?;
         let present = Window::of(pages, batch)?;

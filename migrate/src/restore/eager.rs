@@ -22,8 +22,8 @@ const GAP_BYTES: u64 = 64 << 10;
 const GROUP_BYTES: u64 = 2 << 20;
 
 /// Reads every page into memory. Behind an error memory is good for nothing.
-pub(super) fn read(
-    fetch: &Fetch<'_>,
+pub(crate) fn read(
+    fetch: &Fetch,
     memory: &dyn PageMemory,
     threads: usize,
     cancel: &CancelFlag,
@@ -68,7 +68,7 @@ pub(super) fn read(
 }
 
 struct Work<'a> {
-    fetch: &'a Fetch<'a>,
+    fetch: &'a Fetch,
     memory: &'a dyn PageMemory,
     groups: Vec<Range<usize>>,
     next: AtomicUsize,

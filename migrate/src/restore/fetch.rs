@@ -9,18 +9,18 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Where pages go: a run, and its bytes.
-pub(super) type Sink<'a> = dyn FnMut(PageRun, &[u8]) -> Result<()> + 'a;
+pub(crate) type Sink<'a> = dyn FnMut(PageRun, &[u8]) -> Result<()> + 'a;
 
 /// The segments of a plan. Several threads may read at once, each with a [`Scratch`] of its own.
-pub(super) struct Fetch<'a> {
-    vault: &'a Vault,
+pub(crate) struct Fetch {
+    vault: Vault,
     plan: Plan,
     readers: Vec<Mutex<Option<Arc<SegmentReader>>>>,
 }
 
 /// What a thread reads into.
 #[derive(Default)]
-pub(super) struct Scratch {
+pub(crate) struct Scratch {
     stored: Vec<u8>,
     unpacker: Unpacker,
 }
@@ -33,13 +33,14 @@ enum Way {
     Parts(Vec<(Range<u64>, Part)>),
 }
 
-impl<'a> Fetch<'a> {
-    pub(super) fn new(vault: &'a Vault, plan: Plan) -> Self {
+impl Fetch {
+    pub(super) fn new(vault: Vault, plan: Plan) -> Self {
         let readers = plan.segments.iter().map(|_| Mutex::default()).collect();
         Self { vault, plan, readers }
     }
 
-    pub(super) fn plan(&self) -> &Plan {
+    /// What is read.
+    pub(crate) fn plan(&self) -> &Plan {
         &self.plan
     }
 
@@ -77,7 +78,7 @@ impl<'a> Fetch<'a> {
     ///
     /// # Errors
     /// As `group`.
-    pub(super) fn one(&self, extent: usize, scratch: &mut Scratch, sink: &mut Sink<'_>) -> Result<()> {
+    pub(crate) fn one(&self, extent: usize, scratch: &mut Scratch, sink: &mut Sink<'_>) -> Result<()> {
         self.group(extent..extent + 1, scratch, sink)
     }
 
@@ -158,7 +159,7 @@ impl<'a> Fetch<'a> {
         if let Some(reader) = &*slot {
             return Ok(Arc::clone(reader));
         }
-        let reader = Arc::new(SegmentReader::open(self.vault, &self.plan.segments[segment])?);
+        let reader = Arc::new(SegmentReader::open(&self.vault, &self.plan.segments[segment])?);
         *slot = Some(Arc::clone(&reader));
         Ok(reader)
     }

@@ -57,7 +57,7 @@ struct State {
 /// A running workload and where its pages come from.
 pub(super) struct Serving<'a> {
     workload: &'a dyn Incomplete,
-    fetch: &'a Fetch<'a>,
+    fetch: &'a Fetch,
     places: Places,
     state: Mutex<State>,
     /// The order has something new, or all is over.
@@ -69,11 +69,7 @@ impl<'a> Serving<'a> {
     ///
     /// # Errors
     /// `Workload` when the workload misses what the checkpoint does not have: it is of another one.
-    pub(super) fn new(
-        workload: &'a dyn Incomplete,
-        fetch: &'a Fetch<'a>,
-        recorded: &[PageRun],
-    ) -> Result<Self> {
+    pub(super) fn new(workload: &'a dyn Incomplete, fetch: &'a Fetch, recorded: &[PageRun]) -> Result<Self> {
         let plan = fetch.plan();
         let fits = workload.missing().len() == plan.data.len();
         let strange = |(missing, data): (&protocol::page::PageSet, &protocol::page::PageSet)| {

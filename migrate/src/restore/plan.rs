@@ -6,7 +6,6 @@
 
 use protocol::checkpoint::index::{At, Extent, Index};
 use protocol::checkpoint::manifest::Segment;
-use protocol::checkpoint::segment::Encoding;
 use protocol::layout::Layout;
 use protocol::page::{PageRun, PageSet, SpaceId};
 use std::collections::HashMap;
@@ -19,7 +18,7 @@ pub struct Need {
     pub segment: u32,
     /// Where it lies there, and what it must be.
     pub extent: Extent,
-    /// Which of the plan's sums are those of its pages, all of them; none for a packed one, which is read whole.
+    /// Which of the plan's sums are those of its pages, all of them.
     pub sums: Range<usize>,
     /// Which of the plan's parts are its.
     pub parts: Range<usize>,
@@ -53,7 +52,7 @@ impl Plan {
         &self.parts[need.parts.clone()]
     }
 
-    /// The sums of all pages of a raw extent.
+    /// The sums of all pages of an extent.
     pub fn sums(&self, need: &Need) -> &[u64] {
         &self.sums[need.sums.clone()]
     }
@@ -192,9 +191,7 @@ impl Merge {
             (plan.segments.len() - 1) as u32
         });
         let (sums, parts) = (plan.sums.len(), plan.parts.len());
-        if extent.encoding == Encoding::Raw {
-            plan.sums.extend_from_slice(&index.sums[*start..*start + usize::from(extent.pages)]);
-        }
+        plan.sums.extend_from_slice(&index.sums[*start..*start + usize::from(extent.pages)]);
         for (_, part) in group {
             plan.data[usize::from(part.run.space.0)].insert(part.run.first, u64::from(part.run.count));
             plan.parts.push(*part);
@@ -252,6 +249,7 @@ pub(super) mod tests {
     use super::*;
     use proptest::prelude::*;
     use protocol::checkpoint::name::CheckpointId;
+    use protocol::checkpoint::segment::Encoding;
     use protocol::layout::{Space, SpaceKind};
     use std::collections::BTreeMap;
 
@@ -354,10 +352,8 @@ pub(super) mod tests {
                 before = (need.segment, need.extent.offset);
                 let (link, number) = (need.extent.digest[1], need.extent.digest[0]);
                 prop_assert_eq!(&plan.segments[need.segment as usize], &segment(need.extent.segment));
-                if need.extent.encoding == Encoding::Raw {
-                    prop_assert_eq!(plan.sums(need).len(), usize::from(need.extent.pages));
-                    prop_assert_eq!(plan.sums(need)[1], u64::from(link) << 32 | u64::from(number) << 16 | 1);
-                }
+                prop_assert_eq!(plan.sums(need).len(), usize::from(need.extent.pages));
+                prop_assert_eq!(plan.sums(need)[1], u64::from(link) << 32 | u64::from(number) << 16 | 1);
                 for part in plan.parts(need) {
                     for (step, page) in (0..).zip(part.run.first..part.run.end()) {
                         let value = Some((need.extent.digest, part.page + step));

@@ -221,13 +221,13 @@ mod tests {
     #[test]
     fn the_overhead_that_is_wanted_makes_the_interval_longer() {
         let pause = Duration::from_millis(100);
-        let aim = Aim { mtbf: Duration::from_secs(100), overhead: 1.0, ..Aim::default() };
-        let free = settled(paused(aim.clone(), pause));
-        let bound = settled(paused(Aim { overhead: 0.01, ..aim.clone() }, pause));
+        let short_lived = || Aim { mtbf: Duration::from_secs(100), overhead: 1.0, ..Aim::default() };
+        let free = settled(paused(short_lived(), pause));
+        let bound = settled(paused(Aim { overhead: 0.01, ..short_lived() }, pause));
         assert!(free.overhead > 0.02 && free.bound == Bound::Failures, "{free:?}");
         assert!(bound.overhead <= 0.01 && bound.bound == Bound::Overhead, "{bound:?}");
         assert!((10.0..10.5).contains(&bound.interval.as_secs_f64()), "{bound:?}");
-        let never = paused(Aim { overhead: 1e-6, ..aim }, pause).plan();
+        let never = paused(Aim { overhead: 1e-6, ..short_lived() }, pause).plan();
         assert_eq!((never.bound, never.interval), (Bound::Unreachable, Duration::from_secs(100)));
     }
 

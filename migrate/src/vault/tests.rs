@@ -1,11 +1,15 @@
+#[path = "../../tests/format/reader.rs"]
+mod reader;
+
 use super::sample::{Memory, chain, id, vault};
 use super::*;
 use crate::exit;
-use crate::store::MemoryStore;
+use crate::store::{LocalStore, MemoryStore};
 use protocol::checkpoint::index::At;
 use protocol::checkpoint::manifest::Group;
 use protocol::checkpoint::segment::Encoding;
 use protocol::page::PAGE_SIZE;
+use std::path::Path;
 
 /// The memory that a chain stands for, page by page from the newest link that has it.
 fn restored(vault: &Vault, id: CheckpointId) -> Result<Vec<Vec<u8>>> {
@@ -69,6 +73,11 @@ fn key(byte: u8) -> StoreKey {
 fn small(key: Option<&StoreKey>) -> (Vault, MemoryStore, CheckpointId) {
     let store = MemoryStore::new();
     let vault = Vault::create(Arc::new(store.clone()), key).unwrap();
+    write_small(&vault);
+    (vault, store, id(1))
+}
+
+fn write_small(vault: &Vault) -> Memory {
     let mut layout = sample::layout();
     layout.spaces[0].pages = 3;
     layout.spaces[1].pages = 2;
@@ -76,10 +85,10 @@ fn small(key: Option<&StoreKey>) -> (Vault, MemoryStore, CheckpointId) {
     memory.write(4);
     memory.noise(0, 0);
     memory.noise(1, 1);
-    let full = memory.checkpoint(&vault, id(0), "web-1", None);
+    let full = memory.checkpoint(vault, id(0), "web-1", None);
     memory.noise(0, 1);
-    let delta = memory.checkpoint(&vault, id(1), "web-1", Some(&full)).manifest.id;
-    (vault, store, delta)
+    memory.checkpoint(vault, id(1), "web-1", Some(&full));
+    memory
 }
 
 /// Reads everything that a restore does.
@@ -310,5 +319,51 @@ fn a_sealed_chain_holds_the_memory_of_each_of_its_links() {
     let (links, images) = chain(&vault, 2);
     for (link, image) in links.iter().zip(&images) {
         assert!(restored(&vault, link.manifest.id).unwrap() == *image, "{}", link.manifest.id);
+    }
+}
+
+#[test]
+fn a_reader_of_the_document_reads_what_is_written() {
+    for key in [None, Some(key(5))] {
+        let folder = tempfile::tempdir().unwrap();
+        let vault = Vault::create(Arc::new(LocalStore::new(folder.path())), key.as_ref()).unwrap();
+        let (links, images) = chain(&vault, 3);
+        let reader = reader::Reader::open(folder.path(), key.map(|_| [5; 32])).unwrap();
+        for (link, image) in links.iter().zip(&images) {
+            let id = link.manifest.id.to_string();
+            let found = reader.restore(&id).unwrap();
+            assert!(found.spaces == *image, "{id}");
+            assert_eq!((found.machine, found.state), (b"machine".to_vec(), id.into_bytes()));
+        }
+    }
+}
+
+#[test]
+fn the_golden_stores_are_read() {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/checkpoints");
+    if std::env::var_os("BLESS").is_some_and(|value| value == "1") {
+        assert!(
+            !golden.exists(),
+            "what was written once is not written again: it is what must be read for ever"
+        );
+        for (folder, key) in [("open", None), ("sealed", Some(key(7)))] {
+            let folder = golden.join(folder);
+            std::fs::create_dir_all(&folder).unwrap();
+            let vault = Vault::create(Arc::new(LocalStore::new(&folder)), key.as_ref()).unwrap();
+            let memory = write_small(&vault);
+            std::fs::write(golden.join("memory.raw"), memory.spaces.concat()).unwrap();
+            std::fs::remove_file(folder.join("lock")).unwrap();
+            std::fs::remove_dir(folder.join("tmp")).unwrap();
+        }
+        // A run that blesses is not a run that tests.
+        panic!("the golden stores were written: test without BLESS");
+    }
+    let memory = std::fs::read(golden.join("memory.raw")).unwrap();
+    for (folder, key) in [("open", None), ("sealed", Some(key(7)))] {
+        let vault = Vault::open(Arc::new(LocalStore::new(&golden.join(folder))), key.as_ref()).unwrap();
+        let id = vault.resolve("latest").unwrap();
+        assert!(restored(&vault, id).unwrap().concat() == memory, "{folder}");
+        let state = vault.state(&vault.manifest(id).unwrap().manifest).unwrap();
+        assert_eq!(state, (b"machine".to_vec(), id.to_string().into_bytes()));
     }
 }

@@ -7,14 +7,14 @@ use std::fmt::Display;
 
 /// An object with which something is wrong.
 #[derive(Clone, Copy)]
-pub(super) struct Wrong<'a> {
-    pub(super) store: &'a dyn Store,
-    pub(super) object: &'a str,
+pub(crate) struct Wrong<'a> {
+    pub(crate) store: &'a dyn Store,
+    pub(crate) object: &'a str,
 }
 
 impl Wrong<'_> {
     /// It is there, and is not what was written.
-    pub(super) fn damaged(&self, why: &(impl Display + ?Sized)) -> Error {
+    pub(crate) fn damaged(&self, why: &(impl Display + ?Sized)) -> Error {
         Error::Store(format!(
             "{} is damaged: {why}; `migrate store verify` says what else is, `migrate store list` which checkpoints there are",
             self.named()
@@ -22,7 +22,7 @@ impl Wrong<'_> {
     }
 
     /// It cannot be written.
-    pub(super) fn unwritable(&self, why: &(impl Display + ?Sized)) -> Error {
+    pub(crate) fn unwritable(&self, why: &(impl Display + ?Sized)) -> Error {
         Error::Store(format!("{} cannot be written: {why}", self.named()))
     }
 
@@ -37,7 +37,7 @@ impl Wrong<'_> {
 }
 
 /// The checkpoint that an object belongs to.
-pub(super) fn checkpoint_of(object: &str) -> Option<CheckpointId> {
+pub(crate) fn checkpoint_of(object: &str) -> Option<CheckpointId> {
     let rest =
         [CHECKPOINTS, DATA, GROUPS, PRUNED, TOUCHED].iter().find_map(|folder| object.strip_prefix(folder))?;
     rest.split('/').next()?.parse().ok()

@@ -2,6 +2,7 @@
 
 use crate::harness::{World, options};
 use migrate::source::scripted::{Call, Who};
+use migrate::vault::new_id;
 use proptest::prelude::*;
 
 proptest! {
@@ -21,7 +22,8 @@ proptest! {
             let before = world.machine.baseline();
             let report = world.take_soundly(&options);
             prop_assert_eq!(report.parent, before.filter(|_| !full));
-            prop_assert_eq!(report.data_pages + report.zero_pages, report.dirty_pages);
+            let parts = report.data_pages + report.zero_pages + report.shared_pages;
+            prop_assert_eq!(parts, report.dirty_pages);
             prop_assert!(report.written_pages >= report.data_pages);
             prop_assert_eq!(world.committed(), number + 1);
         }
@@ -37,6 +39,24 @@ fn a_delta_has_what_was_written_and_nothing_else() {
     assert_eq!((nothing.parent, nothing.deltas, nothing.dirty_pages), (Some(full.id), 1, 0));
     assert_eq!(nothing.stored_bytes, 0);
     assert_eq!(nothing.rounds.len(), 2);
+}
+
+#[test]
+fn a_full_checkpoint_refers_to_what_is_stored_and_is_the_same() {
+    let world = World::new(17, 0);
+    // What was written in large extents, and what was packed.
+    for pack in [false, true] {
+        let mut options = options();
+        (options.full, options.pack) = (true, pack);
+        options.share = false;
+        let first = world.take_soundly(&options);
+        assert!(first.shared_pages == 0 && first.data_pages > 100, "{first:#?}");
+        (options.id, options.share) = (new_id().unwrap(), true);
+        let second = world.take_soundly(&options);
+        assert!(second.shared_pages > first.data_pages / 2, "{second:#?}");
+        assert_eq!(second.shared_pages + second.data_pages, first.data_pages);
+        assert!(second.stored_bytes < first.stored_bytes, "{second:#?}");
+    }
 }
 
 #[test]
@@ -75,7 +95,7 @@ fn a_suspended_machine_ends_with_its_checkpoint_and_not_before() {
     assert!(world.witness.is_running(Who::Source) && !world.machine.is_gone());
 
     world.machine.heal();
-    options.id = migrate::vault::new_id().unwrap();
+    options.id = new_id().unwrap();
     let report = world.take(&options).unwrap();
     assert!(report.suspended && world.machine.is_gone());
     assert!(!world.witness.is_running(Who::Source));

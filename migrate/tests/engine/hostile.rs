@@ -116,7 +116,7 @@ impl Peer {
 
 pub(crate) fn offer() -> Offer {
     let (kind, name) = (WorkloadKind::Vm, "guest".to_owned());
-    Offer { migration: OURS, kind, name, layout: layout(), page_streams: 2, connections: 1 }
+    Offer { migration: OURS, kind, name, layout: layout(), page_streams: 2, connections: 1, seed: None }
 }
 
 pub(crate) fn preamble(stream: u16) -> Vec<u8> {

@@ -24,3 +24,4 @@ mod stalls;
 mod hot;
 mod verify;
 mod baseline;
+mod seed;

@@ -7,6 +7,8 @@
 )]
 
 mod contract;
+mod crashes;
+mod faulty;
 mod local;
 
 use migrate::store::MemoryStore;

@@ -133,6 +133,9 @@ pub(crate) fn all() -> BTreeMap<String, Vec<u8>> {
     let mut add = |name: &str, bytes: Vec<u8>| {
         assert!(files.insert(name.to_owned(), bytes).is_none(), "{name} twice");
     };
+    for (name, bytes) in super::checkpoint::files() {
+        add(name, bytes);
+    }
     add("preamble/control.bin", Preamble::OURS.encode().to_vec());
     add("preamble/page-stream.bin", STREAM.encode().to_vec());
     add("handshake/version-1.0.bin", handshake(MINOR, samples::hello()));

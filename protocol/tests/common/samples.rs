@@ -28,7 +28,7 @@ pub(crate) const DOWNSTREAM_TYPES: [&str; 14] = [
     "probe",
     "verify",
 ];
-pub(crate) const UPSTREAM_TYPES: [&str; 15] = [
+pub(crate) const UPSTREAM_TYPES: [&str; 16] = [
     "hello",
     "accept",
     "refuse",
@@ -44,6 +44,7 @@ pub(crate) const UPSTREAM_TYPES: [&str; 15] = [
     "probed",
     "resumed",
     "verified",
+    "seeded",
 ];
 pub(crate) const REQUEST_TYPES: [&str; 23] = [
     "hello",
@@ -125,6 +126,7 @@ pub(crate) fn upstream_type(message: &Upstream) -> &'static str {
         Upstream::Probed { .. } => 12,
         Upstream::Resumed { .. } => 13,
         Upstream::Verified { .. } => 14,
+        Upstream::Seeded { .. } => 15,
     }]
 }
 
@@ -208,6 +210,7 @@ pub(crate) fn downstream() -> Vec<Downstream> {
             layout: layout(),
             page_streams: 4,
             connections: 1,
+            seed: None,
         }),
         Downstream::State { last_round: 5 },
         Downstream::Commit { migration: MIGRATION },
@@ -244,6 +247,7 @@ pub(crate) fn upstream() -> Vec<Upstream> {
         Upstream::Probed { bytes: 1_875_000_000, duration_us: 1_500_000 },
         Upstream::Resumed { round: 2 },
         Upstream::Verified { stripes: 256 },
+        Upstream::Seeded { pages: 65_536 },
     ]
 }
 

@@ -7,8 +7,9 @@ use proptest::sample::select;
 
 use super::samples;
 use protocol::MigrationId;
+use protocol::checkpoint::manifest::HexDigest;
 use protocol::checkpoint::name::CheckpointId;
-use protocol::control::{Downstream, Offer, Upstream};
+use protocol::control::{Downstream, Offer, Seed, Upstream};
 use protocol::frame::{Frame, MAX_FRAME_PAGES, STRIPE_PAGES};
 use protocol::handshake::Hello;
 use protocol::layout::{Layout, MAX_SPACE_PAGES, Space};
@@ -47,15 +48,27 @@ pub(crate) fn any_layout() -> impl Strategy<Value = Layout> {
 }
 
 pub(crate) fn downstream() -> impl Strategy<Value = Downstream> {
-    let offer =
-        (migration(), select(&samples::WORKLOAD_KINDS[..]), text(), any_layout(), any::<(u16, u16)>());
-    let offer = offer.prop_map(|(migration, kind, name, layout, (page_streams, connections))| Offer {
+    let seed = (text(), checkpoint(), any::<[u8; 32]>()).prop_map(|(store, checkpoint, digest)| Seed {
+        store,
+        checkpoint,
+        manifest: HexDigest(digest),
+    });
+    let offer = (
+        migration(),
+        select(&samples::WORKLOAD_KINDS[..]),
+        text(),
+        any_layout(),
+        any::<(u16, u16)>(),
+        option::of(seed),
+    );
+    let offer = offer.prop_map(|(migration, kind, name, layout, (page_streams, connections), seed)| Offer {
         migration,
         kind,
         name,
         layout,
         page_streams,
         connections,
+        seed,
     });
     prop_oneof![
         hello().prop_map(Downstream::Hello),
@@ -91,6 +104,7 @@ pub(crate) fn upstream() -> impl Strategy<Value = Upstream> {
         migration().prop_map(|migration| Upstream::Incomplete { migration }),
         any::<u32>().prop_map(|round| Upstream::Resumed { round }),
         any::<u64>().prop_map(|stripes| Upstream::Verified { stripes }),
+        any::<u64>().prop_map(|pages| Upstream::Seeded { pages }),
         text().prop_map(|reason| Upstream::Failed { reason }),
         (any::<u64>(), any::<u64>()).prop_map(|(bytes, duration_us)| Upstream::Probed { bytes, duration_us }),
         (migration(), select(&samples::OUTCOMES[..]))

@@ -60,6 +60,19 @@ pub(crate) fn vcpu_section(index: u32) -> String {
     format!("vcpu/{index}")
 }
 
+/// The vCPUs of a VM's state, in their order: for whoever looks at it without running it.
+///
+/// # Errors
+/// `State` when there are none, or a section of one is not what it should be.
+pub fn vcpus(state: &protocol::state::State) -> Result<Vec<VcpuState>> {
+    let names = (0..).map(vcpu_section).take_while(|name| state.section(name).is_some());
+    let vcpus: Vec<VcpuState> = names.map(|name| decode(state, &name)).collect::<Result<_>>()?;
+    if vcpus.is_empty() {
+        return Err(Error::State("there is no section of a vCPU".into()));
+    }
+    Ok(vcpus)
+}
+
 /// The name of a device's section.
 pub(crate) fn device_section(name: &str) -> String {
     format!("device/{name}")

@@ -1,21 +1,27 @@
 //! One checkpoint behind the other, until somebody says that it is enough.
 
-use super::{Wanted, Writer, show};
+use super::{Every, SHORTEST, Wanted, Writer, show};
 use crate::checkpoint::CheckpointReport;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::exit;
+use crate::schedule::{Chain, FAULT, Kind, Schedule, Taken};
+use protocol::page::PAGE_SIZE;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 /// How often a wait looks whether it was interrupted.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// What the last pause took is what the next is counted with, and a quarter more.
+/// What the last pause took without pages is what the next is counted with, and a quarter more.
 const CAUTION: f64 = 1.25;
+
+/// What opening one more link of a chain takes: on a disk, and where it takes a few round trips.
+const LINK: Duration = Duration::from_millis(1);
+const REMOTE_LINK: Duration = Duration::from_millis(100);
 
 /// What a series came to.
 #[derive(Debug, Default, serde::Serialize)]
-pub(super) struct Series {
+pub(super) struct Tally {
     /// Checkpoints that exist.
     pub(super) taken: u64,
     /// Attempts that failed.
@@ -29,32 +35,40 @@ pub(super) struct Series {
 ///
 /// # Errors
 /// When the first one cannot be taken: what is wrong then will not mend itself.
-pub(super) fn run(writer: &Writer<'_>, interval: Duration) -> Result<ExitCode> {
-    if interval < Duration::from_millis(100) {
-        return Err(Error::Usage("--every takes 100ms or more".into()));
-    }
-    let mut series = Series::default();
-    let mut wanted = Wanted::first(writer.args);
+pub(super) fn run(writer: &Writer<'_>, every: Every) -> Result<ExitCode> {
+    let link = if writer.store.is_remote() { REMOTE_LINK } else { LINK };
+    let memory_bytes = writer.status()?.memory_bytes;
+    let mut rules = Rules {
+        schedule: Schedule::new(writer.args.aim.aim(), memory_bytes, link),
+        every,
+        last: None,
+        wanted: Wanted::first(writer.args),
+    };
+    let mut tally = Tally::default();
     let mut last_failure = 0;
-    let mut due = Instant::now();
     loop {
+        let begun = Instant::now();
         let cancel = writer.cancel.for_one();
-        match writer.take(&wanted, &cancel) {
+        match writer.status().and_then(|status| writer.take(&status, &rules.wanted, &cancel)) {
             Ok(report) => {
-                series.taken += 1;
-                wanted = next(&report, writer.args.max_deltas);
+                tally.taken += 1;
+                rules.learn(begun, &report);
             }
             Err(_) if writer.cancel.is_set() => break,
-            Err(error) if series.taken == 0 => return Err(error),
+            Err(error) if tally.taken == 0 => return Err(error),
             Err(error) => {
-                series.failed += 1;
+                tally.failed += 1;
                 last_failure = exit::code(&error);
-                show::failed(writer.common, &error, interval);
+                show::failed(writer.common, &error, rules.interval());
             }
         }
-        due += interval;
+        let interval = rules.interval();
+        if every == Every::Auto {
+            show::planned(writer.common, &rules.schedule.plan());
+        }
+        let mut due = begun + interval;
         while due < Instant::now() {
-            series.missed += 1;
+            tally.missed += 1;
             show::missed(writer.common, due.elapsed());
             due += interval;
         }
@@ -65,12 +79,49 @@ pub(super) fn run(writer: &Writer<'_>, interval: Duration) -> Result<ExitCode> {
             break;
         }
     }
-    show::series(writer.common, &series);
+    show::tally(writer.common, &tally);
     Ok(ExitCode::from(last_failure))
 }
 
-/// What the next one is, behind this.
-fn next(report: &CheckpointReport, max_deltas: u32) -> Wanted {
-    let fixed_cost = Duration::from_micros(report.fixed_us).mul_f64(CAUTION);
-    Wanted { full: report.deltas >= max_deltas, fixed_cost: Some(fixed_cost) }
+/// When the next one is due and what it is, by what the last ones were.
+struct Rules {
+    schedule: Schedule,
+    every: Every,
+    /// When the last one was begun.
+    last: Option<Instant>,
+    wanted: Wanted,
+}
+
+impl Rules {
+    /// From the beginning of one to that of the next.
+    fn interval(&self) -> Duration {
+        match self.every {
+            Every::Interval(interval) => interval,
+            Every::Auto => self.schedule.plan().interval.max(SHORTEST),
+        }
+    }
+
+    fn learn(&mut self, begun: Instant, report: &CheckpointReport) {
+        let bytes = |pages: u64| pages * PAGE_SIZE as u64;
+        let since = self.last.replace(begun).map(|last| begun - last);
+        self.schedule.taken(&Taken {
+            is_full: report.parent.is_none(),
+            since_parent: since.filter(|_| report.parent.is_some()),
+            page_bytes: bytes(report.data_pages),
+            stored_bytes: report.stored_bytes,
+            pause: Duration::from_micros(report.pause_us),
+            slowed: FAULT.saturating_mul(u32::try_from(report.dirty_pages).unwrap_or(u32::MAX)),
+            took: Duration::from_micros(report.total_us),
+        });
+        let chain = Chain { deltas: report.deltas, stored_bytes: report.chain_bytes };
+        let expected = self.schedule.expected_page_bytes(self.interval());
+        let kind = self.schedule.kind(Some(&chain), expected);
+        if let Kind::Full(why) = kind {
+            tracing::info!("the next checkpoint is a full one: {why}");
+        }
+        self.wanted = Wanted {
+            full: kind != Kind::Delta,
+            fixed_cost: Some(Duration::from_micros(report.fixed_us).mul_f64(CAUTION)),
+        };
+    }
 }

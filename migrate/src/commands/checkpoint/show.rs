@@ -1,12 +1,15 @@
 //! What a checkpoint was, for people and for scripts.
 
-use super::series::Series;
+use super::series::Tally;
 use crate::checkpoint::CheckpointReport;
 use crate::cli::Common;
 use crate::commands::{emit, say};
 use crate::error::Error;
 use crate::exit;
+use crate::report::micros;
+use crate::schedule::Plan;
 use crate::units::{show_bytes, show_rate, show_us};
+use protocol::checkpoint::name::CheckpointId;
 use protocol::page::PAGE_SIZE;
 use serde::Serialize;
 use std::io::Write as _;
@@ -84,20 +87,59 @@ pub(super) fn failed(common: &Common, error: &Error, interval: Duration) {
     ));
 }
 
+/// Says which checkpoints were given up behind this one.
+pub(super) fn pruned(common: &Common, gone: &[CheckpointId]) {
+    if common.json {
+        emit(&serde_json::json!({"event": "pruned", "pruned": gone}));
+    } else if !gone.is_empty() {
+        say(&format!("pruned    {} checkpoints that no rule keeps", gone.len()));
+    }
+}
+
+/// Says that giving up old checkpoints failed.
+pub(super) fn not_pruned(common: &Common, error: &Error) {
+    if common.json {
+        emit(
+            &serde_json::json!({"event": "prune-failed", "class": exit::class(error), "message": error.to_string()}),
+        );
+    }
+    note(&format!(
+        "migrate: old checkpoints could not be given up: {error}; the new one is there, and it is tried again behind the next"
+    ));
+}
+
 /// Says that an interval went by without one.
 pub(super) fn missed(common: &Common, late: Duration) {
     if common.json {
-        emit(&serde_json::json!({"event": "checkpoint-missed", "late_us": crate::report::micros(late)}));
+        emit(&serde_json::json!({"event": "checkpoint-missed", "late_us": micros(late)}));
     }
     note("migrate: a checkpoint was missed: the one before took longer than the interval");
 }
 
-/// Prints what a series came to.
-pub(super) fn series(common: &Common, series: &Series) {
+/// Says when the next one is due, and why then.
+pub(super) fn planned(common: &Common, plan: &Plan) {
+    let interval_us = micros(plan.interval);
     if common.json {
-        event("series", series);
+        let bound = plan.bound.to_string();
+        emit(
+            &serde_json::json!({"event": "planned", "interval_us": interval_us, "overhead": plan.overhead, "bound": bound}),
+        );
     } else {
-        let Series { taken, failed, missed } = series;
+        let percent = plan.overhead * 100.0;
+        say(&format!(
+            "next      {} behind this one, for {percent:.2} % of the VM's time: {}",
+            show_us(interval_us),
+            plan.bound
+        ));
+    }
+}
+
+/// Prints what a series came to.
+pub(super) fn tally(common: &Common, tally: &Tally) {
+    if common.json {
+        event("series", tally);
+    } else {
+        let Tally { taken, failed, missed } = tally;
         say(&format!("{taken} checkpoints were taken, {failed} failed, {missed} were missed"));
     }
 }

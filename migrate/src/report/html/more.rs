@@ -36,6 +36,7 @@ pub(super) fn sent(page: &mut String, report: &Report) {
                 ("Of them in fewer bytes", report.packed_pages.to_string()),
                 ("Pages sent as zeros", report.zero_pages.to_string()),
                 ("Pages never touched", report.skipped_pages.to_string()),
+                ("Pages that were there from a checkpoint", report.seeded_pages.to_string()),
                 ("Bytes on the page streams", show_bytes(report.sent_bytes)),
                 ("State of CPUs and devices", show_bytes(report.state_bytes)),
             ],

@@ -65,6 +65,7 @@ pub(crate) fn busy() -> Report {
         packed_pages: 0,
         zero_pages,
         skipped_pages,
+        seeded_pages: 0,
         sent_bytes,
         rounds,
         state_bytes: 21_504,

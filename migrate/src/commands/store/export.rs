@@ -1,0 +1,100 @@
+//! `migrate store export`: a checkpoint as a file.
+
+use super::StoreArgs;
+use crate::cli::Common;
+use crate::commands::{cancel_on_signals, emit, say};
+use crate::error::{Error, Result};
+use crate::restore::image::Image;
+use crate::units::show_bytes;
+use crate::{archive, export};
+use serde_json::json;
+use std::fs::File;
+use std::io::{BufWriter, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+/// Which checkpoint, and as what.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  migrate store export --store /var/lib/checkpoints web --raw web.raw
+  migrate store export --store /var/lib/checkpoints latest --core web.core && gdb -c web.core
+  migrate store export --store /var/lib/checkpoints web@latest --archive web.tar
+
+In the image each byte lies at its guest-physical address; the core has the same addresses, and each vCPU as a thread with its registers. Both
+are sparse and in the clear, also from a sealed store. An archive has the checkpoint and all that it stands on as they are stored, for migrate store
+import. A file that is there is not written over.")]
+pub(super) struct Args {
+    #[command(flatten)]
+    store: StoreArgs,
+    /// Its name or the beginning of it, a time (the newest until then), a VM's name, VM@latest or VM@TIME, or latest.
+    #[arg(value_name = "CHECKPOINT")]
+    checkpoint: String,
+    #[command(flatten)]
+    into: Into,
+}
+
+/// As what.
+#[derive(Debug, clap::Args)]
+#[group(required = true, multiple = false)]
+struct Into {
+    /// Write the memory as it lies in the guest.
+    #[arg(long, value_name = "FILE")]
+    raw: Option<PathBuf>,
+    /// Write an ELF core with the registers of all vCPUs.
+    #[arg(long, value_name = "FILE")]
+    core: Option<PathBuf>,
+    /// Write an archive (tar) of the checkpoint and all that it stands on; - is the standard output.
+    #[arg(long, value_name = "FILE")]
+    archive: Option<PathBuf>,
+}
+
+pub(super) fn run(common: &Common, args: &Args) -> Result<ExitCode> {
+    let cancel = cancel_on_signals()?;
+    let vault = args.store.open()?;
+    let id = vault.resolve(&args.checkpoint)?;
+    let Into { raw, core, archive } = &args.into;
+    if let Some(path) = archive {
+        if path == Path::new("-") {
+            // What is written there is the archive and nothing else.
+            archive::export(&vault, id, &mut std::io::stdout().lock(), &cancel)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        let done = export::new_file(path, |file: &File| {
+            let mut out = BufWriter::new(file);
+            let done = archive::export(&vault, id, &mut out, &cancel)?;
+            out.flush()
+                .map_err(|error| Error::Host(format!("{} cannot be written: {error}", path.display())))?;
+            Ok(done)
+        })?;
+        if common.json {
+            emit(&json!({
+                "event": "exported", "id": id, "as": "archive", "file": path, "checkpoints": done.checkpoints,
+                "objects": done.objects, "bytes": done.bytes,
+            }));
+        } else {
+            let (checkpoints, bytes) = (done.checkpoints, show_bytes(done.bytes));
+            say(&format!(
+                "{}: {id} and {} that it stands on, {bytes}",
+                path.display(),
+                checkpoints.saturating_sub(1)
+            ));
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    let image = Image::open(&vault, id)?;
+    let (form, path, done) = match (raw, core) {
+        (Some(path), _) => ("raw", path, export::raw(&image, path, &cancel)?),
+        (None, Some(path)) => ("core", path, export::core(&vault, &image, path, &cancel)?),
+        (None, None) => return Err(Error::Usage("say as what: --raw, --core or --archive".into())),
+    };
+    if common.json {
+        emit(&json!({
+            "event": "exported", "id": id, "as": form, "file": path, "bytes": done.bytes, "data_bytes": done.data_bytes,
+        }));
+    } else {
+        let (bytes, data) = (show_bytes(done.bytes), show_bytes(done.data_bytes));
+        say(&format!("{}: {id}, {bytes} long, {data} of it are not zeros", path.display()));
+    }
+    Ok(ExitCode::SUCCESS)
+}

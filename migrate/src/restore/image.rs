@@ -1,0 +1,77 @@
+//! A checkpoint's memory for whoever wants no workload: page by page, checked.
+
+use super::fetch::{Fetch, Scratch};
+use super::plan::{Merge, Plan};
+use crate::cancel::CancelFlag;
+use crate::error::{Error, Result};
+use crate::vault::{Committed, Vault};
+use protocol::checkpoint::name::CheckpointId;
+use protocol::checkpoint::segment::Encoding;
+use protocol::page::PageRun;
+
+/// What is read at once; see `eager`.
+const GAP_BYTES: u64 = 64 << 10;
+const GROUP_BYTES: u64 = 2 << 20;
+
+/// The memory of a checkpoint, its chain merged.
+pub struct Image<'a> {
+    chain: Vec<Committed>,
+    fetch: Fetch<'a>,
+}
+
+impl<'a> Image<'a> {
+    /// Merges the chain of a checkpoint, and finds every segment that it needs.
+    ///
+    /// # Errors
+    /// `Store` naming checkpoint and object.
+    pub fn open(vault: &'a Vault, id: CheckpointId) -> Result<Self> {
+        let chain = vault.chain(id)?;
+        let newest =
+            chain.first().ok_or_else(|| Error::Store(format!("checkpoint {id}: its chain is empty")))?;
+        let mut merge = Merge::new(&newest.manifest.layout);
+        for link in &chain {
+            if merge.is_complete() {
+                break;
+            }
+            merge.add(&link.manifest.segments, &vault.index(&link.manifest)?);
+        }
+        let fetch = Fetch::new(vault, merge.finish());
+        fetch.open_all()?;
+        Ok(Self { chain, fetch })
+    }
+
+    /// The checkpoint and what it stands on, the newest first; never empty.
+    pub fn chain(&self) -> &[Committed] {
+        &self.chain
+    }
+
+    /// What is read of it.
+    pub fn plan(&self) -> &Plan {
+        self.fetch.plan()
+    }
+
+    /// Gives every page that is not zeros, once, in the order in which they are stored, and how they are.
+    ///
+    /// # Errors
+    /// `Store` naming checkpoint and object, `Interrupted`, or the sink's.
+    pub fn each(
+        &self,
+        cancel: &CancelFlag,
+        sink: &mut dyn FnMut(PageRun, &[u8], Encoding) -> Result<()>,
+    ) -> Result<()> {
+        let mut scratch = Scratch::default();
+        for group in self.plan().groups(GAP_BYTES, GROUP_BYTES) {
+            cancel.check()?;
+            let (mut at, end) = (group.start, group.end);
+            while let Some(first) = self.plan().needs.get(at).filter(|_| at < end) {
+                let encoding = first.extent.encoding;
+                let rest = self.plan().needs.get(at..end).unwrap_or_default();
+                let alike = rest.iter().take_while(|need| need.extent.encoding == encoding).count();
+                self.fetch
+                    .group(at..at + alike, &mut scratch, &mut |run, pages| sink(run, pages, encoding))?;
+                at += alike;
+            }
+        }
+        Ok(())
+    }
+}
