@@ -94,20 +94,6 @@ impl Taking<'_, '_> {
         Ok(())
     }
 
-    /// The segments of an index: its own, and behind them those of others that its extents lie in.
-    fn with_foreign(&self, index: &mut Index, mut segments: Vec<Segment>) -> Vec<Segment> {
-        let mut positions = HashMap::new();
-        for extent in index.extents.iter_mut().filter(|extent| extent.segment >= FOREIGN) {
-            if let Some(segment) = self.known.segment(extent.segment) {
-                extent.segment = *positions.entry(extent.segment).or_insert_with(|| {
-                    segments.push(segment.clone());
-                    segments.len() as u32 - 1
-                });
-            }
-        }
-        segments
-    }
-
     /// The manifest is durable, and is no checkpoint before its group's object is.
     fn commit_group(&mut self, member: &Member, name: String, manifest: Parent) -> Result<()> {
         let (vault, lease, id) = (self.vault, self.lease, member.group());
@@ -124,6 +110,20 @@ impl Taking<'_, '_> {
                 Err(error)
             }
         }
+    }
+
+    /// The segments of an index: its own, and behind them those of others that its extents lie in.
+    fn with_foreign(&self, index: &mut Index, mut segments: Vec<Segment>) -> Vec<Segment> {
+        let mut positions = HashMap::new();
+        for extent in index.extents.iter_mut().filter(|extent| extent.segment >= FOREIGN) {
+            if let Some(segment) = self.known.segment(extent.segment) {
+                extent.segment = *positions.entry(extent.segment).or_insert_with(|| {
+                    segments.push(segment.clone());
+                    segments.len() as u32 - 1
+                });
+            }
+        }
+        segments
     }
 
     /// The checkpoint exists: its pages count as safe from now on, and the workload goes on, or ends.

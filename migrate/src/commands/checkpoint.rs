@@ -254,13 +254,7 @@ impl Writer<'_> {
     }
 }
 
-/// How a VM is that can be written down.
-fn writable(target: &Target) -> Result<Status> {
-    let status = target.status()?;
-    check_writable(&status)?;
-    Ok(status)
-}
-
+/// That a VM can be written down.
 fn check_writable(status: &Status) -> Result<()> {
     if status.phase == Phase::Pledged {
         return Err(Error::Workload(format!(

@@ -36,7 +36,7 @@ impl Shop {
     fn take(&self) -> Result<GroupReport, Box<GroupFailed>> {
         let joining = self.members.iter().zip(NAMES).map(|((_, machine), name)| Joining {
             name: name.into(),
-            open: Box::new(|| Ok((machine.attach(), Box::new(Quiet)))),
+            open: Box::new(move || Ok((machine.attach(), Box::new(Quiet)))),
             options: options(),
         });
         let wanted = GroupOptions { id: new_id().unwrap(), name: "shop".into(), barrier: true };

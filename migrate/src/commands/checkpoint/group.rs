@@ -1,6 +1,6 @@
 //! `migrate checkpoint --group`: several VMs as they were at one instant.
 
-use super::{Args, lock, show, writable};
+use super::{Args, check_writable, lock, show};
 use crate::checkpoint::{GroupOptions, GroupReport, Joining, Options, take_group};
 use crate::cli::Common;
 use crate::commands::target::Target;
@@ -9,6 +9,7 @@ use crate::error::Result;
 use crate::paths::RuntimeDir;
 use crate::progress;
 use crate::report::{Observer, Quiet};
+use crate::seal::StoreKey;
 use crate::source::Source;
 use crate::source::vm::VmSource;
 use crate::store;
@@ -22,10 +23,12 @@ pub(super) fn run(common: &Common, args: &Args, runtime: &RuntimeDir, name: &str
     check_name(name)?;
     let cancel = cancel_on_signals()?;
     let store = store::open(&args.store)?;
+    let key = args.encrypt.as_deref().map(StoreKey::load).transpose()?;
     let mut members = Vec::new();
     for vm in &args.vms {
         let target = Target::find(runtime, vm)?;
-        let status = writable(&target)?;
+        let status = target.status()?;
+        check_writable(&status)?;
         let mut options = Options::new(new_id()?);
         options.full = args.full;
         args.apply(&mut options);
@@ -40,7 +43,7 @@ pub(super) fn run(common: &Common, args: &Args, runtime: &RuntimeDir, name: &str
         members.push(Joining { name: status.name, open: Box::new(open), options });
     }
     let lease = lock(store.as_ref(), &format!("--group {name}"), args.wait, &cancel)?;
-    let vault = Vault::open_or_create(Arc::clone(&store), args.key()?.as_ref())?;
+    let vault = Vault::open_or_create(Arc::clone(&store), key.as_ref())?;
     let options = GroupOptions { id: new_id()?, name: name.into(), barrier: !args.no_barrier };
     let (report, failure) = match take_group(members, &vault, lease, &options, &cancel) {
         Ok(report) => (report, None),
