@@ -32,7 +32,7 @@
 
 use e2e::{Host, without_kvm};
 use ledger::Account;
-use ledger::model::mail::{IN_GPA, OUT_GPA, mail};
+use ledger::model::mail::{IN_GPA, OUT_GPA, letter};
 use migrate::vault::{SegmentReader, Unpacker, Vault};
 use protocol::checkpoint::index::{At, Placed};
 use protocol::checkpoint::name::CheckpointId;
@@ -102,11 +102,11 @@ impl Network {
                     if let Some(Account { sent, amount, .. }) =
                         from.account().filter(|account| account.amount > 0)
                     {
-                        to.put(mail::AMOUNT, amount);
-                        to.put(mail::SEQ, sent);
+                        to.put(letter::AMOUNT, amount);
+                        to.put(letter::SEQ, sent);
                     }
                     if let Some(Account { received, .. }) = to.account() {
-                        from.put(mail::ACK, received);
+                        from.put(letter::ACK, received);
                     }
                 }
                 std::thread::sleep(Duration::from_micros(50));

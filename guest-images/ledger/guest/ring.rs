@@ -4,7 +4,7 @@ use core::ptr;
 use core::sync::atomic::{Ordering, compiler_fence};
 
 use crate::model::layout::PAGE_SIZE;
-use crate::model::mail::{Account, IN_GPA, MAGIC, Mail, OUT_GPA, mail, out};
+use crate::model::mail::{Account, IN_GPA, MAGIC, Mail, OUT_GPA, letter, out};
 
 /// An account that is kept in the out page.
 pub struct Ring {
@@ -39,9 +39,9 @@ impl Ring {
     /// Reads the mail. Whether anything came of it.
     pub fn turn(&mut self) -> bool {
         // The number before the amount, which was written first.
-        let (ack, seq) = (get(mail::ACK), get(mail::SEQ));
+        let (ack, seq) = (get(letter::ACK), get(letter::SEQ));
         compiler_fence(Ordering::SeqCst);
-        let account = self.account.after(&Mail { seq, amount: get(mail::AMOUNT), ack });
+        let account = self.account.after(&Mail { seq, amount: get(letter::AMOUNT), ack });
         let changed = account != self.account;
         if changed {
             self.account = account;

@@ -31,12 +31,15 @@ pub struct GroupOptions {
     pub barrier: bool,
 }
 
+/// A workload that is held, and who watches it.
+pub(super) type Held = (Box<dyn Source>, Box<dyn Observer>);
+
 /// One that is to be written down.
 pub struct Joining<'a> {
     /// The workload's name.
     pub name: String,
     /// Takes hold of it, and says who watches. Called in the thread that writes it down.
-    pub open: Box<dyn FnOnce() -> Result<(Box<dyn Source>, Box<dyn Observer>)> + Send + 'a>,
+    pub open: Box<dyn FnOnce() -> Result<Held> + Send + 'a>,
     /// How it is taken; `group` is set here.
     pub options: Options,
 }

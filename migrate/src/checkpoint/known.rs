@@ -265,7 +265,7 @@ mod tests {
                 .filter(|at| candidates.iter().all(|one| *at < one.first || *at >= one.first + one.pages))
                 .map(|at| numbers[at]).collect();
             let kept = without(&candidates, &runs, &mut pages);
-            prop_assert_eq!(kept.iter().flat_map(|run| run.first..run.end()).collect::<Vec<_>>(), left.clone());
+            prop_assert_eq!(kept.iter().flat_map(|run| run.first..run.end()).collect::<Vec<_>>(), &left[..]);
             for (page, number) in pages.chunks(PAGE_SIZE).zip(left) {
                 prop_assert!(page.iter().all(|byte| *byte == number as u8));
             }

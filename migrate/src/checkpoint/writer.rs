@@ -223,7 +223,7 @@ impl Writer<'_> {
                     let placed = Placed { run: one, at: At::Zeros };
                     match self.output.written.lying.last_mut() {
                         Some(last) if last.load == load && last.placed.run.end() == page => {
-                            last.placed.run.count += 1
+                            last.placed.run.count += 1;
                         }
                         _ => self.output.written.lying.push(Lying { load, placed }),
                     }

@@ -144,7 +144,7 @@ impl Source for ProgramSource {
         let mut dirty = books.owed.clone();
         for (space, pages) in self.workload.layout.spaces.iter().zip(&mut dirty) {
             self.written(&books, (space.id, 0, space.pages), false, &mut |first, count| {
-                pages.insert(first, count)
+                pages.insert(first, count);
             })?;
         }
         Ok(dirty)

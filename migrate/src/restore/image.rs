@@ -10,6 +10,9 @@ use protocol::checkpoint::name::CheckpointId;
 use protocol::checkpoint::segment::Encoding;
 use protocol::page::PageRun;
 
+/// Where pages go: a run, its bytes, and how they are stored.
+pub type StoredSink<'a> = dyn FnMut(PageRun, &[u8], Encoding) -> Result<()> + 'a;
+
 /// The memory of a checkpoint, its chain merged.
 pub struct Image {
     chain: Vec<Committed>,
@@ -51,11 +54,7 @@ impl Image {
     ///
     /// # Errors
     /// `Store` naming checkpoint and object, `Interrupted`, or the sink's.
-    pub fn each(
-        &self,
-        cancel: &CancelFlag,
-        sink: &mut dyn FnMut(PageRun, &[u8], Encoding) -> Result<()>,
-    ) -> Result<()> {
+    pub fn each(&self, cancel: &CancelFlag, sink: &mut StoredSink<'_>) -> Result<()> {
         let mut scratch = Scratch::default();
         for group in self.plan().groups(GAP_BYTES, GROUP_BYTES) {
             cancel.check()?;

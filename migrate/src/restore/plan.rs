@@ -251,6 +251,12 @@ pub(super) mod tests {
 
     pub(crate) const PAGES: [u64; 2] = [300, 130];
 
+    /// Space and number of a page.
+    type Page = (u16, u64);
+
+    /// The digest of an extent, and a page in it.
+    type Stored = ([u8; 32], u16);
+
     pub(crate) fn layout() -> Layout {
         let space = |(id, pages): (u16, u64)| Space {
             id: SpaceId(id),
@@ -321,7 +327,7 @@ pub(super) mod tests {
         fn every_page_comes_once_from_the_newest_link_that_has_it(scripts in scripts()) {
             let links: Vec<_> = (0..).zip(&scripts).map(|(link, script)| index(link, script)).collect();
             // Oldest last: the model lets newer links overwrite.
-            let mut model: BTreeMap<(u16, u64), Option<([u8; 32], u16)>> = BTreeMap::new();
+            let mut model: BTreeMap<Page, Option<Stored>> = BTreeMap::new();
             for (_, index) in links.iter().rev() {
                 for placed in &index.runs {
                     for (step, page) in (0..).zip(placed.run.first..placed.run.end()) {

@@ -160,7 +160,7 @@ fn whatever_fails_nothing_runs() {
 fn too_little_memory_is_refused_before_anything_is_read() {
     let scene = Scene::new(5, 0);
     let witness = scene.witness(0);
-    let place = Box::new(Place(Scripted::new(witness.clone(), None), id(0)));
+    let place = Box::new(Place(Scripted::new(witness, None), id(0)));
     let mut steps = Vec::new();
     let error = restore(
         &scene.vault,

@@ -58,7 +58,7 @@ impl FaultyStore {
                 2 => Fault::AnswerLost,
                 _ => Fault::Slow(Duration::from_millis(5)),
             };
-            (random % one_in.max(1) == 0).then_some(fault)
+            random.is_multiple_of(one_in.max(1)).then_some(fault)
         })
     }
 

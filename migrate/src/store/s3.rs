@@ -298,7 +298,7 @@ impl ObjectReader for Reader {
         if buffer.is_empty() && end <= self.bytes {
             return Ok(());
         }
-        self.read(&[offset..end], buffer)
+        self.read(std::slice::from_ref(&(offset..end)), buffer)
     }
 
     fn read_ranges(&self, ranges: &[Range<u64>], buffer: &mut [u8]) -> Result<()> {

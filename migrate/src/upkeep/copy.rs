@@ -125,9 +125,9 @@ impl Copier<'_> {
         };
         self.digests.insert(id, digest);
         if there {
-            self.report.present.push(id)
+            self.report.present.push(id);
         } else {
-            self.report.copied.push(id)
+            self.report.copied.push(id);
         }
         Ok(())
     }

@@ -177,7 +177,7 @@ fn gather(link: &Committed, index: &Index, segments: &mut HashMap<Segment, Work>
         let sum = own.iter().fold(0_u64, |sum, next| sum.rotate_left(7) ^ next);
         let key =
             (extent.offset, extent.stored_bytes, extent.pages, extent.encoding as u8, extent.digest, sum);
-        let new = || Expected { extent: extent.clone(), sums: own.to_vec(), users: BTreeSet::new() };
+        let new = || Expected { extent: *extent, sums: own.to_vec(), users: BTreeSet::new() };
         work.extents.entry(key).or_insert_with(new).users.insert(id);
     }
 }

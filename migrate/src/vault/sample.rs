@@ -111,7 +111,7 @@ impl Memory {
             let mut placed: Vec<_> =
                 zeros.runs(space.id, u32::MAX).map(|run| Placed { run, at: At::Zeros }).collect();
             // Every other run is packed, in extents of both lengths.
-            let pack = |number: usize| number % 2 == 0;
+            let pack = |number: usize| number.is_multiple_of(2);
             let most = if parent.is_none() { RAW_EXTENT_PAGES } else { ZSTD_EXTENT_PAGES };
             for (number, run) in changed.runs(space.id, most.into()).enumerate() {
                 if writer.bytes() > 1 << 20 {

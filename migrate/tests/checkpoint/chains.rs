@@ -74,7 +74,7 @@ fn without_its_parent_in_the_store_a_checkpoint_is_full_and_says_why() {
     let parent = first.take_soundly(&options());
     let mut second = World::new(4, 2);
     second.machine = first.machine.clone();
-    second.witness = first.witness.clone();
+    second.witness = first.witness;
     let report = second.take_soundly(&options());
     assert_eq!(report.parent, None);
     assert!(report.warnings.iter().any(|warning| warning.contains(&parent.id.to_string())), "{report:#?}");

@@ -135,8 +135,11 @@ fn any_range_is_read_and_nothing_behind_the_end(store: &dyn Store) {
     reader.read_ranges(&ranges, &mut found).unwrap();
     assert!(found == wanted);
     reader.read_ranges(&[], &mut []).unwrap();
-    refused(reader.read_ranges(&[0..10], &mut [0; 9]), "data/x/segment-00000");
-    refused(reader.read_ranges(&[299_990..300_001], &mut [0; 11]), "data/x/segment-00000");
+    refused(reader.read_ranges(std::slice::from_ref(&(0..10)), &mut [0; 9]), "data/x/segment-00000");
+    refused(
+        reader.read_ranges(std::slice::from_ref(&(299_990..300_001)), &mut [0; 11]),
+        "data/x/segment-00000",
+    );
 }
 
 fn names_that_lead_elsewhere_are_refused(store: &dyn Store) {

@@ -35,7 +35,7 @@ pub(super) fn run(options: &Options) -> Value {
             // Never one after the other in blocks: what changes on this machine meanwhile changes for both.
             let ours = Ours::start(&options.program, case, run + 1, None);
             let khz = *tsc_khz.get_or_insert_with(|| ours.tsc_khz());
-            keep(OURS, ours.try_measure(case.memory_mib, &[]).unwrap_or_else(failed));
+            keep(OURS, ours.try_measure(case.memory_mib, &[]).unwrap_or_else(|why| failed(&why)));
             for way in WAYS {
                 keep(way.name, theirs(case, run + 1, khz, *way));
             }
@@ -92,7 +92,7 @@ pub(super) fn run(options: &Options) -> Value {
 }
 
 /// A move that did not arrive: what comes behind it is measured all the same.
-fn failed(why: String) -> Value {
+fn failed(why: &str) -> Value {
     json!({"failed": why})
 }
 
@@ -102,7 +102,7 @@ fn theirs(case: &Case, seed: u64, tsc_khz: u64, way: Way) -> Value {
         .unwrap_or_else(|error| panic!("{} {}: {error}", case.name, way.name));
     moved.unwrap_or_else(|why| {
         // It would have taken longer: so targets are judged by less than it took.
-        let mut sample = failed(why);
+        let mut sample = failed(&why);
         sample["wall_us"] = (MOVE_LIMIT.as_secs_f64() * 1e6).into();
         sample
     })

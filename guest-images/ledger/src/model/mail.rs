@@ -36,7 +36,7 @@ pub mod out {
 }
 
 /// Offsets in the in page in bytes; all fields are `u64`.
-pub mod mail {
+pub mod letter {
     /// The number of the message.
     pub const SEQ: usize = 0x00;
     /// Its tokens: to be written before its number.

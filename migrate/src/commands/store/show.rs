@@ -58,7 +58,7 @@ pub(super) fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     match &manifest.parent {
         None => say("kind      full"),
         Some(parent) => {
-            say(&format!("kind      a delta on {}, number {} of its chain", parent.id, manifest.deltas))
+            say(&format!("kind      a delta on {}, number {} of its chain", parent.id, manifest.deltas));
         }
     }
     if let Some(group) = manifest.group {
