@@ -37,7 +37,7 @@ need_cargo_tool() {
 }
 
 need_rust() {
-  command -v cargo >/dev/null || die 'cargo is missing: install the Rust toolchain (rustup.rs), 1.88 or newer'
+  command -v cargo >/dev/null || die 'cargo is missing: install the Rust toolchain (rustup.rs), 1.92 or newer'
 }
 
 usable_kvm() { [ -r /dev/kvm ] && [ -w /dev/kvm ]; }

@@ -1,5 +1,7 @@
 //! The example program `solver`, killed at moments that nobody chose, comes to the same result as one that was left alone.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking, its helpers too")]
+
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};

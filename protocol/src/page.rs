@@ -311,7 +311,7 @@ mod tests {
             );
             prop_assert_eq!(
                 set.next_clear_before(some.start, some.end),
-                some.clone().find(|page| *page < pages && !model.contains(page))
+                { some }.find(|page| *page < pages && !model.contains(page))
             );
             let mut seen = BTreeSet::new();
             for run in set.runs(SpaceId(3), max_pages) {

@@ -66,9 +66,9 @@ impl Memory {
     fn of(host: &Host, name: &str) -> Self {
         let descriptors = format!("/proc/{}/fd", host.vm_pid(name));
         let found = std::fs::read_dir(descriptors).expect("its descriptors").flatten().find_map(|entry| {
-            let is_memory = std::fs::read_link(entry.path()).is_ok_and(|to| to.starts_with("/memfd:"));
-            let file =
-                File::options().read(true).write(true).open(entry.path()).ok().filter(|_| is_memory)?;
+            let to = std::fs::read_link(entry.path()).ok()?;
+            to.to_string_lossy().starts_with("/memfd:guest-ram").then_some(())?;
+            let file = File::options().read(true).write(true).open(entry.path()).ok()?;
             file.metadata().is_ok_and(|data| data.len() >= 64 << 20).then_some(file)
         });
         Self(found.expect("its memory"))

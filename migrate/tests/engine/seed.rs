@@ -6,7 +6,7 @@ use migrate::checkpoint;
 use migrate::link::duplex::{Cut, Direction, Network, Profile};
 use migrate::report::Quiet;
 use migrate::seed::{Seed, Stores};
-use migrate::source::{Dirty, Source};
+use migrate::source::Dirty;
 use migrate::store::{MemoryStore, Store};
 use migrate::vault::{Vault, new_id};
 use proptest::prelude::*;
@@ -86,7 +86,7 @@ proptest! {
         if !tracked {
             forget_baseline(&world);
         }
-        let network = self::network(cut);
+        let network = network(cut);
         let ended = attempt(&world, &network, Some(seed(&vault, id)), Some(&vault), cut.is_some());
         match &ended.sent {
             Ok(report) => {
@@ -108,7 +108,7 @@ fn what_is_there_is_not_sent() {
         if !tracked {
             forget_baseline(&world);
         }
-        let network = self::network(None);
+        let network = network(None);
         let report = attempt(&world, &network, Some(seed(&vault, id)), Some(&vault), false).sent.unwrap();
         assert!(world.witness.memory_arrived());
         assert!(report.seeded_pages > 200 && report.sent_pages < 20, "{report:?}");
@@ -142,7 +142,7 @@ fn a_checkpoint_that_is_not_there_or_damaged_or_another_is_no_reason_to_refuse()
                 Some(&vault)
             }
         };
-        let network = self::network(None);
+        let network = network(None);
         let report = attempt(&world, &network, Some(seed), there, false).sent.unwrap();
         assert!(world.witness.memory_arrived(), "{damage}");
         assert_eq!(report.seeded_pages, 0, "{damage}");
@@ -154,13 +154,13 @@ fn a_failed_attempt_leaves_the_next_one_right() {
     let world = World::new(11, 3);
     let (vault, _) = vault();
     let id = take(&world, &vault, true);
-    let cut = self::network(Some(20_000));
+    let cut = network(Some(20_000));
     let ended = attempt(&world, &cut, Some(seed(&vault, id)), Some(&vault), false);
     assert!(ended.sent.is_err());
     let mut source = world.machine.attach();
     source.track(Dirty::SinceBaseline).unwrap();
     source.resume().unwrap();
-    let network = self::network(None);
+    let network = network(None);
     attempt(&world, &network, Some(seed(&vault, id)), Some(&vault), false).sent.unwrap();
     assert!(world.witness.memory_arrived());
 }

@@ -222,7 +222,7 @@ fn a_log_that_cannot_be_read_ends_the_baseline() {
     assert!(!log.0.lock().unwrap().on);
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Copy)]
 enum Step {
     Write(u64),
     Own(u64),
