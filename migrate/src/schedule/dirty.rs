@@ -31,6 +31,9 @@ const LEAST_BYTES: f64 = 4096.0;
 /// The shortest interval that says anything: a tick of a kernel's timer.
 const LEAST_S: f64 = 0.001;
 
+/// The longest, some thirty years: nobody waits so long, and what is longer is a clock that was set.
+const MOST_S: f64 = 1e9;
+
 /// How the times are spaced in which a working set may turn over: fits hardly differ within such a step.
 const TURNOVER_STEP: f64 = 1.3;
 
@@ -76,7 +79,7 @@ impl Curve {
 impl Dirty {
     /// So much was dirty behind such an interval.
     pub(super) fn add(&mut self, interval_s: f64, bytes: f64) {
-        if !(interval_s >= LEAST_S && interval_s.is_finite()) {
+        if !(LEAST_S..=MOST_S).contains(&interval_s) {
             return;
         }
         let bytes = bytes.max(LEAST_BYTES);
@@ -194,6 +197,16 @@ mod tests {
             assert!((dirty.curve().bytes(interval_s) / bytes - 1.0).abs() < 1e-9);
         }
         assert!(dirty.knows(10.0) && dirty.knows(12.0) && !dirty.knows(20.0));
+    }
+
+    #[test]
+    fn an_interval_that_no_clock_measures_is_not_counted() {
+        let mut dirty = Dirty::default();
+        dirty.add(1.0, 1e6);
+        for interval_s in [f64::MAX, f64::INFINITY, f64::NAN, -1.0, 0.0] {
+            dirty.add(interval_s, 1e6);
+        }
+        assert!((dirty.curve().bytes(2.0) / 2e6 - 1.0).abs() < 1e-9);
     }
 
     #[test]

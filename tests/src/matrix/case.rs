@@ -197,8 +197,9 @@ impl Case {
     /// rounds, and whether it arrived is not known of what is cut while it is sent.
     pub(super) fn is_taken_up(&self) -> bool {
         let in_time = match self.moment {
+            Moment::Entering(Side::Send, "freeze") => !self.lets_the_state_through(),
             Moment::Entering(Side::Send, phase) => {
-                matches!(phase, "rounds" | "round-1" | "freeze" | "verify" | "resume")
+                matches!(phase, "rounds" | "round-1" | "verify" | "resume")
             }
             Moment::Entering(Side::Receive, phase) => matches!(phase, "rounds" | "verify"),
             // The first bytes of pages are of the first round.
@@ -208,6 +209,17 @@ impl Case {
             Moment::Into(..) => false,
         };
         self.retries() && self.heals() && in_time
+    }
+
+    /// Whether what the sender says while it lasts may arrive, now or later. A VM that stands still has its state said within
+    /// milliseconds, and a receiver that loaded it does not go back into the rounds (docs/wire-protocol.md).
+    fn lets_the_state_through(&self) -> bool {
+        match self.fault {
+            Fault::Blackhole(way, _) => way == Way::Up,
+            Fault::Stop(process, _) => process != Process::Sender,
+            Fault::Stall(_) | Fault::Slow(..) | Fault::Weather(_) => true,
+            _ => false,
+        }
     }
 
     /// Whether a stream is cut, so that the link is looked for again: which, by whom, and behind how many bytes.
