@@ -197,9 +197,8 @@ impl Case {
     /// rounds, and whether it arrived is not known of what is cut while it is sent.
     pub(super) fn is_taken_up(&self) -> bool {
         let in_time = match self.moment {
-            Moment::Entering(Side::Send, "freeze") => !self.lets_the_state_through(),
             Moment::Entering(Side::Send, phase) => {
-                matches!(phase, "rounds" | "round-1" | "verify" | "resume")
+                matches!(phase, "rounds" | "round-1" | "freeze" | "verify" | "resume")
             }
             Moment::Entering(Side::Receive, phase) => matches!(phase, "rounds" | "verify"),
             // The first bytes of pages are of the first round.
@@ -211,15 +210,11 @@ impl Case {
         self.retries() && self.heals() && in_time
     }
 
-    /// Whether what the sender says while it lasts may arrive, now or later. A VM that stands still has its state said within
-    /// milliseconds, and a receiver that loaded it does not go back into the rounds (docs/wire-protocol.md).
-    fn lets_the_state_through(&self) -> bool {
-        match self.fault {
-            Fault::Blackhole(way, _) => way == Way::Up,
-            Fault::Stop(process, _) => process != Process::Sender,
-            Fault::Stall(_) | Fault::Slow(..) | Fault::Weather(_) => true,
-            _ => false,
-        }
+    /// Whether the state may have arrived although the link was lost: the VM stands still and only the answers are gone. A
+    /// receiver that loaded it does not go back into the rounds, and says so (docs/wire-protocol.md).
+    pub(super) fn state_may_arrive(&self) -> bool {
+        let only_answers = matches!(self.fault, Fault::Blackhole(Way::Up, _));
+        only_answers && matches!(self.moment, Moment::Entering(Side::Send, "freeze"))
     }
 
     /// Whether a stream is cut, so that the link is looked for again: which, by whom, and behind how many bytes.
