@@ -121,6 +121,14 @@ pub fn cancel_on_signals() -> Result<CancelFlag> {
     Ok(CancelFlag::over(flag))
 }
 
+/// How the pages come that a running VM misses.
+fn how_they_come(name: &str) -> String {
+    format!(
+        "if it was restored from a store, run migrate restore --store STORE CHECKPOINT --resume {name}; if it came from another host, start \
+         migrate receive here, and run migrate recover {name} there if its migrate send is gone"
+    )
+}
+
 /// Checks a VM's name before it becomes part of a path.
 ///
 /// # Errors

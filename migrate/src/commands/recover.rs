@@ -28,7 +28,8 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
 Without a name it lists the VMs whose migration was cut off behind its commit. With one it asks the destination,
 where migrate receive must listen, and does what follows from the answer. If the VM runs there and misses memory, that is
-sent now. A VM whose migration ended before its commit is running already: there is nothing to recover.")]
+sent now. A VM whose migration ended before its commit is running already: there is nothing to recover. One that misses memory
+because its migrate restore --lazy ended is helped by migrate restore --resume VM.")]
 pub struct Args {
     /// The VM's name, or the path of its control socket.
     #[arg(id = "name", value_name = "VM")]
@@ -60,8 +61,8 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let Some(pledge) = status.pledged_to.filter(|_| status.phase == Phase::Pledged) else {
         if let Some(pages) = status.awaiting_pages {
             return Err(Error::Workload(format!(
-                "{name} misses {pages} pages that are still at the host it came from, or in the store it was restored from: start migrate receive here, and run \
-                 migrate recover {name} there if its migrate send is gone"
+                "{name} misses {pages} pages. {}",
+                super::how_they_come(name)
             )));
         }
         return Err(Error::Workload(format!("{name} is not in doubt: there is nothing to recover")));
@@ -150,10 +151,7 @@ fn list(common: &Common, runtime: &RuntimeDir) -> Result<ExitCode> {
     for (_, vm) in all(runtime)? {
         if let Some(pages) = vm.awaiting_pages.filter(|_| !common.json) {
             found = true;
-            say(&format!(
-                "{}: runs, and misses {pages} pages that are still at the host it came from",
-                vm.name
-            ));
+            say(&format!("{}: runs, and misses {pages} pages. {}", vm.name, super::how_they_come(&vm.name)));
         }
         let Some(pledge) = &vm.pledged_to else { continue };
         found = true;

@@ -108,9 +108,9 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     }
     if let Some(pages) = status.awaiting_pages {
         return Err(Error::Workload(format!(
-            "{} cannot be sent on yet: {pages} pages of it are still at the host it came from; wait until migrate vm status \
-             shows none. If nothing arrives, start migrate receive here and run migrate recover there",
-            args.vm
+            "{} cannot be sent on yet: it misses {pages} pages; migrate vm show tells when none is missing. If nothing arrives: {}",
+            args.vm,
+            super::how_they_come(&status.name)
         )));
     }
     let keys = identity::directory(common.keys.as_deref())?;
