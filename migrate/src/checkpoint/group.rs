@@ -78,9 +78,9 @@ pub struct GroupFailed {
 }
 
 /// A right to write that several threads ask about.
-struct Shared(Mutex<Box<dyn Lease>>);
+struct Shared<'a>(Mutex<&'a mut dyn Lease>);
 
-impl Lease for Shared {
+impl Lease for Shared<'_> {
     fn check(&self) -> Result<()> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).check()
     }
@@ -98,7 +98,7 @@ impl Lease for Shared {
 pub fn take_group(
     members: Vec<Joining<'_>>,
     vault: &Vault,
-    lease: Box<dyn Lease>,
+    lease: &mut dyn Lease,
     options: &GroupOptions,
     cancel: &CancelFlag,
 ) -> std::result::Result<GroupReport, Box<GroupFailed>> {
@@ -207,7 +207,7 @@ fn join(
     place: super::Member,
     name: &str,
     vault: &Vault,
-    lease: &Shared,
+    lease: &Shared<'_>,
 ) -> std::result::Result<CheckpointReport, Failing> {
     let Joining { open, mut options, .. } = joining;
     let cancel = place.cancel();

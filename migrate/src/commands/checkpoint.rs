@@ -234,23 +234,8 @@ impl Writer<'_> {
         if let Some(error) = failure {
             return Err(error);
         }
-        if let Err(error) = self.prune(&vault, lease.as_ref(), &report.workload) {
-            // The checkpoint is what this is about, and it is there.
-            show::not_pruned(self.common, &error);
-        }
+        self.args.prune(self.common, &vault, lease.as_ref(), &[&report.workload]);
         Ok(report)
-    }
-
-    /// Gives up what no rule keeps, if there are any.
-    fn prune(&self, vault: &Vault, lease: &dyn Lease, workload: &str) -> Result<()> {
-        let keep = self.args.keep.keep();
-        if keep.is_empty() {
-            return Ok(());
-        }
-        let chains = Chains::of(&vault.manifests()?);
-        let gone = prune(vault, lease, &Plan::new(&chains, &keep, Some(workload)))?;
-        show::pruned(self.common, &gone);
-        Ok(())
     }
 }
 
@@ -264,8 +249,9 @@ fn check_writable(status: &Status) -> Result<()> {
     }
     if let Some(pages) = status.awaiting_pages {
         return Err(Error::Workload(format!(
-            "{} cannot be written down yet: {pages} pages of it have not arrived; migrate vm status shows when none is missing",
-            status.name
+            "{} cannot be written down yet: it misses {pages} pages; migrate vm show tells when none is missing. If nothing arrives: {}",
+            status.name,
+            super::how_they_come(&status.name)
         )));
     }
     Ok(())
@@ -292,6 +278,22 @@ impl Args {
     /// The key of the store, if it has one.
     fn key(&self) -> Result<Option<StoreKey>> {
         self.encrypt.as_deref().map(StoreKey::load).transpose()
+    }
+
+    /// Gives up what no rule keeps of these workloads, if there are any rules. That it failed is told, and no more: the checkpoint is what
+    /// this is about, and it is there.
+    fn prune(&self, common: &Common, vault: &Vault, lease: &dyn Lease, workloads: &[&str]) {
+        let keep = self.keep.keep();
+        if keep.is_empty() {
+            return;
+        }
+        let gone = vault
+            .manifests()
+            .and_then(|listing| prune(vault, lease, &Plan::new(&Chains::of(&listing), &keep, workloads)));
+        match gone {
+            Ok(gone) => show::pruned(common, &gone),
+            Err(error) => show::not_pruned(common, &error),
+        }
     }
 
     /// What holds for every checkpoint.

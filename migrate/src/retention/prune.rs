@@ -27,12 +27,12 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Applies the rules to all checkpoints of a store; with a workload's name to that one's alone.
-    pub fn new(chains: &Chains, keep: &Keep, workload: Option<&str>) -> Self {
+    /// Applies the rules to all checkpoints of a store; with names of workloads to those of these alone.
+    pub fn new(chains: &Chains, keep: &Keep, workloads: &[&str]) -> Self {
         let (mut members, mut bystanders) = (Vec::new(), Vec::new());
         for link in chains.links() {
             let member = Member::from(&link.committed.manifest);
-            let is_meant = workload.is_none_or(|workload| workload == member.workload);
+            let is_meant = workloads.is_empty() || workloads.contains(&member.workload.as_str());
             if link.wrong.is_none() && is_meant { &mut members } else { &mut bystanders }.push(member);
         }
         let left_alone =
@@ -73,9 +73,10 @@ pub fn prune(vault: &Vault, lease: &dyn Lease, plan: &Plan) -> Result<Vec<Checkp
 mod tests {
     use super::*;
     use crate::vault::sample::{Memory, chain, id, vault};
+    use protocol::checkpoint::manifest::{Group, Manifest};
 
     fn plan(vault: &Vault, last: u32) -> Plan {
-        Plan::new(&Chains::of(&vault.manifests().unwrap()), &Keep { last, ..Keep::default() }, None)
+        Plan::new(&Chains::of(&vault.manifests().unwrap()), &Keep { last, ..Keep::default() }, &[])
     }
 
     #[test]
@@ -98,6 +99,37 @@ mod tests {
             assert!(!vault.store().contains(&name::manifest(id)).unwrap());
         }
         assert!(prune(&vault, &*lease, &plan(&vault, 1)).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_group_goes_when_the_rules_are_applied_to_all_of_its_members() {
+        let vault = vault();
+        let lock = || vault.store().lock("a test").unwrap();
+        for number in [0, 10] {
+            let group = id(number + 9);
+            let members: Vec<_> = (number..)
+                .zip(["web-1", "db"])
+                .map(|(number, workload)| {
+                    let alone = Memory::new(u64::from(number)).checkpoint(&vault, id(number), workload, None);
+                    vault.store().delete(&name::manifest(alone.manifest.id)).unwrap();
+                    let manifest = Manifest { group: Some(group), ..alone.manifest };
+                    vault.commit(&*lock(), manifest).unwrap().as_parent()
+                })
+                .collect();
+            let group = Group { id: group, name: "shop".into(), taken_unix_ms: number.into(), members };
+            vault.put_json(Kind::Group, &name::group(group.id), &group).unwrap();
+        }
+        let gone = |workloads: &[&str]| {
+            let chains = Chains::of(&vault.manifests().unwrap());
+            let plan = Plan::new(&chains, &Keep { last: 1, ..Keep::default() }, workloads);
+            prune(&vault, &*lock(), &plan).unwrap()
+        };
+        assert_eq!(gone(&["db"]), [], "the other member is nobody's to give up");
+        assert_eq!(gone(&["db", "web-1"]).len(), 2);
+        assert!(!vault.store().contains(&name::group(id(9))).unwrap());
+        let left: Vec<_> =
+            vault.manifests().unwrap().committed.iter().map(|found| found.manifest.id).collect();
+        assert_eq!(left, [id(10), id(11)]);
     }
 
     #[test]

@@ -40,8 +40,8 @@ impl Shop {
             options: options(),
         });
         let wanted = GroupOptions { id: new_id().unwrap(), name: "shop".into(), barrier: true };
-        let lease = self.store.lock("a test").unwrap();
-        take_group(joining.collect(), &self.vault, lease, &wanted, &CancelFlag::default())
+        let mut lease = self.store.lock("a test").unwrap();
+        take_group(joining.collect(), &self.vault, &mut *lease, &wanted, &CancelFlag::default())
     }
 
     /// Takes a group checkpoint that must be right.
@@ -135,8 +135,8 @@ fn a_member_that_cannot_be_had_is_nobodys_checkpoint() {
         });
     }
     let wanted = GroupOptions { id: new_id().unwrap(), name: "shop".into(), barrier: true };
-    let lease = shop.store.lock("a test").unwrap();
-    let failed = take_group(joining, &shop.vault, lease, &wanted, &CancelFlag::default()).unwrap_err();
+    let mut lease = shop.store.lock("a test").unwrap();
+    let failed = take_group(joining, &shop.vault, &mut *lease, &wanted, &CancelFlag::default()).unwrap_err();
     assert_eq!(failed.to_string(), "b: somebody else holds it");
     shop.assert_harmless(&[], &[None; 3], "one cannot be had");
 }

@@ -42,15 +42,20 @@ pub(super) fn run(common: &Common, args: &Args, runtime: &RuntimeDir, name: &str
         };
         members.push(Joining { name: status.name, open: Box::new(open), options });
     }
-    let lease = lock(store.as_ref(), &format!("--group {name}"), args.wait, &cancel)?;
+    let mut lease = lock(store.as_ref(), &format!("--group {name}"), args.wait, &cancel)?;
     let vault = Vault::open_or_create(Arc::clone(&store), key.as_ref())?;
     let options = GroupOptions { id: new_id()?, name: name.into(), barrier: !args.no_barrier };
-    let (report, failure) = match take_group(members, &vault, lease, &options, &cancel) {
+    let (report, failure) = match take_group(members, &vault, &mut *lease, &options, &cancel) {
         Ok(report) => (report, None),
         Err(failed) => (failed.report, Some(failed.error)),
     };
     print(common, &report);
-    failure.map_or(Ok(ExitCode::SUCCESS), Err)
+    if let Some(error) = failure {
+        return Err(error);
+    }
+    let workloads: Vec<_> = report.members.iter().map(|member| member.workload.as_str()).collect();
+    args.prune(common, &vault, &*lease, &workloads);
+    Ok(ExitCode::SUCCESS)
 }
 
 fn print(common: &Common, report: &GroupReport) {

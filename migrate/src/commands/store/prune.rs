@@ -76,7 +76,7 @@ pub(super) fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         if args.dry_run { None } else { Some(vault.store().lock_within("migrate store prune", args.wait)?) };
     let listing = vault.manifests()?;
     let chains = Chains::of(&listing);
-    let plan = Plan::new(&chains, &keep, args.workload.as_deref());
+    let plan = Plan::new(&chains, &keep, args.workload.as_deref().as_slice());
     for damaged in &listing.damaged {
         tracing::warn!("{}; it is left alone", damaged.error);
     }
