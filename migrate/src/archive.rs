@@ -11,8 +11,8 @@
 mod inbound;
 mod outbound;
 
-pub use inbound::{Imported, import};
-pub use outbound::{Exported, export};
+pub use inbound::{Imported, import, import_forecast};
+pub use outbound::{Exported, export, export_forecast};
 
 /// What is copied at once.
 const PIECE_BYTES: usize = 1 << 20;

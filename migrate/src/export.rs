@@ -31,9 +31,19 @@ pub struct Exported {
 /// `Usage` when the file is there, `Host` when it cannot be written, `Store`, `Interrupted`.
 pub fn raw(image: &Image, path: &Path, cancel: &CancelFlag) -> Result<Exported> {
     let layout = layout(image)?;
-    let bytes = layout.spaces.iter().map(|space| space.guest_address + length(space)).max().unwrap_or(0);
+    let bytes = raw_forecast(image)?.bytes;
     let at = |space: &Space| Some(space.guest_address);
     new_file(path, |file| write(image, layout, file, path, &[], bytes, &at, cancel))
+}
+
+/// What [`raw`] would write.
+///
+/// # Errors
+/// `Store`.
+pub fn raw_forecast(image: &Image) -> Result<Exported> {
+    let spaces = &layout(image)?.spaces;
+    let bytes = spaces.iter().map(|space| space.guest_address + length(space)).max().unwrap_or(0);
+    Ok(Exported { bytes, data_bytes: data_bytes(image) })
 }
 
 /// Writes an ELF core: memory by guest-physical addresses, and the registers of every vCPU as a thread.
@@ -41,6 +51,20 @@ pub fn raw(image: &Image, path: &Path, cancel: &CancelFlag) -> Result<Exported> 
 /// # Errors
 /// As [`raw`]; `Store` when the state is not that of a VM of ours.
 pub fn core(vault: &Vault, image: &Image, path: &Path, cancel: &CancelFlag) -> Result<Exported> {
+    core_of(image, &vcpus(vault, image)?, path, cancel)
+}
+
+/// What [`core`] would write.
+///
+/// # Errors
+/// `Store`, as of [`core`].
+pub fn core_forecast(vault: &Vault, image: &Image) -> Result<Exported> {
+    let core = elf::Core::new(&layout(image)?.spaces, &vcpus(vault, image)?);
+    Ok(Exported { bytes: core.bytes(), data_bytes: data_bytes(image) })
+}
+
+/// The registers of every vCPU of a VM of ours.
+fn vcpus(vault: &Vault, image: &Image) -> Result<Vec<VcpuState>> {
     let manifest = image.chain().first().map(|link| &link.manifest);
     let manifest = manifest.ok_or_else(|| Error::Store("the chain is empty".into()))?;
     let (_, state) = vault.state(manifest)?;
@@ -51,8 +75,7 @@ pub fn core(vault: &Vault, image: &Image, path: &Path, cancel: &CancelFlag) -> R
         ))
     };
     let state = State::decode(&state).map_err(|error| wrong(error.to_string()))?;
-    let vcpus = vmm::state::vcpus(&state).map_err(|error| wrong(error.to_string()))?;
-    core_of(image, &vcpus, path, cancel)
+    vmm::state::vcpus(&state).map_err(|error| wrong(error.to_string()))
 }
 
 fn core_of(image: &Image, vcpus: &[VcpuState], path: &Path, cancel: &CancelFlag) -> Result<Exported> {
@@ -67,9 +90,31 @@ fn layout(image: &Image) -> Result<&Layout> {
     Ok(&newest.manifest.layout)
 }
 
+/// Bytes of the pages that are not zeros.
+fn data_bytes(image: &Image) -> u64 {
+    image.plan().data_pages() * PAGE_SIZE as u64
+}
+
 /// A space's length in bytes.
 fn length(space: &Space) -> u64 {
     space.pages * PAGE_SIZE as u64
+}
+
+/// That a file could be made here, as far as that can be told without making it.
+///
+/// # Errors
+/// `Usage` when it is there, `Host` when its directory is not.
+pub(crate) fn check_new(path: &Path) -> Result<()> {
+    if path.symlink_metadata().is_ok() {
+        return Err(there(path));
+    }
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let found = parent.unwrap_or(Path::new(".")).metadata();
+    found.map(drop).map_err(|error| unwritable(path, &error))
+}
+
+fn there(path: &Path) -> Error {
+    Error::Usage(format!("{} is there already: name another file, or remove it", path.display()))
 }
 
 /// Makes a file and has it written; one that was not finished goes again.
@@ -79,9 +124,7 @@ fn length(space: &Space) -> u64 {
 pub(crate) fn new_file<T>(path: &Path, write: impl FnOnce(&File) -> Result<T>) -> Result<T> {
     let made = File::options().write(true).create_new(true).mode(0o600).open(path);
     let file = made.map_err(|error| match error.kind() {
-        std::io::ErrorKind::AlreadyExists => {
-            Error::Usage(format!("{} is there already: name another file, or remove it", path.display()))
-        }
+        std::io::ErrorKind::AlreadyExists => there(path),
         _ => unwritable(path, &error),
     })?;
     let written = write(&file).and_then(|written| {
@@ -157,7 +200,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("memory");
         let image = Image::open(&vault, links[3].manifest.id).unwrap();
+        check_new(&path).unwrap();
+        let forecast = raw_forecast(&image).unwrap();
         let done = raw(&image, &path, &CancelFlag::default()).unwrap();
+        assert_eq!(forecast, done);
+        assert!(matches!(check_new(&path).unwrap_err(), Error::Usage(_)));
+        assert!(matches!(check_new(&folder.path().join("not/there")).unwrap_err(), Error::Host(_)));
         let file = File::open(&path).unwrap();
         for (space, expected) in sample::layout().spaces.iter().zip(&images[3]) {
             let mut found = vec![0; expected.len()];
@@ -230,6 +278,7 @@ mod tests {
         let (links, _) = sample::chain(&vault, 0);
         let folder = tempfile::tempdir().unwrap();
         let image = Image::open(&vault, links[0].manifest.id).unwrap();
+        core_forecast(&vault, &image).unwrap_err();
         let error = core(&vault, &image, &folder.path().join("core"), &CancelFlag::default()).unwrap_err();
         assert!(error.to_string().contains(&links[0].manifest.id.to_string()), "{error}");
         assert!(!folder.path().join("core").exists());

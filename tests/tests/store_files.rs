@@ -6,7 +6,7 @@
     reason = "helpers of tests: what goes wrong in them fails the test"
 )]
 
-use e2e::{Host, without_kvm};
+use e2e::{Finished, Host, without_kvm};
 use std::fs::File;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
@@ -56,12 +56,28 @@ fn a_compacted_chain_restores_and_an_archive_of_it_restores_elsewhere() {
     let elsewhere = other.path("store").to_string_lossy().into_owned();
     for (checkpoint, count) in [(id, 1), ("v", 4)] {
         std::fs::remove_file(&archive).ok();
-        host.run(&["store", "export", "--store", &store, checkpoint, "--archive", &archive]).success();
-        let imported = other.run(&["store", "import", "--store", &elsewhere, &archive]).success();
+        let export = ["store", "export", "--store", &store, checkpoint, "--archive", &archive];
+        let would = host.run(&[&export[..], &["--dry-run"]].concat()).success();
+        assert!(!Path::new(&archive).exists(), "a dry run wrote {archive}");
+        let exported = host.run(&export).success();
+        let bytes = |finished: &Finished, event: &str| finished.event(event).unwrap()["bytes"].as_u64();
+        assert_eq!(bytes(&would, "would-export"), bytes(&exported, "exported"));
+        let import = ["store", "import", "--store", &elsewhere, &archive];
+        let would = other.run(&[&import[..], &["--dry-run"]].concat()).success();
+        assert_eq!(Path::new(&elsewhere).exists(), count > 1, "a dry run made a store");
+        let imported = other.run(&import).success();
+        assert_eq!(bytes(&would, "would-import"), bytes(&imported, "imported"));
         let imported = imported.event("imported").unwrap();
         assert_eq!(imported["checkpoints"], count, "{imported}");
         restores(&other, &elsewhere, imported["id"].as_str().unwrap());
     }
+    let copy = host.path("copy").to_string_lossy().into_owned();
+    let would = host.run(&["store", "copy", &store, &copy, "--dry-run"]).success();
+    assert!(!Path::new(&copy).exists(), "a dry run made a store");
+    let copied = host.run(&["store", "copy", &store, &copy]).success();
+    let bytes = |finished: &Finished| finished.event("copied").unwrap()["bytes"].as_u64();
+    assert_eq!(bytes(&would), bytes(&copied));
+    assert!(would.event("would-copy").is_some(), "{would:#?}");
 }
 
 #[test]

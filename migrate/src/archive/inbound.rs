@@ -40,15 +40,7 @@ pub fn import(
     lease: &dyn Lease,
     cancel: &CancelFlag,
 ) -> Result<Imported> {
-    let mut import = Import {
-        vault,
-        cancel,
-        manifests: Vec::new(),
-        groups: Vec::new(),
-        waiting_bytes: 0,
-        written: Vec::new(),
-        bytes: 0,
-    };
+    let mut import = Import::new(vault, cancel, false);
     let result = import.read(input).and_then(|()| import.commit(lease));
     if result.is_err() {
         // Manifests come last, the oldest first: in this order nothing stands on what is gone.
@@ -57,6 +49,17 @@ pub fn import(
         }
     }
     result
+}
+
+/// What [`import`] would write. The archive is read to its end, and its manifests are checked; page data is counted and no more, because
+/// what it should be stands behind it.
+///
+/// # Errors
+/// As [`import`], but for what only reading back can find.
+pub fn import_forecast(vault: &Vault, input: &mut dyn Read, cancel: &CancelFlag) -> Result<Imported> {
+    let mut import = Import::new(vault, cancel, true);
+    import.read(input)?;
+    import.forecast()
 }
 
 /// A manifest that waits.
@@ -70,6 +73,8 @@ struct Waiting {
 struct Import<'a> {
     vault: &'a Vault,
     cancel: &'a CancelFlag,
+    /// Nothing is written: `written` has what would be.
+    is_forecast: bool,
     /// The newest first.
     manifests: Vec<Waiting>,
     groups: Vec<(String, Vec<u8>)>,
@@ -86,7 +91,20 @@ fn bad(why: &str) -> Error {
     Error::Store(format!("this is no archive of a checkpoint, or not all of it: {why}; export it again"))
 }
 
-impl Import<'_> {
+impl<'a> Import<'a> {
+    fn new(vault: &'a Vault, cancel: &'a CancelFlag, is_forecast: bool) -> Self {
+        Self {
+            vault,
+            cancel,
+            is_forecast,
+            manifests: Vec::new(),
+            groups: Vec::new(),
+            waiting_bytes: 0,
+            written: Vec::new(),
+            bytes: 0,
+        }
+    }
+
     /// Takes in all objects: data into the store, manifests and groups into memory.
     fn read(&mut self, input: &mut dyn Read) -> Result<()> {
         let mut archive = tar::Archive::new(input);
@@ -188,6 +206,14 @@ impl Import<'_> {
                     .damaged(&format!("it has {found} bytes, the archive's has {size}")))
             };
         }
+        if self.is_forecast {
+            let found = std::io::copy(entry, &mut std::io::sink()).map_err(|error| unreadable(&error))?;
+            if found != size {
+                return Err(bad(&format!("{name} is cut short")));
+            }
+            self.count(name, size);
+            return Ok(());
+        }
         let mut writer = self.vault.store().create(name)?;
         let mut piece = vec![0; PIECE_BYTES];
         let mut left = size;
@@ -203,8 +229,7 @@ impl Import<'_> {
             left -= count as u64;
         }
         writer.finish()?;
-        self.written.push(name.to_owned());
-        self.bytes += size;
+        self.count(name, size);
         Ok(())
     }
 
@@ -227,6 +252,25 @@ impl Import<'_> {
         }
         // As everybody else will find it.
         self.vault.chain(id)?;
+        Ok(Imported { id, checkpoints, objects: self.written.len(), bytes: self.bytes })
+    }
+
+    /// What `commit` would come to.
+    fn forecast(mut self) -> Result<Imported> {
+        let id = self.check_chain()?;
+        let mut checkpoints = 0;
+        for waiting in std::mem::take(&mut self.manifests) {
+            let name = name::manifest(waiting.id);
+            if !self.is_there(&name, &waiting.stored)? {
+                checkpoints += 1;
+                self.count(&name, waiting.stored.len() as u64);
+            }
+        }
+        for (name, stored) in std::mem::take(&mut self.groups) {
+            if !self.is_there(&name, &stored)? {
+                self.count(&name, stored.len() as u64);
+            }
+        }
         Ok(Imported { id, checkpoints, objects: self.written.len(), bytes: self.bytes })
     }
 
@@ -273,6 +317,22 @@ impl Import<'_> {
 
     /// Writes an object that makes others valid; whether it was not there.
     fn put(&mut self, lease: &dyn Lease, name: &str, stored: &[u8]) -> Result<bool> {
+        if self.is_there(name, stored)? {
+            return Ok(false);
+        }
+        lease.check()?;
+        self.vault.store().put(name, stored)?;
+        self.count(name, stored.len() as u64);
+        Ok(true)
+    }
+
+    fn count(&mut self, name: &str, bytes: u64) {
+        self.written.push(name.to_owned());
+        self.bytes += bytes;
+    }
+
+    /// Whether an object is there already. Another one of its name is an error.
+    fn is_there(&self, name: &str, stored: &[u8]) -> Result<bool> {
         if self.vault.store().contains(name)? {
             let reader = self.vault.store().open(name)?;
             let mut found = vec![0; stored.len()];
@@ -281,15 +341,11 @@ impl Import<'_> {
                 found == stored
             };
             return if same {
-                Ok(false)
+                Ok(true)
             } else {
                 Err(self.vault.wrong(name).damaged("the archive has another one of this name"))
             };
         }
-        lease.check()?;
-        self.vault.store().put(name, stored)?;
-        self.written.push(name.to_owned());
-        self.bytes += stored.len() as u64;
-        Ok(true)
+        Ok(false)
     }
 }

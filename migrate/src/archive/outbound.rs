@@ -24,6 +24,31 @@ pub struct Exported {
 /// # Errors
 /// `Store`, `Interrupted`, or `Host` when the archive cannot be written.
 pub fn export(vault: &Vault, id: CheckpointId, out: &mut dyn Write, cancel: &CancelFlag) -> Result<Exported> {
+    let (checkpoints, names) = contents(vault, id)?;
+    let mut archive = tar::Builder::new(out);
+    let mut bytes = 0;
+    for name in &names {
+        bytes += append(vault, &mut archive, name, cancel)?;
+    }
+    archive.finish().map_err(|error| unwritable(&error))?;
+    Ok(Exported { checkpoints, objects: names.len(), bytes })
+}
+
+/// What [`export`] would write.
+///
+/// # Errors
+/// `Store`, also when an object is missing.
+pub fn export_forecast(vault: &Vault, id: CheckpointId) -> Result<Exported> {
+    let (checkpoints, names) = contents(vault, id)?;
+    let mut bytes = 0;
+    for name in &names {
+        bytes += vault.store().open(name)?.bytes();
+    }
+    Ok(Exported { checkpoints, objects: names.len(), bytes })
+}
+
+/// How many checkpoints a chain has, and its objects in the order of an archive.
+fn contents(vault: &Vault, id: CheckpointId) -> Result<(usize, Vec<String>)> {
     let chain = vault.chain(id)?;
     let mut names = vec![name::STORE.to_owned()];
     names.extend(chain.iter().map(|link| name::manifest(link.manifest.id)));
@@ -40,13 +65,7 @@ pub fn export(vault: &Vault, id: CheckpointId, out: &mut dyn Write, cancel: &Can
     names.extend(segments);
     names
         .extend(chain.iter().flat_map(|link| [name::index(link.manifest.id), name::state(link.manifest.id)]));
-    let mut archive = tar::Builder::new(out);
-    let mut bytes = 0;
-    for name in &names {
-        bytes += append(vault, &mut archive, name, cancel)?;
-    }
-    archive.finish().map_err(|error| unwritable(&error))?;
-    Ok(Exported { checkpoints: chain.len(), objects: names.len(), bytes })
+    Ok((chain.len(), names))
 }
 
 fn unwritable(error: &std::io::Error) -> Error {

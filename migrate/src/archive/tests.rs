@@ -19,6 +19,10 @@ fn imported(vault: &Vault, archive: &[u8]) -> crate::Result<Imported> {
     import(vault, &mut &*archive, &*lease, &CancelFlag::default())
 }
 
+fn forecast(vault: &Vault, archive: &[u8]) -> crate::Result<Imported> {
+    import_forecast(vault, &mut &*archive, &CancelFlag::default())
+}
+
 fn names(vault: &Vault) -> Vec<String> {
     vault.store().list("").unwrap().into_iter().map(|found| found.name).collect()
 }
@@ -33,13 +37,20 @@ fn a_checkpoint_is_carried_with_all_that_it_stands_on() {
         let (links, _) = sample::chain(&from, 3);
         let id = links[2].manifest.id;
         let archive = exported(&from, id);
+        let mut written = Vec::new();
+        let done = export(&from, id, &mut written, &CancelFlag::default()).unwrap();
+        assert_eq!(export_forecast(&from, id).unwrap(), done);
+        let expected = forecast(&to, &archive).unwrap();
+        assert_eq!(names(&to), [name::STORE]);
         let found = imported(&to, &archive).unwrap();
+        assert_eq!(expected, found);
         assert_eq!((found.id, found.checkpoints), (id, 3));
         assert_eq!(to.manifests().unwrap().committed, links[..3]);
         Image::open(&to, id).unwrap().each(&CancelFlag::default(), &mut |_, _, _| Ok(())).unwrap();
         // Once more there is nothing to do; with another link, only that.
         let again = imported(&to, &archive).unwrap();
         assert_eq!((again.checkpoints, again.objects, again.bytes), (0, 0, 0));
+        assert_eq!(forecast(&to, &archive).unwrap(), again);
         let rest = imported(&to, &exported(&from, links[3].manifest.id)).unwrap();
         assert_eq!(rest.checkpoints, 1);
         assert_eq!(to.manifests().unwrap().committed, links);
@@ -58,6 +69,7 @@ fn an_archive_that_is_cut_or_damaged_leaves_no_checkpoint() {
     // All but the zeros at its end.
     let end = archive.iter().rposition(|byte| *byte != 0).unwrap() + 1;
     for length in (0..end).step_by(97) {
+        forecast(&to, &archive[..length]).unwrap_err();
         let error = imported(&to, &archive[..length]).unwrap_err();
         assert!([3, 12].contains(&exit::code(&error)), "{length}: {error}");
         assert_eq!(names(&to), [name::STORE], "{length}: {error}");

@@ -16,11 +16,14 @@ mod import;
 use crate::cli::Common;
 use crate::error::Result;
 use crate::seal::StoreKey;
+use crate::store::{MemoryStore, Store};
 use crate::units::show_bytes;
 use crate::vault::{Vault, now_unix_ms};
 use clap::Subcommand;
+use protocol::checkpoint::name;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 /// What to do with a store.
 #[derive(Debug, Subcommand)]
@@ -87,6 +90,14 @@ impl StoreArgs {
     pub(super) fn open(&self) -> Result<Vault> {
         Vault::open(crate::store::open(&self.store)?, self.key()?.as_ref())
     }
+}
+
+/// A store as it is; in place of one that is not there yet an empty one in memory, for whoever only looks.
+fn open_or_imagine(store: Arc<dyn Store>, key: Option<&StoreKey>) -> Result<Vault> {
+    if store.contains(name::STORE)? {
+        return Vault::open(store, key);
+    }
+    Vault::create(Arc::new(MemoryStore::new()), key)
 }
 
 /// How long ago a time is, for people: the unit that fits.

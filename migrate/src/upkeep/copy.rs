@@ -67,6 +67,38 @@ pub fn copy(
     Ok(copier.report)
 }
 
+/// What [`copy`] would do. Its bytes are those that are not there yet as they are stored here; sealed in another way they are a few more or less.
+///
+/// # Errors
+/// `Store`; those of `watch`.
+pub fn copy_forecast(
+    from: &Vault,
+    to: &Vault,
+    wanted: &[CheckpointId],
+    watch: &mut dyn FnMut(Step) -> Result<()>,
+) -> Result<Copied> {
+    let links = links(from, wanted)?;
+    let (mut report, mut needed) = (Copied::default(), BTreeSet::new());
+    for (before, link) in links.iter().enumerate() {
+        let manifest = &link.manifest;
+        if to.store().contains(&name::manifest(manifest.id))? {
+            report.present.push(manifest.id);
+            continue;
+        }
+        watch(Step { id: manifest.id, before, of: links.len() })?;
+        report.copied.push(manifest.id);
+        needed.extend(manifest.segments.iter().map(|part| name::segment(part.checkpoint, part.number)));
+        needed.extend([name::index(manifest.id), name::state(manifest.id), name::manifest(manifest.id)]);
+        needed.extend(manifest.group.map(name::group));
+    }
+    for name in needed {
+        if !to.store().contains(&name)? && from.store().contains(&name)? {
+            report.bytes += from.store().open(&name)?.bytes();
+        }
+    }
+    Ok(report)
+}
+
 /// All that is to be copied, whatever stands on something behind that.
 fn links(from: &Vault, wanted: &[CheckpointId]) -> Result<Vec<Committed>> {
     let mut found = BTreeMap::new();
@@ -365,7 +397,13 @@ mod tests {
         {
             let (from, ids) = filled(key_from);
             let to = vault(&MemoryStore::new(), key_to);
+            let forecast = copy_forecast(&from, &to, &ids, &mut |_| Ok(())).unwrap();
+            assert_eq!(to.manifests().unwrap().committed.len(), 0);
             let copied = copy_all(&from, &to, &ids).unwrap();
+            assert_eq!(forecast.copied, copied.copied);
+            if key_from == key_to {
+                assert_eq!(forecast, copied);
+            }
             assert_eq!((copied.copied.len(), copied.present.len()), (4, 0));
             is_a_copy(&from, &to, &ids);
             let again = copy_all(&from, &to, &ids).unwrap();

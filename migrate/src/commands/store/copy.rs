@@ -1,13 +1,13 @@
 //! `migrate store copy`: checkpoints, with all that they stand on, to another store.
 
-use super::count;
+use super::{count, open_or_imagine};
 use crate::cli::Common;
 use crate::commands::{cancel_on_signals, emit, say};
 use crate::error::{Error, Result};
 use crate::seal::StoreKey;
 use crate::store;
 use crate::units::{self, show_bytes};
-use crate::upkeep::copy::{Step, copy};
+use crate::upkeep::copy::{Step, copy, copy_forecast};
 use crate::vault::Vault;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -17,6 +17,7 @@ use std::time::Duration;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
+  migrate store copy /var/lib/checkpoints s3://backup/vms --dry-run
   migrate store copy /var/lib/checkpoints s3://backup/vms
   migrate store copy /var/lib/checkpoints /mnt/usb web@latest --encrypt-to usb.key
 
@@ -41,6 +42,9 @@ pub struct Args {
     /// Leave the second store unsealed although the first one is sealed.
     #[arg(long, conflicts_with = "encrypt_to")]
     decrypt: bool,
+    /// Say what would be copied, and copy nothing.
+    #[arg(long)]
+    dry_run: bool,
     /// How long to wait for whoever else writes to the second store.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = units::duration)]
     wait: Duration,
@@ -62,28 +66,39 @@ pub(super) fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         args.checkpoints.iter().map(|name| from.resolve(name)).collect::<Result<Vec<_>>>()?
     };
     let to = store::open(&args.to)?;
-    let lease = to.lock_within("migrate store copy", args.wait)?;
-    let to = Vault::open_or_create(to, key_to.as_ref())?;
+    let place = to.place();
+    let lease = if args.dry_run { None } else { Some(to.lock_within("migrate store copy", args.wait)?) };
+    let to = match &lease {
+        Some(_) => Vault::open_or_create(to, key_to.as_ref())?,
+        None => open_or_imagine(to, key_to.as_ref())?,
+    };
     if from.info().id == to.info().id {
-        return Err(Error::Usage(format!("{} and {} are one store", from.place(), to.place())));
+        return Err(Error::Usage(format!("{} and {} are one store", from.place(), place)));
     }
-    let copied = copy(&from, &to, &*lease, &wanted, &mut |Step { id, before, of }| {
+    let mut watch = |Step { id, before, of }: Step| {
         if cancel.is_set() {
             return Err(Error::Interrupted("what was copied is there; the next time it goes on".into()));
         }
         if common.json {
-            emit(&serde_json::json!({"event": "copying", "checkpoint": id, "before": before, "of": of}));
+            let event = if args.dry_run { "would-copy" } else { "copying" };
+            emit(&serde_json::json!({"event": event, "checkpoint": id, "before": before, "of": of}));
+        } else if args.dry_run {
+            say(&format!("would copy {id}"));
         } else {
             say(&format!("{id} ({} of {of})", before + 1));
         }
         Ok(())
-    })?;
+    };
+    let copied = match &lease {
+        Some(lease) => copy(&from, &to, &**lease, &wanted, &mut watch)?,
+        None => copy_forecast(&from, &to, &wanted, &mut watch)?,
+    };
     if common.json {
-        let (from, to) = (from.place(), to.place());
         emit(&serde_json::json!({
             "event": "copied",
-            "from": from,
-            "to": to,
+            "dry_run": args.dry_run,
+            "from": from.place(),
+            "to": place,
             "copied": copied.copied,
             "present": copied.present,
             "bytes": copied.bytes,
@@ -94,7 +109,8 @@ pub(super) fn run(common: &Common, args: &Args) -> Result<ExitCode> {
             number => format!("; {number} were there already"),
         };
         let what = count(copied.copied.len(), "checkpoint");
-        say(&format!("{what} copied to {}, {}{present}", to.place(), show_bytes(copied.bytes)));
+        let done = if args.dry_run { "would be copied" } else { "copied" };
+        say(&format!("{what} {done} to {place}, {}{present}", show_bytes(copied.bytes)));
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -6,7 +6,9 @@ use crate::commands::{cancel_on_signals, emit, say};
 use crate::error::{Error, Result};
 use crate::restore::image::Image;
 use crate::units::show_bytes;
+use crate::vault::Vault;
 use crate::{archive, export};
+use protocol::checkpoint::name::CheckpointId;
 use serde_json::json;
 use std::fs::File;
 use std::io::{BufWriter, Write as _};
@@ -32,6 +34,9 @@ pub struct Args {
     checkpoint: String,
     #[command(flatten)]
     into: Into,
+    /// Say what would be written, and write nothing.
+    #[arg(long)]
+    dry_run: bool,
 }
 
 /// As what.
@@ -53,6 +58,9 @@ pub(super) fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let cancel = cancel_on_signals()?;
     let vault = args.store.open()?;
     let id = vault.resolve(&args.checkpoint)?;
+    if args.dry_run {
+        return forecast(common, &vault, id, &args.into);
+    }
     let Into { raw, core, archive } = &args.into;
     if let Some(path) = archive {
         if path == Path::new("-") {
@@ -86,7 +94,7 @@ pub(super) fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let (form, path, done) = match (raw, core) {
         (Some(path), _) => ("raw", path, export::raw(&image, path, &cancel)?),
         (None, Some(path)) => ("core", path, export::core(&vault, &image, path, &cancel)?),
-        (None, None) => return Err(Error::Usage("say as what: --raw, --core or --archive".into())),
+        (None, None) => return Err(no_form()),
     };
     if common.json {
         emit(&json!({
@@ -96,5 +104,40 @@ pub(super) fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         let (bytes, data) = (show_bytes(done.bytes), show_bytes(done.data_bytes));
         say(&format!("{}: {id}, {bytes} long, {data} of it are not zeros", path.display()));
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn no_form() -> Error {
+    Error::Usage("say as what: --raw, --core or --archive".into())
+}
+
+/// Says what would be written.
+fn forecast(common: &Common, vault: &Vault, id: CheckpointId, into: &Into) -> Result<ExitCode> {
+    let image = || Image::open(vault, id);
+    let (form, path, bytes, data_bytes) = match into {
+        Into { archive: Some(path), .. } => {
+            ("archive", path, archive::export_forecast(vault, id)?.bytes, None)
+        }
+        Into { raw: Some(path), .. } => {
+            let would = export::raw_forecast(&image()?)?;
+            ("raw", path, would.bytes, Some(would.data_bytes))
+        }
+        Into { core: Some(path), .. } => {
+            let would = export::core_forecast(vault, &image()?)?;
+            ("core", path, would.bytes, Some(would.data_bytes))
+        }
+        Into { raw: None, core: None, archive: None } => return Err(no_form()),
+    };
+    if path != Path::new("-") {
+        export::check_new(path)?;
+    }
+    if common.json {
+        emit(&json!({
+            "event": "would-export", "id": id, "as": form, "file": path, "bytes": bytes, "data_bytes": data_bytes,
+        }));
+        return Ok(ExitCode::SUCCESS);
+    }
+    let data = data_bytes.map_or(String::new(), |data| format!(", {} of it not zeros", show_bytes(data)));
+    say(&format!("would write {id} to {}: {}{data}", path.display(), show_bytes(bytes)));
     Ok(ExitCode::SUCCESS)
 }

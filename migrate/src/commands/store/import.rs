@@ -1,6 +1,6 @@
 //! `migrate store import`: a checkpoint from an archive.
 
-use super::StoreArgs;
+use super::{StoreArgs, count, open_or_imagine};
 use crate::archive;
 use crate::cli::Common;
 use crate::commands::{cancel_on_signals, emit, say};
@@ -18,6 +18,7 @@ use std::time::Duration;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
+  migrate store import --store /var/lib/checkpoints web.tar --dry-run
   migrate store import --store /var/lib/checkpoints web.tar
   ssh host1 migrate store export --store /var/lib/checkpoints web --archive - | migrate store import --store /srv/checkpoints -
 
@@ -29,6 +30,9 @@ pub struct Args {
     /// The archive; - is the standard input.
     #[arg(value_name = "FILE")]
     file: PathBuf,
+    /// Read the archive and say what would be taken in, and take in nothing. What of it is damaged is found by the import itself.
+    #[arg(long)]
+    dry_run: bool,
     /// How long to wait for whoever else writes to the store.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = units::duration)]
     wait: Duration,
@@ -46,6 +50,21 @@ pub(super) fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         )
     };
     let store = crate::store::open(&args.store.store)?;
+    if args.dry_run {
+        let place = store.place();
+        let vault = open_or_imagine(store, args.store.key()?.as_ref())?;
+        let would = archive::import_forecast(&vault, &mut *input, &cancel)?;
+        if common.json {
+            emit(&json!({
+                "event": "would-import", "id": would.id, "checkpoints": would.checkpoints, "objects": would.objects,
+                "bytes": would.bytes,
+            }));
+        } else {
+            let (number, bytes) = (count(would.checkpoints, "checkpoint"), show_bytes(would.bytes));
+            say(&format!("{}: {number} that {place} has not would be taken in, {bytes}", would.id));
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
     let lease = store.lock_within("migrate store import", args.wait)?;
     let vault = Vault::open_or_create(store, args.store.key()?.as_ref())?;
     let done = archive::import(&vault, &mut *input, &*lease, &cancel)?;
@@ -56,8 +75,8 @@ pub(super) fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     } else if done.checkpoints == 0 {
         say(&format!("{} was here already, and so was all that it stands on", done.id));
     } else {
-        let (count, bytes) = (done.checkpoints, show_bytes(done.bytes));
-        say(&format!("{}: {count} checkpoints that were not here, {bytes} written", done.id));
+        let (number, bytes) = (count(done.checkpoints, "checkpoint"), show_bytes(done.bytes));
+        say(&format!("{}: {number} not here before, {bytes} written", done.id));
     }
     Ok(ExitCode::SUCCESS)
 }
