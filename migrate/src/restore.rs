@@ -166,8 +166,11 @@ impl Run<'_> {
         let (prepared, prepare, gathered, waited) = gathered;
         clock.note(Step::Prepare, prepare);
         clock.note(Step::Indexes, waited);
-        let ready =
-            prepared.map_err(|Refusal { code, reason }| Error::Refused { code, reason }).and(gathered);
+        let refused = |Refusal { code, reason }| {
+            let reason = format!("checkpoint {} cannot be started here: {reason}", manifest.id);
+            Error::Refused { code, reason }
+        };
+        let ready = prepared.map_err(refused).and(gathered);
         let gathered = match ready {
             Ok(gathered) => gathered,
             Err(error) => return Err(discarded(destination, error)),

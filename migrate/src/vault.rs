@@ -229,7 +229,7 @@ impl Vault {
     ) -> Result<(Vec<u8>, Part)> {
         let wrong = self.wrong(name);
         let found = bytes.len() as u64;
-        let object = object::decode(&bytes, kind, what(kind)).map_err(|error| wrong.damaged(&error))?;
+        let object = object::decode(&bytes, kind, what(kind)).map_err(|error| wrong.undecodable(&error))?;
         if let Some(part) = part.filter(|part| part.digest.0 != object.digest) {
             let why = format!("its digest is {} and not {}", HexDigest(object.digest), part.digest);
             return Err(wrong.damaged(&why));

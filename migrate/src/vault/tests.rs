@@ -281,6 +281,7 @@ fn a_store_is_opened_only_where_there_is_one_of_our_version() {
     store.put(name::STORE, &newer).unwrap();
     let error = Vault::open(store, None).err().unwrap().to_string();
     assert!(error.contains("version 2") && error.contains(name::STORE), "{error}");
+    assert!(!error.contains("other end"), "{error}");
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use crate::error::Error;
 use crate::store::Store;
+use protocol::ProtocolError;
 use protocol::checkpoint::name::{CHECKPOINTS, CheckpointId, DATA, GROUPS, PRUNED, TOUCHED};
 use std::fmt::Display;
 
@@ -17,6 +18,16 @@ impl Wrong<'_> {
     pub(crate) fn damaged(&self, why: &(impl Display + ?Sized)) -> Error {
         Error::Store(format!(
             "{} is damaged: {why}; `migrate store verify` says what else is, `migrate store list` which checkpoints there are",
+            self.named()
+        ))
+    }
+
+    /// It is there, and its header is not one that this release reads.
+    pub(crate) fn undecodable(&self, why: &ProtocolError) -> Error {
+        let ProtocolError::Version { found, supported, .. } = why else { return self.damaged(why) };
+        Error::Store(format!(
+            "{} has version {found} of the format, and this release reads version {supported}: use the release that wrote it, or if that is \
+             this one, it is damaged",
             self.named()
         ))
     }

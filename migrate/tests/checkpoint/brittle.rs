@@ -1,9 +1,10 @@
-//! A store that fails at a chosen change, and from then on for as long as it is not mended.
+//! A store that fails at a chosen change, and from then on for as long as it is not mended; or takes its time for each.
 
 use migrate::error::{Error, Result};
 use migrate::store::{Attempt, MemoryStore, ObjectInfo, ObjectReader, ObjectWriter, Store};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 /// A store in memory whose n-th change fails, and every one behind it.
 #[derive(Clone)]
@@ -11,16 +12,27 @@ pub(crate) struct Brittle {
     inner: MemoryStore,
     /// Changes that succeed before it fails.
     left: Arc<AtomicU64>,
+    /// How long every change takes, in milliseconds.
+    slow_ms: Arc<AtomicU64>,
 }
 
 impl Brittle {
     pub(crate) fn new() -> Self {
-        Self { inner: MemoryStore::new(), left: Arc::new(AtomicU64::new(u64::MAX)) }
+        Self { inner: MemoryStore::new(), left: Arc::new(AtomicU64::new(u64::MAX)), slow_ms: Arc::default() }
     }
 
     /// Lets so many changes succeed, and no more.
     pub(crate) fn fail_behind(&self, changes: u64) {
         self.left.store(changes, Ordering::SeqCst);
+    }
+
+    /// Lets every change take so long.
+    pub(crate) fn slow_down(&self, each: Duration) {
+        self.slow_ms.store(each.as_millis().try_into().unwrap(), Ordering::SeqCst);
+    }
+
+    fn change(&self) -> Result<()> {
+        change(&self.left, &self.slow_ms)
     }
 
     /// Lets every change succeed again. Answers whether any failed.
@@ -29,7 +41,8 @@ impl Brittle {
     }
 }
 
-fn change(left: &AtomicU64) -> Result<()> {
+fn change(left: &AtomicU64, slow_ms: &AtomicU64) -> Result<()> {
+    std::thread::sleep(Duration::from_millis(slow_ms.load(Ordering::SeqCst)));
     let spent = left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
     spent.map(drop).map_err(|_| Error::Store("there is no space left".into()))
 }
@@ -40,12 +53,13 @@ impl Store for Brittle {
     }
 
     fn create(&self, name: &str) -> Result<Box<dyn ObjectWriter>> {
-        change(&self.left)?;
-        Ok(Box::new(Writer { inner: self.inner.create(name)?, left: Arc::clone(&self.left) }))
+        self.change()?;
+        let inner = self.inner.create(name)?;
+        Ok(Box::new(Writer { inner, left: Arc::clone(&self.left), slow_ms: Arc::clone(&self.slow_ms) }))
     }
 
     fn put(&self, name: &str, bytes: &[u8]) -> Result<()> {
-        change(&self.left)?;
+        self.change()?;
         self.inner.put(name, bytes)
     }
 
@@ -62,7 +76,7 @@ impl Store for Brittle {
     }
 
     fn delete(&self, name: &str) -> Result<()> {
-        change(&self.left)?;
+        self.change()?;
         self.inner.delete(name)
     }
 
@@ -86,16 +100,17 @@ impl Store for Brittle {
 struct Writer {
     inner: Box<dyn ObjectWriter>,
     left: Arc<AtomicU64>,
+    slow_ms: Arc<AtomicU64>,
 }
 
 impl ObjectWriter for Writer {
     fn append(&mut self, bytes: &[u8]) -> Result<()> {
-        change(&self.left)?;
+        change(&self.left, &self.slow_ms)?;
         self.inner.append(bytes)
     }
 
     fn finish(self: Box<Self>) -> Result<u64> {
-        change(&self.left)?;
+        change(&self.left, &self.slow_ms)?;
         self.inner.finish()
     }
 }

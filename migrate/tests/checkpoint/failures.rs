@@ -7,6 +7,7 @@ use migrate::report::{Event, Observer};
 use migrate::source::scripted::{Call, Who};
 use migrate::store::Store as _;
 use protocol::checkpoint::name::DATA;
+use std::time::Duration;
 
 /// Behind an attempt that failed: the machine runs, its baseline is what it was, and a delta on it is right.
 fn assert_harmless(world: &World, before: Option<protocol::checkpoint::name::CheckpointId>, what: &str) {
@@ -94,6 +95,18 @@ fn a_failed_checkpoint_leaves_nothing_behind_in_a_store_that_works() {
     assert!(failed.report.pause_us > 0);
     assert!(world.store.list(DATA).unwrap().is_empty(), "{:?}", world.store.list(DATA).unwrap());
     assert!(world.store.leftovers().unwrap().is_empty(), "{:?}", world.store.leftovers().unwrap());
+}
+
+#[test]
+fn a_slow_store_takes_its_time_and_the_machine_runs_meanwhile() {
+    const EACH: Duration = Duration::from_millis(150);
+    let world = World::new(5, 3);
+    world.take_soundly(&options());
+    world.store.slow_down(EACH);
+    let report = world.take_soundly(&options());
+    // A segment, its pages and its end, index, state and manifest: none of it in the pause.
+    assert!(report.total_us >= 5 * EACH.as_micros() as u64, "{report:#?}");
+    assert!(report.pause_us < EACH.as_micros() as u64, "{report:#?}");
 }
 
 #[test]
