@@ -40,6 +40,11 @@ impl CancelFlag {
         was != Err(PASSED)
     }
 
+    /// Asks all that share this flag's signals to stop, as a signal does.
+    pub fn set_all(&self) {
+        self.signalled.store(true, Ordering::Relaxed);
+    }
+
     /// Whether it was asked to.
     pub fn is_set(&self) -> bool {
         self.gate.load(Ordering::Acquire) == CANCELLED || self.signalled.load(Ordering::Relaxed)
@@ -119,7 +124,7 @@ mod tests {
         let (one, other) = (all.for_one(), all.for_one());
         one.set();
         assert!(one.is_set() && !other.is_set() && !all.is_set());
-        signalled.store(true, Ordering::Relaxed);
+        one.set_all();
         assert!(other.is_set() && all.is_set());
         assert!(one.take() && other.take() && !other.take());
         assert!(all.take() && !all.take());

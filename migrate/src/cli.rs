@@ -60,9 +60,9 @@ enum Verb {
     Checkpoint(commands::checkpoint::Args),
     /// Forecast what moving a VM would take, without moving it.
     Estimate(commands::estimate::Args),
-    /// Show the migrations that are under way on this host.
+    /// Show the migrations and the series of checkpoints that are under way on this host.
     Status(commands::status::Args),
-    /// Stop a running migration; the VM goes on where it is.
+    /// Stop a running migration, or a series of checkpoints; the VM goes on where it is.
     Cancel(commands::cancel::Args),
     /// Change the limits of a running migration.
     Set(commands::set::Args),

@@ -48,6 +48,11 @@ impl RuntimeDir {
         self.0.join("moves")
     }
 
+    /// The directory of the sockets by which series of checkpoints are looked at and ended.
+    pub fn series(&self) -> PathBuf {
+        self.0.join("series")
+    }
+
     /// What the VMM of this VM says when it runs detached.
     pub fn log(&self, name: &str) -> PathBuf {
         self.0.join(format!("{name}.log"))

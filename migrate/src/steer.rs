@@ -8,9 +8,10 @@
 //!
 //! The engine writes on the [`Board`] and reads [`Controls`](crate::controls::Controls) and the
 //! [`CancelFlag`](crate::cancel::CancelFlag). Each is a lock held for a few instructions or an atomic, so no client, however
-//! slow, is ever waited for.
+//! slow, is ever waited for. A series of checkpoints has a [`SeriesBoard`] behind the same server.
 
 mod board;
+mod series;
 mod eta;
 mod place;
 mod server;
@@ -19,4 +20,5 @@ mod client;
 pub use board::{Board, Subject, Watched};
 pub use client::Client;
 pub use place::{Found, Place};
-pub use server::Server;
+pub use series::{SeriesBoard, WatchedSeries};
+pub use server::{Server, Steered};

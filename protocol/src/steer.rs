@@ -1,10 +1,11 @@
-//! The steering socket: what an operator says to a running migration on a unix stream socket, and what it answers.
+//! The steering socket: what an operator says to a running migration, or a series of checkpoints, on a unix stream socket, and what it answers.
 //!
 //! Every message is an [envelope](crate::envelope) without a blob. The operator's program speaks first, one order at a
 //! time, and gets one answer to each; every order stands for itself. An order that an older migration does not know is
 //! answered by an error, and changes nothing.
 
 use crate::MigrationId;
+use crate::checkpoint::name::CheckpointId;
 use serde::{Deserialize, Serialize};
 
 /// The longest that a migration keeps an answer to [`Order::Await`] back, in milliseconds.
@@ -34,6 +35,8 @@ pub enum Order {
 pub enum Answer {
     /// To `Status` and `Await`.
     Status(Box<Status>),
+    /// To the same, of a series of checkpoints.
+    Series(Box<Series>),
     /// Done as ordered.
     Done,
     /// Not done; nothing has changed.
@@ -149,4 +152,54 @@ pub struct Status {
     pub eta_us: Option<u64>,
     /// The limits in force.
     pub limits: Limits,
+}
+
+/// How a series of checkpoints is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Series {
+    /// Name and version of the program.
+    pub software: String,
+    /// Its process.
+    pub pid: u32,
+    /// The workload's name.
+    pub workload: String,
+    /// Where its checkpoints lie.
+    pub store: String,
+    /// The phase of the checkpoint that is being taken, as the word that events use, or `waiting` for the next one.
+    pub phase: String,
+    /// Whether it is over: there will be no further one.
+    pub ended: bool,
+    /// Microseconds since it began.
+    pub elapsed_us: u64,
+    /// Microseconds from the beginning of one to that of the next, once that is known.
+    pub interval_us: Option<u64>,
+    /// Microseconds until the next one begins, while it is waited for.
+    pub next_us: Option<u64>,
+    /// Checkpoints of it that exist.
+    pub taken: u64,
+    /// Attempts that failed.
+    pub failed: u64,
+    /// Intervals that went by without one.
+    pub missed: u64,
+    /// Bytes that all of them took in the store.
+    pub stored_bytes: u64,
+    /// The last one that exists.
+    pub last: Option<LastCheckpoint>,
+    /// Why the last attempt failed, if it did.
+    pub failure: Option<String>,
+}
+
+/// What is told of the last checkpoint of a series.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LastCheckpoint {
+    /// Its name.
+    pub id: CheckpointId,
+    /// When all of it was durable, in milliseconds since 1970.
+    pub durable_unix_ms: u64,
+    /// How many deltas there are from the full one to this.
+    pub deltas: u32,
+    /// How long the workload stood still for it, in microseconds.
+    pub pause_us: u64,
+    /// Bytes that it took in the store.
+    pub stored_bytes: u64,
 }

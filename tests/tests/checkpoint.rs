@@ -5,10 +5,14 @@
     reason = "helpers of tests: what goes wrong in them fails the test"
 )]
 
-use e2e::{Host, process::Finished, trusting_pair, without_kvm};
+use e2e::process::{Finished, STEP_LIMIT};
+use e2e::{Host, trusting_pair, without_kvm};
 use rustix::process::Signal;
 use serde_json::Value;
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_migrate-under-test");
 
@@ -41,6 +45,17 @@ fn assert_restores(host: &Host, store: &str, id: &str, name: &str) {
     assert_eq!(restored.code, 0, "{restored:#?}");
     host.assert_sound(name);
     host.run(&["vm", "stop", name]).success();
+}
+
+/// What is served at `http://ADDR/metrics`.
+fn scrape(url: &str) -> String {
+    let address = url.strip_prefix("http://").and_then(|rest| rest.strip_suffix("/metrics")).expect("a URL");
+    let mut stream = TcpStream::connect(address).expect("a connection");
+    stream.set_read_timeout(Some(STEP_LIMIT)).expect("a limit");
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n").expect("a request");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("an answer");
+    answer
 }
 
 fn id(report: &Value) -> &str {
@@ -179,6 +194,48 @@ fn a_series_goes_on_until_it_is_interrupted() {
     assert_eq!(ended.code, 0, "{ended:#?}");
     let told = ended.event("series").unwrap_or_else(|| panic!("{ended:#?}"));
     assert!(number(told, "taken") >= 5 && number(told, "failed") == 0, "{told:#}");
+    host.assert_sound("v");
+    assert_restores(&host, &store, "latest", "r");
+}
+
+#[test]
+fn a_series_is_seen_scraped_and_ended_from_outside() {
+    if without_kvm("a_series_is_seen_scraped_and_ended_from_outside") {
+        return;
+    }
+    let (host, store) = scene(BUSY);
+    let words = ["checkpoint", "v", "--store", &store, "--every", "5s", "--metrics", "127.0.0.1:0"];
+    let mut series = host.start(&words);
+    let served = series.wait_event("metrics");
+    let taken = series.wait_event("checkpoint");
+    let until = Instant::now() + STEP_LIMIT;
+    let status = loop {
+        let asked = host.run(&["status", "v"]).success();
+        let status = asked.event("series-status").unwrap_or_else(|| panic!("{asked:#?}")).clone();
+        if status["phase"] == "waiting" && number(&status, "taken") == 1 {
+            break status;
+        }
+        assert!(Instant::now() < until, "{status:#}");
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    assert_eq!(status["last"]["id"], taken["id"], "{status:#}");
+    assert!(number(&status, "next_us") <= 5_000_000 && status["failure"].is_null(), "{status:#}");
+    assert!(host.run(&["status"]).success().event("series-status").is_some());
+    let page = scrape(served["url"].as_str().unwrap_or_default());
+    for line in [
+        "migrate_checkpoints_total{vm=\"v\",outcome=\"committed\"} 1",
+        "migrate_checkpoint_interval_seconds{vm=\"v\"} 5.0",
+    ] {
+        assert!(page.lines().any(|found| found == line), "{line}\n{page}");
+    }
+    // It is no migration: there is nothing to set.
+    assert_eq!(host.run(&["set", "v", "--downtime", "1ms"]).code, 4);
+    let cancelled = host.run(&["cancel", "v"]).success();
+    assert_eq!(cancelled.event("cancelled").map(|told| told["taken"].clone()), Some(1.into()));
+    let ended = series.finish();
+    assert_eq!(ended.code, 0, "{ended:#?}");
+    assert_eq!(ended.event("series").map(|told| told["taken"].clone()), Some(1.into()));
+    assert_eq!(host.run(&["status", "v"]).code, 4);
     host.assert_sound("v");
     assert_restores(&host, &store, "latest", "r");
 }

@@ -1,11 +1,11 @@
-//! `migrate cancel`: stop a running migration; the VM goes on where it is.
+//! `migrate cancel`: stop a running migration, or a series of checkpoints; the VM goes on where it is.
 
-use super::status::connect;
+use super::status::{Either, connect_either};
 use super::{emit, say};
 use crate::cli::Common;
 use crate::error::{Error, Result};
 use crate::paths::RuntimeDir;
-use crate::steer::Place;
+use crate::steer::{Client, Place};
 use crate::units;
 use protocol::steer::Outcome;
 use serde_json::json;
@@ -17,9 +17,9 @@ use std::time::Duration;
 #[command(after_help = "Example: migrate cancel web
 
 The VM goes on at the source. Behind the commit, which takes milliseconds, it is too late: the move is finished, and this
-fails with exit code 4.")]
+fails with exit code 4. Of a VM that does not move the series of checkpoints is ended, as by Ctrl-C: what exists stays, and one that is under way is given up.")]
 pub struct Args {
-    /// The VM that moves.
+    /// The VM that moves, or of which checkpoints are taken.
     #[arg(value_name = "VM")]
     vm: String,
     /// How long to wait until it has stopped.
@@ -32,9 +32,12 @@ pub struct Args {
 /// # Errors
 /// `Workload` when there is no such migration, or it is too late.
 pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
-    let place = Place::open(&RuntimeDir::open(common.runtime_dir.as_deref())?)?;
+    let runtime = RuntimeDir::open(common.runtime_dir.as_deref())?;
     let name = &args.vm;
-    let mut client = connect(&place, name)?;
+    let mut client = match connect_either(&Place::open(&runtime)?, &Place::of_series(&runtime)?, name)? {
+        Either::Migration(client) => client,
+        Either::Series(client) => return end_series(common, args, client),
+    };
     if !client.cancel()? {
         return Err(Error::Workload(format!(
             "the migration of {name} is behind its commit and cannot be cancelled any more: it will be finished"
@@ -59,4 +62,24 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
             "the migration of {name} came to its commit all the same: see migrate vm list"
         ))),
     }
+}
+
+fn end_series(common: &Common, args: &Args, mut client: Client) -> Result<ExitCode> {
+    let name = &args.vm;
+    if !client.cancel()? {
+        return Err(Error::Workload(format!("the series of checkpoints of {name} is over already")));
+    }
+    let series = client.series_at_end(args.wait)?;
+    if !series.ended {
+        return Err(Error::TimedOut { what: "the series of checkpoints to end", after: args.wait });
+    }
+    if common.json {
+        emit(&json!({"event": "cancelled", "name": name, "taken": series.taken, "failed": series.failed}));
+    } else {
+        say(&format!(
+            "no further checkpoint of {name} is taken: {} were, {} failed",
+            series.taken, series.failed
+        ));
+    }
+    Ok(ExitCode::SUCCESS)
 }

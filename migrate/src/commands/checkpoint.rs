@@ -14,15 +14,18 @@ use crate::cli::Common;
 use crate::error::{Error, Result};
 use crate::paths::RuntimeDir;
 use crate::progress;
+use crate::report::Observer;
 use crate::retention::{Plan, prune};
 use crate::schedule::Aim;
 use crate::seal::StoreKey;
 use crate::source::vm::VmSource;
 use crate::speed::Speedometer;
+use crate::steer::{SeriesBoard, WatchedSeries};
 use crate::store::{self, Attempt, Lease, Store};
 use crate::units;
 use crate::vault::{Vault, new_id};
 use protocol::monitor::{Phase, Status};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -109,6 +112,9 @@ struct AimArgs {
     /// With auto: how long this host lives on average between two failures.
     #[arg(long, value_name = "TIME", default_value = "24h", requires = "every", value_parser = units::duration)]
     mtbf: Duration,
+    /// Serve figures as OpenMetrics at http://ADDR:PORT/metrics while it goes on.
+    #[arg(long, value_name = "ADDR:PORT", requires = "every")]
+    metrics: Option<SocketAddr>,
     /// The most deltas on a full checkpoint.
     #[arg(long, value_name = "N", default_value = "100", requires = "every", value_parser = clap::value_parser!(u32).range(0..=4096))]
     max_deltas: u32,
@@ -116,7 +122,7 @@ struct AimArgs {
 
 impl AimArgs {
     fn aim(&self) -> Aim {
-        let Self { recovery_time, overhead, mtbf, max_deltas } = *self;
+        let Self { recovery_time, overhead, mtbf, max_deltas, .. } = *self;
         Aim { recovery_time, overhead, mtbf, max_deltas }
     }
 }
@@ -171,10 +177,10 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         cancel: cancel_on_signals()?,
     };
     match args.every {
-        Some(every) => series::run(&writer, every),
+        Some(every) => series::run(&writer, &runtime, every),
         None => {
             let status = writer.status()?;
-            writer.take(&status, &Wanted::first(args), &writer.cancel)?;
+            writer.take(&status, &Wanted::first(args), &writer.cancel, None)?;
             Ok(ExitCode::SUCCESS)
         }
     }
@@ -210,8 +216,15 @@ impl Writer<'_> {
         self.target.status()
     }
 
-    /// Takes one checkpoint and prints it, or what was done of it. The VM and the store are held no longer than that.
-    fn take(&self, status: &Status, wanted: &Wanted, cancel: &CancelFlag) -> Result<CheckpointReport> {
+    /// Takes one checkpoint and prints it, or what was done of it. The VM and the store are held no longer than that. One of a series stands
+    /// on its board.
+    fn take(
+        &self,
+        status: &Status,
+        wanted: &Wanted,
+        cancel: &CancelFlag,
+        board: Option<&SeriesBoard>,
+    ) -> Result<CheckpointReport> {
         check_writable(status)?;
         let lease = lock(self.store.as_ref(), &status.name, self.args.wait, cancel)?;
         let vault = Vault::open_or_create(Arc::clone(&self.store), self.key.as_ref())?;
@@ -223,8 +236,13 @@ impl Writer<'_> {
         self.args.apply(&mut options);
         let mut observer = progress::observer(self.common);
         let mut speedometer = Speedometer::new(gauge, observer.as_mut());
-        let taken =
-            checkpoint::take(Box::new(source), &vault, lease.as_ref(), &options, cancel, &mut speedometer);
+        let take = |observer: &mut dyn Observer| {
+            checkpoint::take(Box::new(source), &vault, lease.as_ref(), &options, cancel, observer)
+        };
+        let taken = match board.cloned() {
+            Some(board) => take(&mut WatchedSeries { board, inner: &mut speedometer }),
+            None => take(&mut speedometer),
+        };
         let (mut report, failure) = match taken {
             Ok(report) => (report, None),
             Err(failed) => (failed.report, Some(failed.error)),

@@ -1,4 +1,4 @@
-//! `migrate status`: how the migrations of this host are.
+//! `migrate status`: how the migrations of this host are, and its series of checkpoints.
 
 use super::{emit, say};
 use crate::cli::Common;
@@ -6,8 +6,9 @@ use crate::error::{Error, Result};
 use crate::paths::RuntimeDir;
 use crate::steer::{Client, Place};
 use crate::units::{self, show_bytes, show_rate, show_us};
+use crate::vault::now_unix_ms;
 use protocol::page::PAGE_SIZE;
-use protocol::steer::{End, Limits, Outcome, Status};
+use protocol::steer::{End, Limits, Outcome, Series, Status};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -15,9 +16,10 @@ use std::time::Duration;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example: migrate status web --watch
 
-Without a name it shows all migrations that are under way on this host, those that leave and those that arrive.")]
+Without a name it shows all migrations that are under way on this host, those that leave and those that arrive, and all series of
+checkpoints (migrate checkpoint --every).")]
 pub struct Args {
-    /// The VM that moves.
+    /// The VM that moves, or is written down.
     #[arg(id = "name", value_name = "VM")]
     vm: Option<String>,
     /// Show it again and again until it has ended.
@@ -31,41 +33,89 @@ pub struct Args {
 /// Runs the verb.
 ///
 /// # Errors
-/// `Workload` when the VM that was named does not move.
+/// `Workload` when the VM that was named neither moves nor is written down.
 pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
-    let place = Place::open(&RuntimeDir::open(common.runtime_dir.as_deref())?)?;
-    let Some(name) = &args.vm else { return all(common, &place) };
-    let mut client = connect(&place, name)?;
-    let mut status = client.status()?;
+    let runtime = RuntimeDir::open(common.runtime_dir.as_deref())?;
+    let (moves, series) = (Place::open(&runtime)?, Place::of_series(&runtime)?);
+    let Some(name) = &args.vm else { return all(common, &moves, &series) };
+    let interval = args.interval.max(Duration::from_millis(20));
+    let (migration, mut client) = match connect_either(&moves, &series, name)? {
+        Either::Series(client) => (None, client),
+        Either::Migration(mut client) => {
+            if let (false, Ok(Some(mut series))) = (args.watch, Client::connect(&series, name)) {
+                show_series(common, &series.series()?);
+            }
+            (Some(client.status()?), client)
+        }
+    };
+    let Some(mut status) = migration else {
+        let mut series = client.series()?;
+        show_series(common, &series);
+        while args.watch && !series.ended {
+            series = client.series_at_end(interval)?;
+            show_series(common, &series);
+        }
+        return Ok(ExitCode::SUCCESS);
+    };
     show(common, &status);
     while args.watch && status.outcome.is_none() {
-        status = client.status_at_end(args.interval.max(Duration::from_millis(20)))?;
+        status = client.status_at_end(interval)?;
         show(common, &status);
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn all(common: &Common, place: &Place) -> Result<ExitCode> {
-    let mut found = false;
+fn all(common: &Common, moves: &Place, series: &Place) -> Result<ExitCode> {
+    let migrations = each(moves, Client::status, |status| show(common, status))?;
+    let series = each(series, Client::series, |series| show_series(common, series))?;
+    if migrations + series == 0 && !common.json {
+        say("no migration is under way here, and no series of checkpoints");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Asks everything at a place, and answers how many there are.
+fn each<T>(place: &Place, ask: fn(&mut Client) -> Result<T>, show: impl Fn(&T)) -> Result<usize> {
+    let mut found = 0;
     for name in place.names()? {
         // One that ends meanwhile, or does not answer, is no reason not to show the others.
         let status = match Client::connect(place, &name) {
-            Ok(Some(mut client)) => client.status(),
+            Ok(Some(mut client)) => ask(&mut client),
             Ok(None) => continue,
             Err(error) => Err(error),
         };
         match status {
             Ok(status) => {
-                found = true;
-                show(common, &status);
+                found += 1;
+                show(&status);
             }
             Err(error) => tracing::warn!(%error, "one is not shown"),
         }
     }
-    if !found && !common.json {
-        say("no migration is under way here");
+    Ok(found)
+}
+
+/// What is under way with a VM.
+pub(super) enum Either {
+    Migration(Client),
+    Series(Client),
+}
+
+/// The running migration of a VM, or else the series of checkpoints that is taken of it.
+///
+/// # Errors
+/// `Workload` when there is neither.
+pub(super) fn connect_either(moves: &Place, series: &Place, name: &str) -> Result<Either> {
+    super::check_name(name)?;
+    if let Some(client) = Client::connect(moves, name)? {
+        return Ok(Either::Migration(client));
     }
-    Ok(ExitCode::SUCCESS)
+    let client = Client::connect(series, name)?;
+    client.map(Either::Series).ok_or_else(|| {
+        Error::Workload(format!(
+            "no migration of {name} is under way here, and no series of checkpoints; migrate status shows what is"
+        ))
+    })
 }
 
 /// The running migration of a VM.
@@ -92,6 +142,41 @@ pub(super) fn show(common: &Common, status: &Status) {
     for line in lines(status) {
         say(&line);
     }
+}
+
+/// Prints how a series is.
+fn show_series(common: &Common, series: &Series) {
+    if common.json {
+        let mut line = serde_json::to_value(series).unwrap_or_default();
+        line["event"] = "series-status".into();
+        emit(&line);
+        return;
+    }
+    for line in series_lines(series) {
+        say(&line);
+    }
+}
+
+fn series_lines(series: &Series) -> Vec<String> {
+    let how = if series.ended { "ended" } else { &series.phase };
+    let elapsed = show_us(series.elapsed_us);
+    let mut lines = vec![format!("{} into {}: {how}, {elapsed}", series.workload, series.store)];
+    let mut line = |what: &str, text: String| lines.push(format!("  {what:<9} {text}"));
+    let (taken, bytes) = (series.taken, show_bytes(series.stored_bytes));
+    line("taken", format!("{taken} with {bytes}; {} failed, {} missed", series.failed, series.missed));
+    if let Some(last) = &series.last {
+        let ago = now_unix_ms().saturating_sub(last.durable_unix_ms) * 1000;
+        let (pause, bytes) = (show_us(last.pause_us), show_bytes(last.stored_bytes));
+        line("last", format!("{}, {} ago, pause {pause}, {bytes}", last.id, show_us(ago)));
+    }
+    if let Some(next) = series.next_us {
+        let every = series.interval_us.map_or(String::new(), |us| format!(", every {}", show_us(us)));
+        line("next", format!("in {}{every}", show_us(next)));
+    }
+    if let Some(failure) = &series.failure {
+        line("failure", failure.clone());
+    }
+    lines
 }
 
 fn lines(status: &Status) -> Vec<String> {

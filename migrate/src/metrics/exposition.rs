@@ -7,7 +7,7 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
 use protocol::page::PAGE_SIZE;
-use protocol::steer::{End, Status};
+use protocol::steer::{End, Series, Status};
 use std::fmt::Error;
 
 /// A figure of a running migration: its name without the unit, what it is, its unit, and its value where there is one.
@@ -34,6 +34,34 @@ impl In {
         }
     }
 }
+
+/// A figure of a series of checkpoints, as [`Figure`].
+type SeriesFigure = (&'static str, &'static str, In, fn(&Series) -> Option<f64>);
+
+/// One gauge for each, with a value for each series of checkpoints.
+const SERIES_FIGURES: [SeriesFigure; 4] = [
+    (
+        "migrate_checkpoint_last_success_timestamp",
+        "When the last checkpoint was durable, since 1970",
+        In::Seconds,
+        |of| of.last.as_ref().map(|last| last.durable_unix_ms as f64 / 1e3),
+    ),
+    (
+        "migrate_checkpoint_last_pause",
+        "How long the VM stood still for the last checkpoint",
+        In::Seconds,
+        |of| of.last.as_ref().map(|last| seconds(last.pause_us)),
+    ),
+    ("migrate_checkpoint_last_stored", "Bytes of the last checkpoint in the store", In::Bytes, |of| {
+        of.last.as_ref().map(|last| last.stored_bytes as f64)
+    }),
+    (
+        "migrate_checkpoint_interval",
+        "From the beginning of a checkpoint to that of the next",
+        In::Seconds,
+        |of| of.interval_us.map(seconds),
+    ),
+];
 
 /// One gauge for each, with a value for each migration that runs.
 const FIGURES: [Figure; 11] = [
@@ -96,6 +124,7 @@ impl Collector for Fleet {
                 ConstCounter::new(count).encode(ended.encode_family(&labels)?)?;
             }
         }
+        encode_series(&self.series(), &mut encoder)?;
         let kind = ConstGauge::new(0_i64).metric_type();
         let count = ConstGauge::new(i64::try_from(running.len()).unwrap_or(i64::MAX));
         let metric = encoder.encode_descriptor("migrate_running", "Migrations that run", None, kind)?;
@@ -120,6 +149,42 @@ impl Collector for Fleet {
     }
 }
 
+/// The figures of series of checkpoints, where there are any.
+fn encode_series(all: &[Series], encoder: &mut DescriptorEncoder<'_>) -> Result<(), Error> {
+    if all.is_empty() {
+        return Ok(());
+    }
+    let kind = ConstCounter::new(0_u64).metric_type();
+    let help = "Checkpoints by what became of them: missed are those whose time went by";
+    let mut counts = encoder.encode_descriptor("migrate_checkpoints", help, None, kind)?;
+    for series in all {
+        for (outcome, count) in
+            [("committed", series.taken), ("failed", series.failed), ("missed", series.missed)]
+        {
+            let labels = [("vm", series.workload.as_str()), ("outcome", outcome)];
+            ConstCounter::new(count).encode(counts.encode_family(&labels)?)?;
+        }
+    }
+    let help = "Bytes that checkpoints took in the store";
+    let mut stored =
+        encoder.encode_descriptor("migrate_checkpoint_stored", help, Some(&Unit::Bytes), kind)?;
+    for series in all {
+        let labels = [("vm", series.workload.as_str())];
+        ConstCounter::new(series.stored_bytes).encode(stored.encode_family(&labels)?)?;
+    }
+    for (name, help, unit, value) in SERIES_FIGURES {
+        let unit = unit.unit();
+        let kind = ConstGauge::new(0_f64).metric_type();
+        let mut family = encoder.encode_descriptor(name, help, unit.as_ref(), kind)?;
+        for series in all {
+            let Some(value) = value(series) else { continue };
+            let labels = [("vm", series.workload.as_str())];
+            ConstGauge::new(value).encode(family.encode_family(&labels)?)?;
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -127,8 +192,9 @@ mod tests {
     use crate::controls::Controls;
     use crate::converge::Limits;
     use crate::report::{ArrivalReport, Event};
-    use crate::steer::{Board, Subject};
+    use crate::steer::{Board, SeriesBoard, Subject};
     use protocol::MigrationId;
+    use std::time::{Duration, Instant};
 
     fn board(end: End, workload: &str) -> Board {
         let subject = Subject {
@@ -149,6 +215,10 @@ mod tests {
         let arriving = board(End::Receive, "db");
         arriving.note(&Event::Receiving { round: 2, received_bytes: 5000, rate_bytes_per_s: 100 });
         let received = fleet.add(arriving.clone());
+        let series = SeriesBoard::new("web", "a store".into(), CancelFlag::default());
+        fleet.add_series(series.clone());
+        series.missed();
+        series.waits_until(Instant::now(), Duration::from_secs(30));
         let text = exposition(&fleet).unwrap();
         assert!(text.ends_with("# EOF\n"), "{text}");
         for line in [
@@ -157,6 +227,11 @@ mod tests {
             "migrate_sent_bytes_total 0",
             "migrate_received_bytes_total 5000",
             "migrate_running 2",
+            "migrate_checkpoints_total{vm=\"web\",outcome=\"committed\"} 0",
+            "migrate_checkpoints_total{vm=\"web\",outcome=\"missed\"} 1",
+            "migrate_checkpoint_stored_bytes_total{vm=\"web\"} 0",
+            "migrate_checkpoint_interval_seconds{vm=\"web\"} 30.0",
+            "# TYPE migrate_checkpoint_last_success_timestamp_seconds gauge",
             "# UNIT migrate_rate_bytes_per_second bytes_per_second",
             "migrate_downtime_limit_seconds{vm=\"we\\\"b\\n\",end=\"send\",migration=\"00000000000000000000000000000007\"} 0.05",
             "migrate_round{vm=\"db\",end=\"receive\",migration=\"00000000000000000000000000000007\"} 2.0",

@@ -1,7 +1,7 @@
-//! All migrations of a process: those that run, and what those that ended came to.
+//! All migrations of a process: those that run, and what those that ended came to; and the series of checkpoints it takes.
 
-use crate::steer::Board;
-use protocol::steer::{End, Outcome, Status};
+use crate::steer::{Board, SeriesBoard};
+use protocol::steer::{End, Outcome, Series, Status};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -14,6 +14,7 @@ struct Ships {
     next: u64,
     running: BTreeMap<u64, Board>,
     ended: Totals,
+    series: Vec<SeriesBoard>,
 }
 
 /// What never falls, as a counter must.
@@ -57,6 +58,16 @@ impl Fleet {
         let number = ships.next;
         ships.running.insert(number, board);
         Entry { fleet: self.clone(), number }
+    }
+
+    /// A series of checkpoints begins; its counts stay.
+    pub fn add_series(&self, board: SeriesBoard) {
+        self.lock().series.push(board);
+    }
+
+    /// How the series of checkpoints are.
+    pub(super) fn series(&self) -> Vec<Series> {
+        self.lock().series.iter().map(SeriesBoard::series).collect()
     }
 
     /// How those are that run, and what all together came to so far.

@@ -3,7 +3,7 @@
 use super::place::{Found, Place};
 use crate::error::{Error, Result, clean};
 use protocol::envelope::{self, HEADER_BYTES, Header};
-use protocol::steer::{Answer, ErrorCode, Limits, MAX_AWAIT_MS, Order, Status};
+use protocol::steer::{Answer, ErrorCode, Limits, MAX_AWAIT_MS, Order, Series, Status};
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
@@ -11,21 +11,24 @@ use std::time::{Duration, Instant};
 /// How long a migration may take for an answer that it need not keep back.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 
-/// A connection to a running migration.
+/// A connection to a running migration, or to a series of checkpoints.
 #[derive(Debug)]
 pub struct Client {
-    name: String,
+    /// What it is, for people.
+    what: String,
     stream: UnixStream,
 }
 
 impl Client {
-    /// The migration of this workload, if there is one.
+    /// What is under way with this workload at this place, if anything is.
     ///
     /// # Errors
     /// `Host` when its socket cannot be reached.
     pub fn connect(place: &Place, name: &str) -> Result<Option<Self>> {
         match place.find(name)? {
-            Found::Running(stream) => Ok(Some(Self { name: name.into(), stream })),
+            Found::Running(stream) => {
+                Ok(Some(Self { what: format!("the {} of {name}", place.what()), stream }))
+            }
             Found::Nothing => Ok(None),
         }
     }
@@ -43,14 +46,40 @@ impl Client {
     /// # Errors
     /// `Workload` when it does not answer.
     pub fn status_at_end(&mut self, limit: Duration) -> Result<Status> {
+        self.at_end(limit, Self::status_by, |status| status.outcome.is_some())
+    }
+
+    /// How a series of checkpoints is.
+    ///
+    /// # Errors
+    /// `Workload` when it does not answer.
+    pub fn series(&mut self) -> Result<Series> {
+        self.series_by(&Order::Status, ANSWER_LIMIT)
+    }
+
+    /// How a series of checkpoints is once it has ended, or when `limit` is over.
+    ///
+    /// # Errors
+    /// `Workload` when it does not answer.
+    pub fn series_at_end(&mut self, limit: Duration) -> Result<Series> {
+        self.at_end(limit, Self::series_by, |series| series.ended)
+    }
+
+    /// Asks again and again until it is over, or `limit` is.
+    fn at_end<T>(
+        &mut self,
+        limit: Duration,
+        ask: fn(&mut Self, &Order, Duration) -> Result<T>,
+        is_over: fn(&T) -> bool,
+    ) -> Result<T> {
         let until = Instant::now() + limit;
         loop {
             let left = until.saturating_duration_since(Instant::now());
             let limit_ms = u64::try_from(left.as_millis()).unwrap_or(u64::MAX).min(MAX_AWAIT_MS);
             let wait = Duration::from_millis(limit_ms);
-            let status = self.status_by(&Order::Await { limit_ms }, wait + ANSWER_LIMIT)?;
-            if status.outcome.is_some() || wait == left || left <= wait + Duration::from_millis(1) {
-                return Ok(status);
+            let found = ask(self, &Order::Await { limit_ms }, wait + ANSWER_LIMIT)?;
+            if is_over(&found) || wait == left || left <= wait + Duration::from_millis(1) {
+                return Ok(found);
             }
         }
     }
@@ -86,19 +115,24 @@ impl Client {
         }
     }
 
+    fn series_by(&mut self, order: &Order, limit: Duration) -> Result<Series> {
+        match self.ask(order, limit)? {
+            Answer::Series(series) => Ok(*series),
+            other => Err(self.unexpected(&other)),
+        }
+    }
+
     fn ask(&mut self, order: &Order, limit: Duration) -> Result<Answer> {
         let result = exchange(&mut self.stream, order, limit);
-        result.map_err(|error| {
-            Error::Workload(format!("the migration of {} does not answer: {error}", self.name))
-        })
+        result.map_err(|error| Error::Workload(format!("{} does not answer: {error}", self.what)))
     }
 
     fn unexpected(&self, answer: &Answer) -> Error {
         let said = match answer {
             Answer::Error { message, .. } => clean(message),
-            Answer::Status(_) | Answer::Done => "something that was not asked".into(),
+            Answer::Status(_) | Answer::Series(_) | Answer::Done => "something that was not asked".into(),
         };
-        Error::Workload(format!("the migration of {} says: {said}", self.name))
+        Error::Workload(format!("{} says: {said}", self.what))
     }
 }
 

@@ -16,6 +16,8 @@ use std::sync::Arc;
 pub struct Place {
     directory: Arc<OwnedFd>,
     path: PathBuf,
+    /// What is under way where a socket is, in words.
+    what: &'static str,
 }
 
 /// What is at the place of a name.
@@ -28,12 +30,23 @@ pub enum Found {
 }
 
 impl Place {
-    /// The place in this runtime directory, made when it is missing.
+    /// The place of migrations in this runtime directory, made when it is missing.
     ///
     /// # Errors
     /// `Host`.
     pub fn open(runtime: &RuntimeDir) -> Result<Self> {
-        let path = runtime.moves();
+        Self::at(runtime.moves(), "migration")
+    }
+
+    /// The place of series of checkpoints, of which there may be one of a VM that moves.
+    ///
+    /// # Errors
+    /// `Host`.
+    pub fn of_series(runtime: &RuntimeDir) -> Result<Self> {
+        Self::at(runtime.series(), "series of checkpoints")
+    }
+
+    fn at(path: PathBuf, what: &'static str) -> Result<Self> {
         let cannot =
             |error: std::io::Error| Error::Host(format!("{} cannot be used: {error}", path.display()));
         match std::fs::DirBuilder::new().mode(0o700).create(&path) {
@@ -43,7 +56,7 @@ impl Place {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let directory =
             rustix::fs::open(&path, flags, Mode::empty()).map_err(|error| cannot(error.into()))?;
-        Ok(Self { directory: Arc::new(directory), path })
+        Ok(Self { directory: Arc::new(directory), path, what })
     }
 
     /// Listens for a migration of this name; a dead socket of that name is replaced.
@@ -53,7 +66,8 @@ impl Place {
     pub(super) fn bind(&self, name: &str) -> Result<vmm::Socket> {
         if let Found::Running(_) = self.find(name)? {
             return Err(Error::Host(format!(
-                "a migration of {name} is under way already: see migrate status"
+                "a {} of {name} is under way already: see migrate status",
+                self.what
             )));
         }
         Ok(vmm::Socket::bind(&self.short(name))?)
@@ -80,6 +94,11 @@ impl Place {
             }
             Err(error) => Err(cannot(error)),
         }
+    }
+
+    /// What is under way where a socket is, in words.
+    pub(super) fn what(&self) -> &'static str {
+        self.what
     }
 
     /// Names that have a socket here, sorted; some may be of dead processes.

@@ -1,4 +1,4 @@
-//! The end of the steering socket that belongs to the migration.
+//! The end of the steering socket that belongs to the migration, or to the series of checkpoints.
 
 use super::board::Board;
 use super::place::Place;
@@ -26,6 +26,15 @@ const FAREWELL: Duration = Duration::from_millis(500);
 /// Stack of a connection's thread: the parser of an order needs little.
 const STACK_BYTES: usize = 256 << 10;
 
+/// What can be asked and ordered.
+pub trait Steered: std::fmt::Debug + Send + Sync {
+    /// Answers an order. To `Await` that may take as long as the order says.
+    fn answer(&self, order: &Order) -> Answer;
+
+    /// Whoever made it goes: whoever waits for its end is told.
+    fn close(&self);
+}
+
 /// Serves a board on a socket until it is dropped.
 #[derive(Debug)]
 pub struct Server {
@@ -38,7 +47,7 @@ pub struct Server {
 
 #[derive(Debug)]
 struct Shared {
-    board: Board,
+    board: Box<dyn Steered>,
     stopping: AtomicBool,
     clients: Mutex<Clients>,
     changed: Condvar,
@@ -57,10 +66,10 @@ impl Server {
     ///
     /// # Errors
     /// `Host`.
-    pub fn start(place: &Place, name: &str, board: Board) -> Result<Self> {
+    pub fn start(place: &Place, name: &str, board: impl Steered + 'static) -> Result<Self> {
         let socket = Arc::new(place.bind(name)?);
         let shared = Arc::new(Shared {
-            board,
+            board: Box::new(board),
             stopping: AtomicBool::new(false),
             clients: Mutex::default(),
             changed: Condvar::new(),
@@ -178,13 +187,17 @@ fn serve(shared: &Shared, mut stream: UnixStream) -> std::io::Result<()> {
             Err(error) => break Err(error),
         };
         let awaits = matches!(order, Ok(Order::Await { .. }));
+        let cancels = matches!(order, Ok(Order::Cancel));
         if awaits {
             shared.owe();
         }
         let answer = match order {
-            Ok(order) => answer(&shared.board, &order, &mut cancelled, shared),
+            Ok(order) => shared.board.answer(&order),
             Err(message) => Answer::Error { code: ErrorCode::BadRequest, message },
         };
+        if cancels && answer == Answer::Done && !std::mem::replace(&mut cancelled, true) {
+            shared.owe();
+        }
         let written = write_answer(&mut stream, &answer);
         if awaits {
             shared.paid();
@@ -203,42 +216,49 @@ fn serve(shared: &Shared, mut stream: UnixStream) -> std::io::Result<()> {
     result
 }
 
-fn answer(board: &Board, order: &Order, cancelled: &mut bool, shared: &Shared) -> Answer {
-    match order {
-        Order::Status => Answer::Status(Box::new(board.status())),
-        Order::Await { limit_ms } => {
-            let limit = Duration::from_millis((*limit_ms).min(MAX_AWAIT_MS));
-            Answer::Status(Box::new(board.status_at_end(limit)))
-        }
-        Order::Cancel => {
-            if board.status().outcome.is_some() || !board.cancel().set() {
-                return Answer::Error {
-                    code: ErrorCode::TooLate,
-                    message: "the migration is behind its commit: it will be finished".into(),
-                };
+impl Steered for Board {
+    fn answer(&self, order: &Order) -> Answer {
+        match order {
+            Order::Status => Answer::Status(Box::new(self.status())),
+            Order::Await { limit_ms } => {
+                let limit = Duration::from_millis((*limit_ms).min(MAX_AWAIT_MS));
+                Answer::Status(Box::new(self.status_at_end(limit)))
             }
-            tracing::info!("an operator cancels the migration");
-            if !std::mem::replace(cancelled, true) {
-                shared.owe();
-            }
-            Answer::Done
-        }
-        Order::Set(limits) => {
-            let Some(controls) = board.controls() else {
-                let message = "limits are set where the VM comes from: use migrate set on that host".into();
-                return Answer::Error { code: ErrorCode::BadValue, message };
-            };
-            if board.status().outcome.is_some() {
-                return Answer::Error { code: ErrorCode::TooLate, message: "the migration is over".into() };
-            }
-            match controls.set(limits) {
-                Ok(()) => {
-                    tracing::info!(?limits, "an operator changes the limits");
-                    Answer::Done
+            Order::Cancel => {
+                if self.status().outcome.is_some() || !self.cancel().set() {
+                    return Answer::Error {
+                        code: ErrorCode::TooLate,
+                        message: "the migration is behind its commit: it will be finished".into(),
+                    };
                 }
-                Err(message) => Answer::Error { code: ErrorCode::BadValue, message },
+                tracing::info!("an operator cancels the migration");
+                Answer::Done
+            }
+            Order::Set(limits) => {
+                let Some(controls) = self.controls() else {
+                    let message =
+                        "limits are set where the VM comes from: use migrate set on that host".into();
+                    return Answer::Error { code: ErrorCode::BadValue, message };
+                };
+                if self.status().outcome.is_some() {
+                    return Answer::Error {
+                        code: ErrorCode::TooLate,
+                        message: "the migration is over".into(),
+                    };
+                }
+                match controls.set(limits) {
+                    Ok(()) => {
+                        tracing::info!(?limits, "an operator changes the limits");
+                        Answer::Done
+                    }
+                    Err(message) => Answer::Error { code: ErrorCode::BadValue, message },
+                }
             }
         }
+    }
+
+    fn close(&self) {
+        Self::close(self);
     }
 }
 

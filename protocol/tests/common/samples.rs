@@ -1,6 +1,7 @@
 //! One value of every message, and the lists that say that none is missing.
 
 use protocol::MigrationId;
+use protocol::checkpoint::name::CheckpointId;
 use protocol::control::{Downstream, Offer, Outcome, RefuseCode, Upstream, WorkloadKind};
 use protocol::handshake::Hello;
 use protocol::layout::{Layout, Space, SpaceKind};
@@ -85,7 +86,7 @@ pub(crate) const REPLY_TYPES: [&str; 10] = [
 ];
 
 pub(crate) const ORDER_TYPES: [&str; 4] = ["status", "await", "cancel", "set"];
-pub(crate) const ANSWER_TYPES: [&str; 3] = ["status", "done", "error"];
+pub(crate) const ANSWER_TYPES: [&str; 4] = ["status", "series", "done", "error"];
 
 // A variant that is added to the crate does not compile here until it has a place in the list above, and a type in
 // the list does not pass `every_message_has_a_golden_file` until it has a sample.
@@ -185,8 +186,9 @@ pub(crate) fn order_type(message: &Order) -> &'static str {
 pub(crate) fn answer_type(message: &Answer) -> &'static str {
     ANSWER_TYPES[match message {
         Answer::Status(_) => 0,
-        Answer::Done => 1,
-        Answer::Error { .. } => 2,
+        Answer::Series(_) => 1,
+        Answer::Done => 2,
+        Answer::Error { .. } => 3,
     }]
 }
 
@@ -378,6 +380,29 @@ pub(crate) fn answers() -> Vec<Answer> {
                 post_copy_after: None,
                 bandwidth_bytes_per_s: None,
             },
+        })),
+        Answer::Series(Box::new(steer::Series {
+            software: "migrate 0.1.0".into(),
+            pid: 4713,
+            workload: "web-1".into(),
+            store: "/var/lib/checkpoints".into(),
+            phase: "waiting".into(),
+            ended: false,
+            elapsed_us: 95_000_000,
+            interval_us: Some(30_000_000),
+            next_us: Some(25_000_000),
+            taken: 3,
+            failed: 1,
+            missed: 0,
+            stored_bytes: 1 << 30,
+            last: Some(steer::LastCheckpoint {
+                id: CheckpointId::new(1_795_463_311, 0x3f9a_1c07),
+                durable_unix_ms: 1_795_463_312_250,
+                deltas: 2,
+                pause_us: 3120,
+                stored_bytes: 8 << 20,
+            }),
+            failure: None,
         })),
         Answer::Done,
         Answer::Error {

@@ -260,8 +260,39 @@ pub(crate) fn answer() -> impl Strategy<Value = Answer> {
             limits,
         }))
     });
+    let last = option::of((any::<[u64; 4]>(), any::<[u32; 2]>())).prop_map(|last| {
+        last.map(|(numbers, small)| steer::LastCheckpoint {
+            id: CheckpointId::new(numbers[0], small[0]),
+            durable_unix_ms: numbers[1],
+            deltas: small[1],
+            pause_us: numbers[2],
+            stored_bytes: numbers[3],
+        })
+    });
+    let who = ((text(), any::<u32>(), text(), text()), (text(), any::<bool>(), option::of(text())));
+    let times = (option::of(any::<u64>()), option::of(any::<u64>()));
+    let series = (who, any::<[u64; 5]>(), times, last).prop_map(|((who, how), counts, times, last)| {
+        Answer::Series(Box::new(steer::Series {
+            software: who.0,
+            pid: who.1,
+            workload: who.2,
+            store: who.3,
+            phase: how.0,
+            ended: how.1,
+            elapsed_us: counts[0],
+            interval_us: times.0,
+            next_us: times.1,
+            taken: counts[1],
+            failed: counts[2],
+            missed: counts[3],
+            stored_bytes: counts[4],
+            last,
+            failure: how.2,
+        }))
+    });
     prop_oneof![
         status,
+        series,
         Just(Answer::Done),
         (select(&samples::STEER_ERROR_CODES[..]), text())
             .prop_map(|(code, message)| Answer::Error { code, message }),

@@ -4,7 +4,10 @@ use super::{Every, SHORTEST, Wanted, Writer, show};
 use crate::checkpoint::CheckpointReport;
 use crate::error::Result;
 use crate::exit;
+use crate::metrics::Fleet;
+use crate::paths::RuntimeDir;
 use crate::schedule::{Chain, FAULT, Kind, Schedule, Taken};
+use crate::steer::{Place, SeriesBoard, Server};
 use protocol::page::PAGE_SIZE;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -35,9 +38,19 @@ pub(super) struct Tally {
 ///
 /// # Errors
 /// When the first one cannot be taken: what is wrong then will not mend itself.
-pub(super) fn run(writer: &Writer<'_>, every: Every) -> Result<ExitCode> {
+pub(super) fn run(writer: &Writer<'_>, runtime: &RuntimeDir, every: Every) -> Result<ExitCode> {
     let link = if writer.store.is_remote() { REMOTE_LINK } else { LINK };
-    let memory_bytes = writer.status()?.memory_bytes;
+    let status = writer.status()?;
+    let memory_bytes = status.memory_bytes;
+    let board = SeriesBoard::new(&status.name, writer.store.place(), writer.cancel.clone());
+    let fleet = Fleet::default();
+    fleet.add_series(board.clone());
+    let at = writer.args.aim.metrics;
+    let _metrics = at.map(|at| crate::commands::serve_metrics(writer.common, at, &fleet)).transpose()?;
+    let place = Place::of_series(runtime);
+    let _server = place
+        .and_then(|place| Server::start(&place, &status.name, board.clone()))
+        .inspect_err(|error| tracing::warn!("this series cannot be looked at from outside: {error}"));
     let mut rules = Rules {
         schedule: Schedule::new(writer.args.aim.aim(), memory_bytes, link),
         every,
@@ -49,15 +62,19 @@ pub(super) fn run(writer: &Writer<'_>, every: Every) -> Result<ExitCode> {
     loop {
         let begun = Instant::now();
         let cancel = writer.cancel.for_one();
-        match writer.status().and_then(|status| writer.take(&status, &rules.wanted, &cancel)) {
+        let taken =
+            writer.status().and_then(|status| writer.take(&status, &rules.wanted, &cancel, Some(&board)));
+        match taken {
             Ok(report) => {
                 tally.taken += 1;
+                board.taken(&report);
                 rules.learn(begun, &report);
             }
             Err(_) if writer.cancel.is_set() => break,
             Err(error) if tally.taken == 0 => return Err(error),
             Err(error) => {
                 tally.failed += 1;
+                board.failed(&error);
                 last_failure = exit::code(&error);
                 show::failed(writer.common, &error, rules.interval());
             }
@@ -69,9 +86,11 @@ pub(super) fn run(writer: &Writer<'_>, every: Every) -> Result<ExitCode> {
         let mut due = begun + interval;
         while due < Instant::now() {
             tally.missed += 1;
+            board.missed();
             show::missed(writer.common, due.elapsed());
             due += interval;
         }
+        board.waits_until(due, interval);
         while Instant::now() < due && !writer.cancel.is_set() {
             std::thread::sleep(due.saturating_duration_since(Instant::now()).min(LOOK));
         }
@@ -79,6 +98,7 @@ pub(super) fn run(writer: &Writer<'_>, every: Every) -> Result<ExitCode> {
             break;
         }
     }
+    board.end();
     show::tally(writer.common, &tally);
     Ok(ExitCode::from(last_failure))
 }
