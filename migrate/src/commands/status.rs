@@ -38,31 +38,37 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let runtime = RuntimeDir::open(common.runtime_dir.as_deref())?;
     let (moves, series) = (Place::open(&runtime)?, Place::of_series(&runtime)?);
     let Some(name) = &args.vm else { return all(common, &moves, &series) };
-    let interval = args.interval.max(Duration::from_millis(20));
-    let (migration, mut client) = match connect_either(&moves, &series, name)? {
-        Either::Series(client) => (None, client),
+    match connect_either(&moves, &series, name)? {
         Either::Migration(mut client) => {
-            if let (false, Ok(Some(mut series))) = (args.watch, Client::connect(&series, name)) {
+            if let (false, Some(mut series)) = (args.watch, Client::connect(&series, name)?) {
                 show_series(common, &series.series()?);
             }
-            (Some(client.status()?), client)
+            let ask = |client: &mut Client, limit| client.status_at_end(limit);
+            follow(args, &mut client, ask, |status| status.outcome.is_some(), |status| show(common, status))?;
         }
-    };
-    let Some(mut status) = migration else {
-        let mut series = client.series()?;
-        show_series(common, &series);
-        while args.watch && !series.ended {
-            series = client.series_at_end(interval)?;
-            show_series(common, &series);
+        Either::Series(mut client) => {
+            let ask = |client: &mut Client, limit| client.series_at_end(limit);
+            follow(args, &mut client, ask, |series| series.ended, |series| show_series(common, series))?;
         }
-        return Ok(ExitCode::SUCCESS);
-    };
-    show(common, &status);
-    while args.watch && status.outcome.is_none() {
-        status = client.status_at_end(interval)?;
-        show(common, &status);
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Shows how something is, and with `--watch` again and again until it is over.
+fn follow<T>(
+    args: &Args,
+    client: &mut Client,
+    ask: impl Fn(&mut Client, Duration) -> Result<T>,
+    is_over: impl Fn(&T) -> bool,
+    show: impl Fn(&T),
+) -> Result<()> {
+    let mut found = ask(client, Duration::ZERO)?;
+    show(&found);
+    while args.watch && !is_over(&found) {
+        found = ask(client, args.interval.max(Duration::from_millis(20)))?;
+        show(&found);
+    }
+    Ok(())
 }
 
 fn all(common: &Common, moves: &Place, series: &Place) -> Result<ExitCode> {

@@ -137,6 +137,7 @@ fn a_member_that_cannot_be_had_is_nobodys_checkpoint() {
     let wanted = GroupOptions { id: new_id().unwrap(), name: "shop".into(), barrier: true };
     let mut lease = shop.store.lock("a test").unwrap();
     let failed = take_group(joining, &shop.vault, &mut *lease, &wanted, &CancelFlag::default()).unwrap_err();
+    drop(lease);
     assert_eq!(failed.to_string(), "b: somebody else holds it");
     shop.assert_harmless(&[], &[None; 3], "one cannot be had");
 }
