@@ -8,7 +8,7 @@
 )]
 
 use e2e::{Finished, Host, Running, trusting_pair, without_kvm};
-use migrate::store::{LocalStore, Store as _};
+use migrate::store::LocalStore;
 use migrate::vault::Vault;
 use protocol::checkpoint::manifest::Manifest;
 use protocol::checkpoint::name::CheckpointId;
