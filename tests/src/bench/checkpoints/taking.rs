@@ -1,0 +1,188 @@
+//! What taking a checkpoint costs.
+
+use super::super::Options;
+use super::super::account::stats;
+use super::super::memory::touch;
+use super::guest;
+use super::scene::{Medium, STORE, Scene, micros, number};
+use serde_json::{Value, json};
+use std::io::{Read as _, Write as _};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// Deltas of one guest.
+const DELTAS: usize = 10;
+
+/// Time between two deltas, and for the guest to note the gap of one.
+const BETWEEN: Duration = Duration::from_secs(1);
+const SETTLE: Duration = Duration::from_millis(50);
+
+/// How long a guest is watched under a schedule, and by itself.
+const WATCHED: Duration = Duration::from_secs(20);
+
+/// Deltas of the same guest with ever more memory around it.
+pub(super) fn pauses(options: &Options) -> Vec<(String, Value)> {
+    let busy = "fill=768M ws=256M rate=50 tick_us=1000";
+    let cases = [guest("1GiB-50", 1024, busy), guest("4GiB-50", 4096, busy), guest("16GiB-50", 16384, busy)];
+    let (cases, deltas) = if options.quick {
+        (&[guest("quick", 128, "fill=64M ws=16M rate=50 tick_us=1000")][..], 2)
+    } else {
+        (&cases[..], DELTAS)
+    };
+    let mut samples = Vec::new();
+    for run in 0..options.runs {
+        for case in cases {
+            let scene = Scene::start(options, case, run + 1, Medium::Disk);
+            scene.take(&[]);
+            for _ in 0..deltas {
+                std::thread::sleep(BETWEEN);
+                let before = stats(&scene.window);
+                let (report, wall_us) = scene.take(&[]);
+                std::thread::sleep(SETTLE);
+                let after = stats(&scene.window);
+                let gap = after.longest_gap_since(before.tsc_last).and_then(|gap| after.us(gap.cycles));
+                let dirty = number(&report, "dirty_pages") * 4096.0;
+                let written =
+                    ["stored_bytes", "index_bytes", "state_bytes"].map(|name| number(&report, name));
+                assert!(!report["parent"].is_null(), "not a delta: {report:#}");
+                let sample = json!({
+                    "pause_guest_us": gap.unwrap_or(2 * after.tick_us),
+                    "pause_engine_us": report["pause_us"],
+                    "dirty_bytes": dirty,
+                    "written_by_dirty": written.iter().sum::<f64>() / dirty,
+                    "total_us": report["total_us"],
+                    "wall_us": wall_us,
+                });
+                eprintln!("{} run {run}: {sample}", case.name);
+                samples.push((case.name.to_owned(), sample));
+            }
+        }
+    }
+    samples
+}
+
+/// The guest's speed by itself and with a checkpoint every five seconds.
+pub(super) fn under_a_schedule(options: &Options) -> Vec<(String, Value)> {
+    let cases = [
+        guest("1GiB-50", 1024, "fill=768M ws=256M rate=50"),
+        guest("1GiB-max", 1024, "fill=768M ws=256M rate=max"),
+    ];
+    let (cases, every, watched) =
+        if options.quick { (&cases[..1], "1s", Duration::from_secs(3)) } else { (&cases[..], "5s", WATCHED) };
+    let mut samples = Vec::new();
+    for run in 0..options.runs {
+        for case in cases {
+            let scene = Scene::start(options, case, run + 1, Medium::Disk);
+            let undisturbed = scene.speed(watched / 2);
+            let mut speed = 0.0;
+            let committed = scene.scheduled(every, || speed = scene.speed(watched));
+            assert!(committed >= 2, "only {committed} checkpoints");
+            let sample = json!({
+                "guest_mb_per_s_undisturbed": undisturbed,
+                "guest_mb_per_s": speed,
+                "checkpoints": committed,
+            });
+            eprintln!("{} run {run}: {sample}", case.name);
+            samples.push((case.name.to_owned(), sample));
+        }
+    }
+    samples
+}
+
+/// Full checkpoints of an idle guest, beside `dd` of as many random bytes with the same sync: as they are, and without packing and without
+/// looking for what is stored already. The store has another guest's memory by then, so that there is something to look through.
+pub(super) fn full_beside_dd(options: &Options) -> Vec<(String, Value)> {
+    let case = if options.quick {
+        guest("quick", 128, "fill=64M ws=16M rate=0 tick_us=1000")
+    } else {
+        guest("2GiB-idle", 2048, "fill=1520M ws=512M rate=0 tick_us=1000")
+    };
+    let mut random = tempfile::NamedTempFile::new_in("/dev/shm").expect("a file in memory");
+    fill(&mut random, case.memory_mib * 3 / 4);
+    let mut samples = Vec::new();
+    for run in 0..options.runs {
+        let scene = Scene::start(options, &case, run + 1, Medium::Disk);
+        scene.take_another(&case, run + 1001);
+        let to = scene.directory().join("dd");
+        let mut sample = json!({});
+        let mut take = |name: &str, more: &[&str]| {
+            touch(case.memory_mib);
+            let (report, wall_us) = scene.take_into(name, more);
+            let stored_bytes = number(&report, "stored_bytes");
+            assert!(stored_bytes >= number(&report, "data_pages") * 4096.0, "not all of it: {report:#}");
+            sample[format!("{name}_bytes_per_s")] = (stored_bytes / wall_us as f64 * 1e6).into();
+        };
+        // Each first in every other run: whoever comes later may find a disk that is still busy.
+        let mut ways = [(STORE, &["--full"][..]), ("plain", &["--full", "--raw", "--unshared"])];
+        ways.rotate_left(usize::from(run % 2 == 1));
+        ways.iter().for_each(|(name, more)| take(name, more));
+        touch(case.memory_mib);
+        sample["dd_bytes_per_s"] = dd(random.path(), &to).into();
+        eprintln!("{} run {run}: {sample}", case.name);
+        samples.push((case.name.to_owned(), sample));
+    }
+    samples
+}
+
+/// Random bytes in a file.
+fn fill(file: &mut tempfile::NamedTempFile, mib: u64) {
+    let mut random = std::fs::File::open("/dev/urandom").expect("random bytes").take(mib << 20);
+    std::io::copy(&mut random, file).expect("a full file in memory");
+    file.flush().expect("a full file in memory");
+}
+
+/// Bytes per second that `dd` writes, all of them on the disk.
+fn dd(from: &Path, to: &Path) -> f64 {
+    let bytes = std::fs::metadata(from).expect("its length").len();
+    let begun = Instant::now();
+    let status = Command::new("dd")
+        .arg(format!("if={}", from.display()))
+        .arg(format!("of={}", to.display()))
+        .args(["bs=4M", "conv=fdatasync"])
+        .stderr(Stdio::null())
+        .status();
+    assert!(status.is_ok_and(|status| status.success()), "dd failed");
+    let rate = bytes as f64 / micros(begun) as f64 * 1e6;
+    std::fs::remove_file(to).expect("what dd wrote");
+    rate
+}
+
+/// What other VMMs were measured at: a guest at 200 MB/s, the store in memory.
+pub(super) fn snapshots(options: &Options) -> Vec<(String, Value)> {
+    let cases = [
+        guest("1GiB-200", 1024, "fill=768M ws=256M rate=200"),
+        guest("4GiB-200", 4096, "fill=3040M ws=1024M rate=200"),
+    ];
+    let cases =
+        if options.quick { &[guest("quick", 128, "fill=64M ws=16M rate=50")][..] } else { &cases[..] };
+    let mut samples = Vec::new();
+    for run in 0..options.runs {
+        for case in cases {
+            let scene = Scene::start(options, case, run + 1, Medium::Memory);
+            touch(case.memory_mib);
+            let (full, full_wall_us) = scene.take(&[]);
+            std::thread::sleep(BETWEEN);
+            let (delta, delta_wall_us) = scene.take(&[]);
+            let id = delta["id"].as_str().expect("a name");
+            let eager = scene.restore(id, false);
+            scene.end_restored(run == 0);
+            let lazy = scene.restore(id, true);
+            scene.end_restored(run == 0);
+            let sample = json!({
+                "full_pause_us": full["pause_us"],
+                "full_wall_us": full_wall_us,
+                "delta_dirty_bytes": number(&delta, "dirty_pages") * 4096.0,
+                "delta_pause_us": delta["pause_us"],
+                "delta_wall_us": delta_wall_us,
+                "restore_runs_wall_us": eager.runs_wall_us,
+                "lazy_runs_wall_us": lazy.runs_wall_us,
+                "lazy_tick_wall_us": lazy.tick_wall_us,
+                "lazy_all_wall_us": lazy.wall_us,
+            });
+            eprintln!("{} run {run}: {sample}", case.name);
+            samples.push((case.name.to_owned(), sample));
+        }
+    }
+    samples
+}
