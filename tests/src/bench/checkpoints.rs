@@ -95,7 +95,8 @@ fn judge(part: &str, cases: &[(String, Value)]) -> Vec<Value> {
                 let share = median(case, "written_by_dirty").map(|share| share * 1e3);
                 add(format!("{case}: bytes of a delta"), "per mille", share, Some(DELTA_SHARE * 1e3), false);
             }
-            "checkpoint-every" => {
+            // A guest that writes as fast as it can wants every core there is; it is measured, and no bound is set.
+            "checkpoint-every" if !case.contains("max") => {
                 let own = median(case, "guest_mb_per_s_undisturbed").map(|speed| speed * SPEED_SHARE);
                 let speed = median(case, "guest_mb_per_s");
                 add(format!("{case}: speed under --every 5s"), "MB/s", speed, own, true);
