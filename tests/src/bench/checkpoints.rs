@@ -22,11 +22,14 @@ use std::io::Write as _;
 /// What is measured, by the name that `--only` asks for.
 type Part = fn(&Options) -> Vec<(String, Value)>;
 
+/// The part that is measured beside a peer.
+const COMPARED: &str = "checkpoint-snapshot";
+
 const PARTS: &[(&str, Part)] = &[
     ("checkpoint-pause", taking::pauses),
     ("checkpoint-every", taking::under_a_schedule),
     ("checkpoint-full", taking::full_beside_dd),
-    ("checkpoint-snapshot", taking::snapshots),
+    (COMPARED, taking::snapshots),
     ("restore-chain", restoring::chains),
     ("restore-lazy", restoring::lazily),
 ];
@@ -36,7 +39,8 @@ pub(super) fn run(options: &Options) -> Value {
     let mut results = Vec::new();
     let mut samples = Vec::new();
     let mut verdicts = Vec::new();
-    for (name, part) in PARTS.iter().filter(|(name, _)| options.wants(name)) {
+    let compared = |name: &str| !options.peer || name == COMPARED;
+    for (name, part) in PARTS.iter().filter(|(name, _)| options.wants(name) && compared(name)) {
         let mut cases: Vec<(String, Vec<Value>)> = Vec::new();
         for (case, sample) in part(options) {
             match cases.iter_mut().find(|(name, _)| *name == case) {

@@ -1,7 +1,7 @@
 //! A guest, a store, and the two commands between them.
 
 use super::super::Options;
-use super::super::account::{stats, wait_running};
+use super::super::account::{SETTLE, await_tick, micros, speed, stats, wait_running};
 use super::super::cases::Case;
 use super::super::memory::touch;
 use crate::Host;
@@ -19,9 +19,6 @@ const OTHER: &str = "other";
 
 /// The usual store, in the scene's directory.
 pub(super) const STORE: &str = "store";
-
-/// The longest that a restored guest may take to its first tick.
-const TICK_LIMIT: Duration = Duration::from_secs(60);
 
 /// Where the store lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,6 +85,17 @@ impl Scene {
         self.take_into(STORE, more)
     }
 
+    /// As [`Scene::take`], with the longest gap on the guest's clock meanwhile, in microseconds.
+    pub(super) fn take_watched(&self, more: &[&str]) -> (Value, u64, u64) {
+        let before = stats(&self.window);
+        let (report, wall_us) = self.take(more);
+        std::thread::sleep(SETTLE);
+        let after = stats(&self.window);
+        let gap = after.longest_gap_since(before.tsc_last).and_then(|gap| after.us(gap.cycles));
+        // No gap longer than two ticks: then two ticks bound it.
+        (report, wall_us, gap.unwrap_or(2 * after.tick_us))
+    }
+
     /// As [`Scene::take`], into another store beside the usual one.
     pub(super) fn take_into(&self, store: &str, more: &[&str]) -> (Value, u64) {
         self.take_of(VM, store, more)
@@ -140,29 +148,13 @@ impl Scene {
         let mut restoring = self.host.start(&arguments);
         restoring.wait_event("running");
         let runs_wall_us = micros(begun);
-        let tick_wall_us = self.first_tick(begun);
+        let pid = self.host.find_vm_pid(RESTORED).expect("the restored VM");
+        await_tick(&Window::open(pid).expect("its memory"));
+        let tick_wall_us = micros(begun);
         let ended = restoring.finish().success();
         let wall_us = micros(begun);
         let report = ended.event("restored").expect("a report")["report"].clone();
         Restored { report, wall_us, runs_wall_us, tick_wall_us }
-    }
-
-    /// When the restored guest has ticked: its account is there, or it counts on.
-    fn first_tick(&self, begun: Instant) -> u64 {
-        let pid = self.host.find_vm_pid(RESTORED).expect("the restored VM");
-        let window = Window::open(pid).expect("its memory");
-        // A lazy one has no account until it is touched; whatever appears then may be what it was, so that one more is waited for.
-        let mut seen = window.stats().map(|stats| stats.tsc_last);
-        while begun.elapsed() < TICK_LIMIT {
-            let now = window.stats().map(|stats| stats.tsc_last);
-            match (seen, now) {
-                (Some(before), Some(now)) if now != before => return micros(begun),
-                (None, Some(_)) => seen = now,
-                _ => {}
-            }
-            std::thread::sleep(Duration::from_micros(200));
-        }
-        panic!("the restored guest does not tick");
     }
 
     /// Judges the restored guest's memory, if it is the first of its kind, and ends it.
@@ -177,7 +169,7 @@ impl Scene {
     pub(super) fn speed(&self, time: Duration) -> f64 {
         let begin = stats(&self.window);
         std::thread::sleep(time);
-        super::super::account::speed(&begin, &stats(&self.window))
+        speed(&begin, &stats(&self.window))
     }
 }
 
@@ -189,9 +181,4 @@ fn report(taken: &Finished) -> Value {
 /// A member of a report that is a number.
 pub(super) fn number(report: &Value, name: &str) -> f64 {
     report[name].as_f64().unwrap_or_else(|| panic!("no {name} in {report:#}"))
-}
-
-/// Since then.
-pub(super) fn micros(begun: Instant) -> u64 {
-    u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX)
 }

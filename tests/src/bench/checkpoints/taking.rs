@@ -1,10 +1,13 @@
 //! What taking a checkpoint costs.
 
 use super::super::Options;
-use super::super::account::stats;
+use super::super::account::{micros, stats};
+use super::super::cases::Case;
 use super::super::memory::touch;
+use super::super::peer;
+use super::super::qemu::{Qemu, WAYS};
 use super::guest;
-use super::scene::{Medium, STORE, Scene, micros, number};
+use super::scene::{Medium, STORE, Scene, number};
 use serde_json::{Value, json};
 use std::io::{Read as _, Write as _};
 use std::path::Path;
@@ -14,9 +17,8 @@ use std::time::{Duration, Instant};
 /// Deltas of one guest.
 const DELTAS: usize = 10;
 
-/// Time between two deltas, and for the guest to note the gap of one.
+/// Time between two deltas.
 const BETWEEN: Duration = Duration::from_secs(1);
-const SETTLE: Duration = Duration::from_millis(50);
 
 /// How long a guest is watched under a schedule, and by itself.
 const WATCHED: Duration = Duration::from_secs(20);
@@ -37,17 +39,13 @@ pub(super) fn pauses(options: &Options) -> Vec<(String, Value)> {
             scene.take(&[]);
             for _ in 0..deltas {
                 std::thread::sleep(BETWEEN);
-                let before = stats(&scene.window);
-                let (report, wall_us) = scene.take(&[]);
-                std::thread::sleep(SETTLE);
-                let after = stats(&scene.window);
-                let gap = after.longest_gap_since(before.tsc_last).and_then(|gap| after.us(gap.cycles));
+                let (report, wall_us, gap_us) = scene.take_watched(&[]);
                 let dirty = number(&report, "dirty_pages") * 4096.0;
                 let written =
                     ["stored_bytes", "index_bytes", "state_bytes"].map(|name| number(&report, name));
                 assert!(!report["parent"].is_null(), "not a delta: {report:#}");
                 let sample = json!({
-                    "pause_guest_us": gap.unwrap_or(2 * after.tick_us),
+                    "pause_guest_us": gap_us,
                     "pause_engine_us": report["pause_us"],
                     "dirty_bytes": dirty,
                     "written_by_dirty": written.iter().sum::<f64>() / dirty,
@@ -156,12 +154,14 @@ fn dd(from: &Path, to: &Path) -> f64 {
     rate
 }
 
-/// What other VMMs were measured at: a guest at 200 MB/s, the store in memory.
+/// What other VMMs were measured at: a guest at 200 MB/s, the store in memory. Beside a peer, in turn with it, on a guest that spins.
 pub(super) fn snapshots(options: &Options) -> Vec<(String, Value)> {
-    let cases = [
-        guest("1GiB-200", 1024, "fill=768M ws=256M rate=200"),
-        guest("4GiB-200", 4096, "fill=3040M ws=1024M rate=200"),
-    ];
+    let (small, large) = if options.peer {
+        ("fill=768M ws=256M rate=200 park=spin", "fill=3040M ws=1024M rate=200 park=spin")
+    } else {
+        ("fill=768M ws=256M rate=200", "fill=3040M ws=1024M rate=200")
+    };
+    let cases = [guest("1GiB-200", 1024, small), guest("4GiB-200", 4096, large)];
     let cases =
         if options.quick { &[guest("quick", 128, "fill=64M ws=16M rate=50")][..] } else { &cases[..] };
     let mut samples = Vec::new();
@@ -169,19 +169,21 @@ pub(super) fn snapshots(options: &Options) -> Vec<(String, Value)> {
         for case in cases {
             let scene = Scene::start(options, case, run + 1, Medium::Memory);
             touch(case.memory_mib);
-            let (full, full_wall_us) = scene.take(&[]);
+            let (full, full_wall_us, full_pause_us) = scene.take_watched(&[]);
             std::thread::sleep(BETWEEN);
-            let (delta, delta_wall_us) = scene.take(&[]);
+            let (delta, delta_wall_us, delta_pause_us) = scene.take_watched(&[]);
             let id = delta["id"].as_str().expect("a name");
             let eager = scene.restore(id, false);
             scene.end_restored(run == 0);
             let lazy = scene.restore(id, true);
             scene.end_restored(run == 0);
             let sample = json!({
-                "full_pause_us": full["pause_us"],
+                "full_pause_us": full_pause_us,
+                "full_pause_engine_us": full["pause_us"],
                 "full_wall_us": full_wall_us,
                 "delta_dirty_bytes": number(&delta, "dirty_pages") * 4096.0,
-                "delta_pause_us": delta["pause_us"],
+                "delta_pause_us": delta_pause_us,
+                "delta_pause_engine_us": delta["pause_us"],
                 "delta_wall_us": delta_wall_us,
                 "restore_runs_wall_us": eager.runs_wall_us,
                 "lazy_runs_wall_us": lazy.runs_wall_us,
@@ -190,7 +192,23 @@ pub(super) fn snapshots(options: &Options) -> Vec<(String, Value)> {
             });
             eprintln!("{} run {run}: {sample}", case.name);
             samples.push((case.name.to_owned(), sample));
+            if options.peer {
+                let khz = stats(&scene.window).tsc_khz.expect("our VMM tells its guests");
+                drop(scene);
+                let sample = theirs(case, run + 1, khz);
+                eprintln!("{} qemu run {run}: {sample}", case.name);
+                samples.push((format!("{} qemu", case.name), sample));
+            }
         }
     }
     samples
+}
+
+/// The same by QEMU: a live migration into a file.
+fn theirs(case: &Case, seed: u64, tsc_khz: u64) -> Value {
+    let file = tempfile::NamedTempFile::new_in("/dev/shm").expect("a file in memory");
+    let plain = WAYS.first().copied().expect("its plain way");
+    Qemu::start(case, seed, tsc_khz, plain, None)
+        .and_then(|qemu| qemu.snapshot(case.memory_mib, file.path(), peer::MOVE_LIMIT))
+        .unwrap_or_else(|error| panic!("{} qemu: {error}", case.name))
 }
