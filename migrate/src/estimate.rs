@@ -157,10 +157,21 @@ pub struct Forecast {
     pub downtime_us: u64,
     /// The most that it would be slowed down, in percent.
     pub throttle_percent: u8,
+    /// How long it would run there before its last page came: with post-copy.
+    pub follow_us: u64,
 }
 
-/// Forecasts a move over a path.
-pub fn forecast(watched: &Watched, path: Path, limits: &Limits, can_throttle: bool) -> Forecast {
+/// What both ends can do with a workload that does not converge.
+#[derive(Debug, Clone, Copy)]
+pub struct Ways {
+    /// Slow it down.
+    pub can_throttle: bool,
+    /// Start it there before its memory has arrived.
+    pub can_post_copy: bool,
+}
+
+/// Forecasts a move over a path; `ways` are what the two ends can do.
+pub fn forecast(watched: &Watched, path: Path, limits: &Limits, ways: Ways) -> Forecast {
     let sample = |interval: &Interval| Sample {
         interval_s: interval.interval_us as f64 / 1e6,
         pages: interval.dirty_pages as f64,
@@ -168,8 +179,10 @@ pub fn forecast(watched: &Watched, path: Path, limits: &Limits, can_throttle: bo
     let samples: Vec<Sample> = watched.intervals.iter().map(sample).collect();
     let memory_pages = watched.present_pages as f64;
     let workload = &workload_of(&samples, memory_pages);
-    let policy = Policy::Migrate;
-    let run = |seed| simulate(&Plan { workload, memory_pages, path, limits, can_throttle, policy, seed });
+    let (Ways { can_throttle, can_post_copy }, policy) = (ways, Policy::Migrate);
+    let run = |seed| {
+        simulate(&Plan { workload, memory_pages, path, limits, can_throttle, can_post_copy, policy, seed })
+    };
     let mut runs: Vec<Came> = (0..SEEDS).map(run).collect();
     runs.sort_by(|left, right| left.total_s.total_cmp(&right.total_s));
     let came = runs.swap_remove(runs.len() / 2);
@@ -183,6 +196,7 @@ pub fn forecast(watched: &Watched, path: Path, limits: &Limits, can_throttle: bo
         total_us: (came.total_s * 1e6) as u64,
         downtime_us: (came.downtime_s * 1e6) as u64,
         throttle_percent,
+        follow_us: (came.follow_s * 1e6) as u64,
     }
 }
 
@@ -204,16 +218,20 @@ mod tests {
     fn a_forecast_tells_what_converges() {
         let path = Path { bandwidth_bytes_per_s: 1.25e9, overhead_s: 0.001, fixed_s: 0.003 };
         let limits = Limits::default();
-        let idle = forecast(&watched([0; 5]), path, &limits, true);
+        let all = Ways { can_throttle: true, can_post_copy: true };
+        let idle = forecast(&watched([0; 5]), path, &limits, all);
         assert!(idle.converges && idle.rounds == 1 && idle.downtime_us < 10_000, "{idle:?}");
         assert!((700_000..1_100_000).contains(&idle.total_us), "1 GiB at 1.25 GB/s: {idle:?}");
         // 100 MB/s of new pages, then 3 GB/s.
-        let busy = forecast(&watched([244, 732, 2441, 7324, 24_414]), path, &limits, true);
+        let busy = forecast(&watched([244, 732, 2441, 7324, 24_414]), path, &limits, all);
         assert!(busy.converges && busy.rounds > idle.rounds, "{busy:?}");
         let thrashing = watched([7324, 21_972, 73_242, 180_000, 262_000]);
-        let slowed = forecast(&thrashing, path, &limits, true);
+        let slowed = forecast(&thrashing, path, &limits, all);
         assert!(!slowed.converges && slowed.throttle_percent > 0, "{slowed:?}");
-        let stays = forecast(&thrashing, path, &limits, false);
+        let follows = forecast(&thrashing, path, &limits, Ways { can_throttle: false, ..all });
+        assert!(!follows.converges && follows.decided.name() == "post-copy", "{follows:?}");
+        assert!(follows.downtime_us < 10_000 && follows.follow_us > 100_000, "{follows:?}");
+        let stays = forecast(&thrashing, path, &limits, Ways { can_throttle: false, can_post_copy: false });
         assert!(!stays.converges && stays.decided.name() == "give-up" && stays.downtime_us == 0, "{stays:?}");
     }
 

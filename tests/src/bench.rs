@@ -4,7 +4,8 @@
 //! options ─▶ cases ─▶ runs in turn: ours, theirs, ours, theirs … ─▶ figures: medians, targets, table, JSON
 //!                          │ guest, touched memory, account: the same for all
 //!                          ├ ours (and the raw pipe)
-//!                          └ qemu (qmp, certificates)
+//!                          ├ qemu (qmp, certificates)
+//!                          └ checkpoints: taken and restored
 //! ```
 
 mod options;
@@ -18,6 +19,7 @@ mod qmp;
 mod qemu;
 mod ceiling;
 mod harvest;
+mod checkpoints;
 mod figures;
 mod targets;
 mod alone;

@@ -148,6 +148,10 @@ fn a_forecast_says_what_does_not_converge_and_the_path_is_measured() {
     let estimated = a.run(&[&["estimate", "v"][..], &slow].concat()).success();
     let stuck = &estimated.event("estimate").unwrap_or_else(|| panic!("{estimated:#?}"))["forecasts"][0];
     assert_eq!((&stuck["converges"], &stuck["decision"]), (&false.into(), &"give-up".into()), "{stuck:#}");
+    let follows = a.run(&["estimate", "v", "--bandwidth", "10MB/s", "--on-stall", "post-copy"]).success();
+    let follows = &follows.event("estimate").unwrap_or_else(|| panic!("{follows:#?}"))["forecasts"][0];
+    assert_eq!(follows["decision"], "post-copy", "{follows:#}");
+    assert!(follows["follow_us"].as_u64() > Some(0), "{follows:#}");
     let (_receiver, address) = b.receive(&[]);
     let stays = a.run(&[&["send", "v", address.as_str()][..], &slow].concat());
     assert_eq!(stays.code, 9, "{stays:#?}");

@@ -8,7 +8,7 @@ use crate::controls::check_limits;
 use crate::converge::simulate::Path;
 use crate::converge::{Decision, Limits};
 use crate::error::{Error, Result};
-use crate::estimate::{Forecast, Watched, forecast, watch};
+use crate::estimate::{Forecast, Watched, Ways, forecast, watch};
 use crate::history::History;
 use crate::identity::{self, Identity, TrustStore};
 use crate::link::Link as _;
@@ -72,10 +72,11 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let paths = paths(common, args)?;
     let cancel = cancel_on_signals()?;
     let source = VmSource::watch(&status.name, target.socket())?;
-    let can_throttle = source.can_throttle();
+    // The receivers of this release all can; one that cannot is left out of what `send` decides.
+    let ways = Ways { can_throttle: source.can_throttle(), can_post_copy: true };
     let watched = watch(Box::new(source), args.sample, &cancel)?;
     let forecasts: Vec<Forecast> =
-        paths.iter().map(|path| forecast(&watched, *path, &limits, can_throttle)).collect();
+        paths.iter().map(|path| forecast(&watched, *path, &limits, ways)).collect();
     if common.json {
         let mut line = serde_json::to_value(&watched).unwrap_or_default();
         line["event"] = "estimate".into();
@@ -140,7 +141,7 @@ fn show(name: &str, watched: &Watched, forecasts: &[Forecast]) {
 }
 
 fn told(forecast: &Forecast) -> String {
-    let Forecast { rounds, sent_bytes, total_us, downtime_us, throttle_percent, .. } = *forecast;
+    let Forecast { rounds, sent_bytes, total_us, downtime_us, throttle_percent, follow_us, .. } = *forecast;
     let takes = format!("{rounds} rounds, {}, {}", show_bytes(sent_bytes), show_us(total_us));
     let downtime = show_us(downtime_us);
     let slowed = match throttle_percent {
@@ -152,7 +153,10 @@ fn told(forecast: &Forecast) -> String {
         Decision::Minimum { .. } | Decision::Force { .. } => {
             format!("does not fit the budget: moves in {takes}, with a downtime of {downtime}{slowed}")
         }
-        Decision::PostCopy { .. } => format!("goes to post-copy behind {takes}{slowed}"),
+        Decision::PostCopy { .. } => format!(
+            "goes to post-copy: {takes}, with a downtime of {downtime}; its last page comes {} behind its start there{slowed}",
+            show_us(follow_us)
+        ),
         _ => format!("does not converge: stays here behind {takes}{slowed}"),
     }
 }

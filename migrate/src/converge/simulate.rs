@@ -61,6 +61,8 @@ pub struct Plan<'a> {
     pub limits: &'a Limits,
     /// Whether the workload can be slowed down.
     pub can_throttle: bool,
+    /// Whether it can be started there before its memory has arrived.
+    pub can_post_copy: bool,
     /// Who decides.
     pub policy: Policy,
     /// Decides how bandwidth and rates stray, each by at most 5 % around its mean.
@@ -85,18 +87,21 @@ pub struct Came {
     pub downtime_s: f64,
     /// Time that the workload lost by being slowed down.
     pub throttled_s: f64,
+    /// How long it ran there before its last page came. What it waited for pages that it touched meanwhile depends on where it
+    /// reads, of which nothing is known.
+    pub follow_s: f64,
 }
 
 impl Came {
     /// Whether the workload moved.
     pub fn moved(&self) -> bool {
-        matches!(self.decision, Decision::Freeze { .. } | Decision::Minimum { .. } | Decision::Force { .. })
+        !matches!(self.decision, Decision::GiveUp { .. })
     }
 }
 
 /// Lets a policy move a workload.
 pub fn simulate(plan: &Plan<'_>) -> Came {
-    let Plan { workload, path, limits, can_throttle, policy, .. } = *plan;
+    let Plan { workload, path, limits, can_throttle, can_post_copy, policy, .. } = *plan;
     let mut random = Random(plan.seed);
     let mut dirty: Vec<f64> = workload.groups.iter().map(|group| group.pages).collect();
     let idle_pages = (plan.memory_pages - dirty.iter().sum::<f64>()).max(0.0);
@@ -122,21 +127,27 @@ pub fn simulate(plan: &Plan<'_>) -> Came {
             throttle_percent: throttle,
         });
         let (fixed, elapsed) = (Duration::from_secs_f64(path.fixed_s), Duration::from_secs_f64(now));
-        let situation =
-            Situation { rounds: &rounds, fixed, elapsed, can_throttle, can_post_copy: false, limits };
+        let situation = Situation { rounds: &rounds, fixed, elapsed, can_throttle, can_post_copy, limits };
         let decision = policy.decide(&situation);
         to_send = remaining;
         match decision {
             Decision::Round { .. } => throttle = 0,
             Decision::Throttle { percent, .. } => throttle = percent,
-            Decision::GiveUp { .. } | Decision::PostCopy { .. } => {
-                return Came { decision, rounds, bytes, total_s: now, downtime_s: 0.0, throttled_s };
+            Decision::GiveUp { .. } => {
+                let (total_s, downtime_s, follow_s) = (now, 0.0, 0.0);
+                return Came { decision, rounds, bytes, total_s, downtime_s, throttled_s, follow_s };
             }
-            Decision::Freeze { .. } | Decision::Minimum { .. } | Decision::Force { .. } => {
+            Decision::PostCopy { .. }
+            | Decision::Freeze { .. }
+            | Decision::Minimum { .. }
+            | Decision::Force { .. } => {
                 let bandwidth = path.bandwidth_bytes_per_s * random.around_one();
-                let downtime_s = path.fixed_s + path.overhead_s + remaining * PAGE_BYTES / bandwidth;
+                let transfer_s = remaining * PAGE_BYTES / bandwidth;
                 bytes += remaining * PAGE_BYTES;
-                return Came { decision, rounds, bytes, total_s: now + downtime_s, downtime_s, throttled_s };
+                let follow_s = if matches!(decision, Decision::PostCopy { .. }) { transfer_s } else { 0.0 };
+                let downtime_s = path.fixed_s + path.overhead_s + transfer_s - follow_s;
+                let total_s = now + downtime_s + follow_s;
+                return Came { decision, rounds, bytes, total_s, downtime_s, throttled_s, follow_s };
             }
         }
     }
@@ -199,6 +210,38 @@ mod tests {
             }
         }
         assert!(group.dirtied(1000.0, 1.0) < group.dirtied(0.0, 1.0), "what was sent late is dirtied less");
+    }
+
+    #[test]
+    fn post_copy_takes_the_pages_out_of_the_downtime_and_sends_them_all_the_same() {
+        let workload =
+            Workload { groups: vec![Group { pages: 200_000.0, writes_per_s: 1e6 }], ..Workload::default() };
+        let path = Path { bandwidth_bytes_per_s: 1e9, overhead_s: 0.001, fixed_s: 0.004 };
+        let run = |can_post_copy, post_copy_after| {
+            let limits = &Limits { post_copy_after, on_stall: vec![], max_rounds: 2, ..Limits::default() };
+            let policy = Policy::Migrate;
+            simulate(&Plan {
+                workload: &workload,
+                memory_pages: 250_000.0,
+                path,
+                limits,
+                can_throttle: false,
+                can_post_copy,
+                policy,
+                seed: 3,
+            })
+        };
+        let stays = run(false, Some(1));
+        assert!(!stays.moved() && stays.downtime_s == 0.0 && stays.follow_s == 0.0, "{stays:?}");
+        let follows = run(true, Some(1));
+        assert!(follows.moved() && follows.rounds.len() == 1, "{follows:?}");
+        assert!((follows.downtime_s - 0.005).abs() < 1e-9, "{follows:?}");
+        let remaining = follows.rounds[0].remaining_pages as f64 * PAGE_BYTES;
+        assert!(
+            follows.follow_s > remaining / 1e9 * 0.9 && follows.bytes > 250_000.0 * PAGE_BYTES,
+            "{follows:?}"
+        );
+        assert!(run(true, None).decision.name() == "give-up", "nobody asked for post-copy");
     }
 
     #[test]

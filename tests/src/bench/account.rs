@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Time for the guest to note a gap that it has come out of.
-const SETTLE: Duration = Duration::from_millis(50);
+pub(super) const SETTLE: Duration = Duration::from_millis(50);
 
 /// The guest before it is moved.
 pub(super) struct Before {
@@ -95,4 +95,29 @@ pub(super) fn stats(window: &Window) -> Stats {
 pub(super) fn speed(begin: &Stats, end: &Stats) -> f64 {
     let us = end.us(end.tsc_last.saturating_sub(begin.tsc_last)).unwrap_or(0).max(1);
     (end.bytes_written - begin.bytes_written) as f64 / us as f64
+}
+
+/// Waits until a guest that was started from elsewhere has ticked: its account is there, or it counts on. One that has its account only when
+/// it is touched shows what it was first, so that one more tick is waited for.
+///
+/// # Panics
+/// If it does not.
+pub(super) fn await_tick(window: &Window) {
+    let until = Instant::now() + PATIENCE;
+    let tick = || window.stats().map(|stats| stats.tsc_last);
+    let mut seen = tick();
+    while Instant::now() < until {
+        match (seen, tick()) {
+            (Some(before), Some(now)) if now != before => return,
+            (None, now) => seen = now,
+            _ => {}
+        }
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    panic!("the restored guest does not tick");
+}
+
+/// Since then.
+pub(super) fn micros(begun: Instant) -> u64 {
+    u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX)
 }

@@ -1,10 +1,10 @@
-//! Our own figures, and the raw pipe of the same run.
+//! Our own figures: moves with the raw pipe of the same run, and checkpoints.
 
 use super::Options;
 use super::cases::{ALONE, Case, QUICK};
 use super::figures::{self, described, summary};
 use super::ours::Ours;
-use super::pipe;
+use super::{checkpoints, pipe};
 use serde_json::{Value, json};
 use std::io::Write as _;
 
@@ -35,10 +35,12 @@ pub(super) fn run(options: &Options) -> Value {
             result
         })
         .collect();
-    if !options.json {
+    if !options.json && !cases.is_empty() {
         table(&cases, &results);
     }
-    described(options, &json!({"results": results, "samples": figures::named(&cases, &samples)}))
+    let checkpoints = checkpoints::run(options);
+    let samples = figures::named(&cases, &samples);
+    described(options, &json!({"results": results, "samples": samples, "checkpoints": checkpoints}))
 }
 
 fn table(cases: &[&Case], results: &[Value]) {

@@ -19,6 +19,8 @@ pub struct Options {
     pub json: bool,
     /// The whole result into this file.
     pub out: Option<PathBuf>,
+    /// Where stores of checkpoints are made; else in the temporary directory.
+    pub store: Option<PathBuf>,
 }
 
 impl Options {
@@ -36,6 +38,7 @@ impl Options {
             quick: false,
             json: false,
             out: None,
+            store: None,
         };
         let mut runs = None;
         while let Some(argument) = arguments.next() {
@@ -49,6 +52,7 @@ impl Options {
                 "--only" => options.only = Some(value()?),
                 "--quick" => options.quick = true,
                 "--json" => options.json = true,
+                "--store" => options.store = Some(value()?.into()),
                 "--out" => options.out = Some(value()?.into()),
                 _ => return Err(format!("unknown option {argument}")),
             }

@@ -5,7 +5,7 @@ use super::figures::{described, output, summary};
 use super::ours::Ours;
 use super::qemu::{Qemu, WAYS, Way};
 use super::targets::{self, Figures};
-use super::{Options, alone, ceiling, harvest, pipe};
+use super::{Options, alone, ceiling, checkpoints, harvest, pipe};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::io::Write as _;
@@ -60,6 +60,7 @@ pub(super) fn run(options: &Options) -> Value {
     if !options.quick && options.wants("ceiling") {
         figures.ceiling = ceiling::measure(&options.program, tsc_khz);
     }
+    let checkpoints = checkpoints::run(options);
     let verdicts = targets::judge(&figures);
     if !options.json {
         table(&cases, &figures);
@@ -86,6 +87,7 @@ pub(super) fn run(options: &Options) -> Value {
             "raw_pipe": pipes,
             "harvest": figures.harvest,
             "ceiling": figures.ceiling,
+            "checkpoints": checkpoints,
             "targets": verdicts,
         }),
     )

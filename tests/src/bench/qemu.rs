@@ -1,6 +1,6 @@
-//! One move by QEMU: two processes on this machine, driven over their monitors.
+//! One move or one file by QEMU: two processes on this machine, driven over their monitors.
 
-use super::account::{Before, undisturbed, wait_running};
+use super::account::{Before, SETTLE, await_tick, micros, stats, undisturbed, wait_running};
 use super::cases::Case;
 use super::memory::touch;
 use super::ours::merge;
@@ -132,18 +132,13 @@ impl<'a> Qemu<'a> {
         self.before.begin(&self.window);
         let begun = Instant::now();
         self.source.monitor.ask("migrate", &json!({"uri": uri}))?;
-        let told = loop {
-            let told = self.source.monitor.ask("query-migrate", &json!({}))?;
-            match told["status"].as_str() {
-                Some("completed") => break told,
-                Some("failed" | "cancelled") => return Ok(Err(format!("QEMU's migration failed: {told}"))),
-                _ if begun.elapsed() > limit => return Ok(Err(format!("not within {limit:?}: {told}"))),
-                _ => std::thread::sleep(LOOK),
-            }
+        let told = match self.source.completed(begun, limit)? {
+            Ok(told) => told,
+            Err(why) => return Ok(Err(why)),
         };
         let wall_us = begun.elapsed().as_micros();
         // The source stands still for good now.
-        let frozen_tsc = super::account::stats(&self.window).tsc_last;
+        let frozen_tsc = stats(&self.window).tsc_last;
         let arrived = Window::open(destination.pid()).ok_or("QEMU has no memory file")?;
         let mut sample = self.before.end(&arrived, frozen_tsc);
         destination.monitor.ask("stop", &json!({}))?;
@@ -157,6 +152,53 @@ impl<'a> Qemu<'a> {
         });
         merge(&mut sample, &more);
         Ok(Ok(sample))
+    }
+
+    /// Writes it into a file while it runs, lets it go on, and starts another one from that file.
+    ///
+    /// # Errors
+    /// What QEMU says, or that the guest is not sound.
+    pub(super) fn snapshot(
+        mut self,
+        memory_mib: u64,
+        file: &Path,
+        limit: Duration,
+    ) -> Result<Value, Box<dyn std::error::Error>> {
+        self.way.set(&mut self.source.monitor, true)?;
+        touch(memory_mib);
+        self.before.begin(&self.window);
+        let begun = Instant::now();
+        self.source.monitor.ask("migrate", &json!({"uri": format!("exec:cat > {}", file.display())}))?;
+        self.source.completed(begun, limit)??;
+        let wall_us = micros(begun);
+        self.source.monitor.ask("cont", &json!({}))?;
+        std::thread::sleep(SETTLE);
+        let later = stats(&self.window);
+        let gap = later.longest_gap_since(self.before.at.tsc_last).and_then(|gap| later.us(gap.cycles));
+        self.source.monitor.ask("stop", &json!({}))?;
+        touch(memory_mib);
+        let mut arguments = self.arguments.clone();
+        arguments.extend(["-incoming".into(), format!("exec:cat {}", file.display())]);
+        let begun = Instant::now();
+        let mut restored = Process::start(self.dir.path(), "restored", &arguments, self.way, None)?;
+        while restored.monitor.ask("query-status", &json!({}))?["running"] != true {
+            if begun.elapsed() > limit {
+                return Err("QEMU does not come up from its file".into());
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let runs_wall_us = micros(begun);
+        let window = Window::open(restored.pid()).ok_or("QEMU has no memory file")?;
+        await_tick(&window);
+        let tick_wall_us = micros(begun);
+        restored.monitor.ask("stop", &json!({}))?;
+        window.verify().map_err(|why| format!("the guest is BROKEN: {why}"))?;
+        Ok(json!({
+            "full_pause_us": gap,
+            "full_wall_us": wall_us,
+            "restore_runs_wall_us": runs_wall_us,
+            "restore_tick_wall_us": tick_wall_us,
+        }))
     }
 }
 
@@ -213,6 +255,19 @@ impl Process {
                 let mut said = String::new();
                 child.stderr.take().map(|mut stderr| stderr.read_to_string(&mut said));
                 Err(format!("QEMU does not start: {error}: {said}").into())
+            }
+        }
+    }
+
+    /// Waits until its migration has ended, and gives its last word; `Ok(Err)` when it does not arrive in time.
+    fn completed(&mut self, begun: Instant, limit: Duration) -> std::io::Result<Result<Value, String>> {
+        loop {
+            let told = self.monitor.ask("query-migrate", &json!({}))?;
+            match told["status"].as_str() {
+                Some("completed") => return Ok(Ok(told)),
+                Some("failed" | "cancelled") => return Ok(Err(format!("QEMU's migration failed: {told}"))),
+                _ if begun.elapsed() > limit => return Ok(Err(format!("not within {limit:?}: {told}"))),
+                _ => std::thread::sleep(LOOK),
             }
         }
     }

@@ -51,12 +51,8 @@ impl Figures {
 /// Every target for which there are figures.
 pub(super) fn judge(figures: &Figures) -> Vec<Value> {
     let mut all = Vec::new();
-    // What is measured, in which unit, what was found, and the bound: an upper one unless it says least.
     let mut at_most = |what: String, unit: &str, found: Option<f64>, bound: Option<f64>, least: bool| {
-        let (Some(found), Some(bound)) = (found, bound) else { return };
-        let met = if least { found >= bound } else { found <= bound };
-        let bound_is = if least { "at least" } else { "at most" };
-        all.push(json!({"what": what, "unit": unit, "found": found, "bound_is": bound_is, "bound": bound, "met": met}));
+        all.extend(verdict(&what, unit, found, bound, least));
     };
     for case in figures.cases() {
         let median = |way: &str, name: &str| figures.median(case, way, name);
@@ -101,6 +97,22 @@ pub(super) fn judge(figures: &Figures) -> Vec<Value> {
         at_most(format!("{gib} GiB, clean: RSS grown"), "KiB", grown, Some(RSS_GROWN_KIB), false);
     }
     all
+}
+
+/// What is measured, in which unit, what was found, and the bound: an upper one unless it says least.
+pub(super) fn verdict(
+    what: &str,
+    unit: &str,
+    found: Option<f64>,
+    bound: Option<f64>,
+    least: bool,
+) -> Option<Value> {
+    let (found, bound) = found.zip(bound)?;
+    let met = if least { found >= bound } else { found <= bound };
+    let bound_is = if least { "at least" } else { "at most" };
+    Some(
+        json!({"what": what, "unit": unit, "found": found, "bound_is": bound_is, "bound": bound, "met": met}),
+    )
 }
 
 /// Says which targets were met.
