@@ -57,7 +57,11 @@ pub enum Request {
     },
     /// Which pages are dirty now? Takes nothing. Answered by `Dirty` and the page sets of all spaces, one behind
     /// the other, as [`PageSet::write_to`](crate::page::PageSet::write_to) writes them.
-    Harvest,
+    Harvest {
+        /// The client can read [sparse](crate::sparse) sets too. A VMM that does not know them answers with plain ones.
+        #[serde(default, skip_serializing_if = "is_false")]
+        sparse: bool,
+    },
     /// Take these pages, all of which the last `Harvest` named dirty or which are not: they are clean from now on,
     /// and whoever reads them behind the answer misses nothing that the log will not say again. Answered by `Done`.
     Take {
@@ -205,6 +209,9 @@ pub enum Reply {
     Dirty {
         /// Dirty pages of all spaces together.
         pages: u64,
+        /// The blob is as [`sparse::encode`](crate::sparse::encode) writes it. Only where the request allowed it.
+        #[serde(default, skip_serializing_if = "is_false")]
+        sparse: bool,
     },
     /// To `Save`. The blob is the state.
     Saved,

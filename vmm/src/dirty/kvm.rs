@@ -8,11 +8,10 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VmFd;
 
-use super::{DirtyLog, LogMode, words_for};
+use super::{DirtyLog, LogMode};
 use crate::{
-    addresses::PAGE_SIZE,
     error::{Error, Result},
-    memory::{GuestMemory, SpaceInfo},
+    memory::GuestMemory,
     sys,
 };
 
@@ -21,7 +20,6 @@ use crate::{
 pub struct KvmLog {
     vm: Arc<VmFd>,
     memory: Arc<GuestMemory>,
-    spaces: Vec<SpaceInfo>,
     mode: LogMode,
 }
 
@@ -36,7 +34,7 @@ impl KvmLog {
             LogMode::Manual => KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
             LogMode::Plain => 0,
         };
-        let mut log = Self { spaces: memory.layout(), vm, memory, mode };
+        let mut log = Self { vm, memory, mode };
         // Also when none is wanted: the VM remembers what was enabled before.
         if offered != 0 {
             let request = kvm_enable_cap {
@@ -93,15 +91,10 @@ impl DirtyLog for KvmLog {
         self.set_flags(0).map_err(Error::host("stop dirty logging"))
     }
 
-    fn get(&mut self, slot: usize) -> Result<Vec<u64>> {
-        let Some(space) = self.spaces.get(slot) else { return Ok(Vec::new()) };
-        let bytes = usize::try_from(space.pages * PAGE_SIZE).unwrap_or(usize::MAX);
-        let mut bits = self
-            .vm
-            .get_dirty_log(u32::try_from(slot).unwrap_or(u32::MAX), bytes)
-            .map_err(Error::kvm("read the dirty log"))?;
-        bits.resize(words_for(*space), 0);
-        Ok(bits)
+    fn get(&mut self, slot: usize, bits: &mut [u64]) -> Result<()> {
+        let Some(region) = self.memory.regions().nth(slot) else { return Ok(()) };
+        let slot = u32::try_from(slot).unwrap_or(u32::MAX);
+        sys::get_dirty_log(&self.vm, slot, region, bits).map_err(Error::host("read the dirty log"))
     }
 
     fn clear(&mut self, slot: usize, first: u64, pages: u64, bits: &[u64]) -> Result<()> {

@@ -58,19 +58,20 @@ impl DirtyLog for Simulated {
         self.0.lock().unwrap().on = false;
         Ok(())
     }
-    fn get(&mut self, _slot: usize) -> Result<Vec<u64>> {
+    fn get(&mut self, _slot: usize, into: &mut [u64]) -> Result<()> {
         let mut host = self.0.lock().unwrap();
         if host.broken {
             return Err(Error::WrongState { asked: "answer", state: "broken" });
         }
         let bits = host.bits.clone();
+        into.copy_from_slice(&bits);
         if host.mode == LogMode::Plain {
             host.bits = vec![0; 8];
             for (protected, bits) in host.protected.iter_mut().zip(&bits) {
                 *protected |= bits;
             }
         }
-        Ok(bits)
+        Ok(())
     }
     fn clear(&mut self, _slot: usize, first: u64, _pages: u64, bits: &[u64]) -> Result<()> {
         let mut host = self.0.lock().unwrap();
