@@ -79,6 +79,9 @@ pub enum Request {
     /// tracked also between sessions, and the next `TrackStart` that wants to keep it finds what was written since.
     /// Pages that were taken and are not covered by a newer `Baseline` are dirty again when their session ends. Only to a
     /// VMM that said `can_keep`. Answered by `Done`.
+    ///
+    /// To a destination, between `Prepare` and `Load`: all its memory is, or will be before anybody sees it, what this checkpoint has;
+    /// what is written from now on is what the checkpoint lacks.
     Baseline {
         /// Its name. None: there is no baseline any more, and no tracking between sessions.
         checkpoint: Option<CheckpointId>,

@@ -41,6 +41,14 @@ impl Books {
         Self { pages, pending: all.clone(), taken: vec![0; words], owed: all, covered: vec![0; words] }
     }
 
+    /// Books in which no page is pending or owed: a checkpoint has all of them.
+    pub fn none_pending(pages: u64) -> Self {
+        let mut books = Self::all_pending(pages);
+        books.owed.fill(0);
+        books.settle();
+        books
+    }
+
     /// How many pages are pending.
     pub fn pending_pages(&self) -> u64 {
         // Counting bits is several steps on a plain x86-64, and most words have none.

@@ -55,6 +55,12 @@ pub trait DirtyLog: Send {
     /// # Errors
     /// When the host refuses; logging is then off.
     fn start(&mut self) -> Result<()>;
+    /// The same with nothing logged, whatever the mode: the first write to any page is, from now on. Only while no vCPU has run
+    /// yet, so that none can write to a page without a fault.
+    ///
+    /// # Errors
+    /// When the host refuses; logging is then off.
+    fn start_clean(&mut self) -> Result<()>;
     /// Stops logging for all slots.
     ///
     /// # Errors
@@ -123,6 +129,21 @@ impl Tracker {
             if keep { books.settle() } else { books.begin_with_every_page() }
         }
         self.in_session = true;
+        Ok(())
+    }
+
+    /// Memory is what this checkpoint has, but for what is written from now on. Only before the first vCPU runs and before the
+    /// state is loaded, which writes here and there.
+    ///
+    /// # Errors
+    /// [`Error::WrongState`] while it is tracked, [`Error::Host`] when the host refuses; nothing is tracked then.
+    pub fn begin_from(&mut self, checkpoint: CheckpointId) -> Result<()> {
+        if !self.books.is_empty() {
+            return Err(Error::WrongState { asked: "begin from a checkpoint", state: "being tracked" });
+        }
+        self.log.start_clean()?;
+        self.books = self.memory.layout().iter().map(|space| Books::none_pending(space.pages)).collect();
+        self.baseline = Some(checkpoint);
         Ok(())
     }
 

@@ -26,6 +26,11 @@ impl Instance {
     }
 
     pub(super) fn baseline(&mut self, checkpoint: Option<CheckpointId>) -> Result<Answer> {
+        if let (Phase::Prepared, Some(checkpoint), Some(vm)) = (self.phase, checkpoint, &mut self.vm) {
+            vm.tracker().begin_from(checkpoint)?;
+            tracing::debug!(%checkpoint, "the baseline of a VM that is restored");
+            return Ok(Reply::Done.into());
+        }
         let tracker = self.live("have a baseline")?.tracker();
         match checkpoint {
             Some(checkpoint) => tracker.set_baseline(checkpoint)?,
