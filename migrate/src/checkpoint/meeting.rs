@@ -322,6 +322,7 @@ fn set<T>(all: &mut [T], number: usize, value: T) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use protocol::checkpoint::manifest::HexDigest;
     use std::thread;
 
     /// Two members whose manifests are durable; how writing the group object ended for both, and whether its thread lived.
@@ -332,7 +333,9 @@ mod tests {
         thread::scope(|scope| {
             let members = [0, 1].map(|number| {
                 let (member, put) = (meeting.member(number), put.clone());
-                scope.spawn(move || member.commit(Parent { id: group, digest: [0; 32] }, |_, _| put()))
+                scope.spawn(move || {
+                    member.commit(Parent { id: group, digest: HexDigest([0; 32]) }, |_, _| put())
+                })
             });
             members.map(thread::ScopedJoinHandle::join).into_iter().collect()
         })

@@ -2,8 +2,8 @@
 
 use migrate::error::{Error, Result};
 use migrate::store::{Attempt, MemoryStore, ObjectInfo, ObjectReader, ObjectWriter, Store};
-use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 /// A store in memory whose n-th change fails, and every one behind it.
 #[derive(Clone)]
