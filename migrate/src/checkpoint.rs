@@ -34,7 +34,7 @@ mod report;
 
 use crate::cancel::CancelFlag;
 use crate::error::{Error, Result};
-use crate::report::{Event, Observer, Phase, PhaseTime, micros};
+use crate::report::{Event, Observer, Phase, Timed, micros};
 use crate::source::{Dirty, Source};
 use crate::store::Lease;
 use crate::vault::Vault;
@@ -249,16 +249,10 @@ impl<'env, 'run> Taking<'env, 'run> {
 
     /// One phase: told, timed, logged, and named in its error.
     fn phase<T>(&mut self, phase: Phase, body: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
-        let begun = Instant::now();
+        let timed = Timed::begin(phase);
         self.observer.event(&Event::Phase { phase });
-        let result = body(self).map_err(|error| error.during(phase));
-        let duration_us = micros(begun.elapsed());
-        self.report.phases.push(PhaseTime { phase, duration_us });
-        match &result {
-            Ok(_) => tracing::debug!(phase = phase.name(), duration_us, "phase done"),
-            Err(error) => tracing::debug!(phase = phase.name(), duration_us, %error, "phase failed"),
-        }
-        result
+        let result = body(self);
+        timed.end(result, &mut self.report.phases)
     }
 
     fn track(&mut self) -> Result<()> {

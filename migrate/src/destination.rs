@@ -7,6 +7,7 @@ pub mod scripted;
 use crate::error::Result;
 use crate::memory::PageReader;
 use protocol::MigrationId;
+use protocol::checkpoint::name::CheckpointId;
 use protocol::control::{Offer, RefuseCode};
 use protocol::layout::Layout;
 use protocol::page::{PageRun, PageSet, SpaceId};
@@ -28,6 +29,16 @@ pub trait Destination {
 
     /// The memory that `prepare` made, all zeros.
     fn memory(&self) -> Arc<dyn PageMemory>;
+
+    /// Before the state is loaded: memory is, or will be before the workload sees it, what this checkpoint has, and what is written
+    /// from now on is all that the checkpoint lacks. So the workload's next checkpoint can be a delta on this one. A destination that
+    /// cannot know that does nothing, and the next checkpoint is a whole one.
+    ///
+    /// # Errors
+    /// `Workload`: as above, the next checkpoint is a whole one.
+    fn begin_from(&mut self, _checkpoint: CheckpointId) -> Result<()> {
+        Ok(())
+    }
 
     /// Loads the state and checks it, so that `start` cannot fail for a reason that could be known before.
     ///

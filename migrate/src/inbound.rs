@@ -52,7 +52,7 @@ use crate::conversation::{self, out_of_order};
 use crate::destination::{Destination, Refusal};
 use crate::error::{Error, Result, clean};
 use crate::identity::Fingerprint;
-use crate::report::{ArrivalReport, Event, Observer, Phase, PhaseTime, micros, rate};
+use crate::report::{ArrivalReport, Event, Observer, Phase, PhaseTime, Timed, micros, rate};
 use crate::seed::Stores;
 pub use admission::Limits;
 use desk::Visitors;
@@ -317,16 +317,10 @@ impl Inbound<'_> {
 
     /// One phase: told, timed, logged, and named in its error.
     fn phase<T>(&mut self, phase: Phase, body: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
-        let begun = Instant::now();
+        let timed = Timed::begin(phase);
         self.observer.event(&Event::Phase { phase });
-        let result = body(self).map_err(|error| error.during(phase));
-        let duration_us = micros(begun.elapsed());
-        self.report.phases.push(PhaseTime { phase, duration_us });
-        match &result {
-            Ok(_) => tracing::debug!(phase = phase.name(), duration_us, "phase done"),
-            Err(error) => tracing::debug!(phase = phase.name(), duration_us, %error, "phase failed"),
-        }
-        result
+        let result = body(self);
+        timed.end(result, &mut self.report.phases)
     }
 
     /// Checks the offer, makes room, accepts, and takes the page streams.

@@ -50,8 +50,8 @@ use crate::error::{Error, Result, clean};
 use crate::identity::Fingerprint;
 use crate::link::Link;
 use crate::report::{
-    Connections, Event, FixedPart, Observer, Outcome, Phase, PhaseTime, PostCopyReport, REPORT_VERSION,
-    Report, micros,
+    Connections, Event, FixedPart, Observer, Outcome, Phase, PostCopyReport, REPORT_VERSION, Report, Timed,
+    micros,
 };
 use crate::seed::Seed;
 use crate::select::hot::{HotPages, HotRule};
@@ -381,16 +381,10 @@ impl<'a> Outbound<'a> {
 
     /// One phase: told, timed, logged, and named in its error.
     fn phase<T>(&mut self, phase: Phase, body: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
-        let begun = Instant::now();
+        let timed = Timed::begin(phase);
         self.ticker.event(&Event::Phase { phase });
-        let result = body(self).map_err(|error| error.during(phase));
-        let duration_us = micros(begun.elapsed());
-        self.report.phases.push(PhaseTime { phase, duration_us });
-        match &result {
-            Ok(_) => tracing::debug!(phase = phase.name(), duration_us, "phase done"),
-            Err(error) => tracing::debug!(phase = phase.name(), duration_us, %error, "phase failed"),
-        }
-        result
+        let result = body(self);
+        timed.end(result, &mut self.report.phases)
     }
 
     fn greet(&mut self) -> Result<()> {

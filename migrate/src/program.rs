@@ -7,8 +7,8 @@
 //!
 //! The program keeps what it computes with in regions that this maps for it, and calls [`Program::checkpoint`] between two steps.
 //! The first checkpoint has everything that was touched; the others have the pages that were written since, which the kernel tells
-//! (userfaultfd(2) write protection in its asynchronous mode, and `PAGEMAP_SCAN`, Linux 6.7). Where it cannot, every checkpoint is a
-//! full one, and [`Program::tracking`] says why. They lie in a store like those of VMs: `migrate store list`, `verify`, `prune`, `copy`
+//! (userfaultfd(2) write protection in its asynchronous mode, and `PAGEMAP_SCAN`, Linux 6.7). Where it cannot, every page that was touched is
+//! compared by its digest, which costs a checkpoint the time to read and hash them; [`Program::tracking`] says which it is. They lie in a store like those of VMs: `migrate store list`, `verify`, `prune`, `copy`
 //! and `gc` work on them.
 //!
 //! ```
@@ -42,8 +42,11 @@
 //! # }
 //! ```
 
+mod digests;
 mod source;
 mod arrival;
+#[cfg(test)]
+mod tests;
 
 pub use crate::sys::Plain;
 
@@ -57,11 +60,12 @@ use crate::source::Workload;
 use crate::sys::{Mapped, WriteTracker};
 use crate::vault::{Vault, new_id};
 use arrival::Arrival;
+use digests::Digests;
 use protocol::checkpoint::name::CheckpointId;
 use protocol::control::{WorkloadKind, check_name};
 use protocol::layout::{Layout, MAX_SPACES, Space, SpaceKind};
 use protocol::page::{PAGE_SIZE, PageSet, SpaceId};
-use source::{Books, ProgramSource};
+use source::{Books, ProgramSource, Tracking};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -78,6 +82,7 @@ pub struct Program {
     regions: Arc<Vec<Mapped>>,
     files: Vec<OwnedFd>,
     books: Arc<Mutex<Books>>,
+    by_digests: bool,
 }
 
 impl Program {
@@ -116,9 +121,16 @@ impl Program {
         let books = Arc::new(Mutex::new(Books::new(&layout)));
         let workload =
             Workload { kind: WorkloadKind::Program, name: name.into(), layout, machine: Vec::new() };
-        let program = Self { workload, regions: Arc::new(regions), files, books };
+        let program = Self { workload, regions: Arc::new(regions), files, books, by_digests: false };
         program.track();
         Ok(program)
+    }
+
+    /// Finds out what was written by comparing digests, also where the kernel could tell: the program's writes cost nothing then, and its
+    /// checkpoints more. Whatever was known is forgotten: the next checkpoint is a full one.
+    pub fn compare_digests(&mut self) {
+        self.by_digests = true;
+        self.track();
     }
 
     /// What a region holds, as numbers of one type.
@@ -143,7 +155,7 @@ impl Program {
         regions[region].values_mut()
     }
 
-    /// How writes are tracked, or why they are not.
+    /// How it is found what was written, or why it is not.
     ///
     /// # Errors
     /// The reason for which every checkpoint is a full one.
@@ -224,10 +236,26 @@ impl Program {
 
     /// Begins to track writes anew: all is clean, and nothing is known to be safe.
     fn track(&self) {
-        let tracker = WriteTracker::start(&self.regions).map_err(|error| {
-            format!("this kernel does not tell what was written (userfaultfd and PAGEMAP_SCAN of Linux 6.7 do): {error}")
-        });
-        self.books().start(tracker);
+        let kernel = (!self.by_digests).then(|| WriteTracker::start(&self.regions));
+        let tracking = match kernel {
+            Some(Ok(tracker)) => Tracking::Kernel(tracker),
+            None => self.digests(),
+            Some(Err(error)) => {
+                tracing::info!(
+                    program = self.workload.name,
+                    %error,
+                    "this kernel does not tell what was written (userfaultfd and PAGEMAP_SCAN of Linux 6.7 do): pages are compared by \
+                     their digests"
+                );
+                self.digests()
+            }
+        };
+        self.books().start(tracking);
+    }
+
+    fn digests(&self) -> Tracking {
+        let digests = self.memory().and_then(|mut memory| Digests::of(&self.workload.layout, &mut memory));
+        digests.map_or_else(|error| Tracking::Not(error.to_string()), Tracking::Digests)
     }
 
     fn books(&self) -> std::sync::MutexGuard<'_, Books> {

@@ -5,8 +5,10 @@
 
 mod file;
 pub mod html;
+mod timed;
 
 pub use file::Document;
+pub(crate) use timed::Timed;
 
 use crate::checkpoint::CheckpointReport;
 use crate::converge::trace::Entry;

@@ -213,7 +213,7 @@ impl Run<'_> {
         let read = clock
             .time(Step::Read, |observer| eager::read(&gathered.fetch, &*memory, threads, cancel, observer));
         let ready = read
-            .and_then(|()| clock.time(Step::Load, |_| destination.load(state)))
+            .and_then(|()| clock.time(Step::Load, |_| self.load(destination.as_mut(), state)))
             .and_then(|()| cancel.pass());
         if let Err(error) = ready {
             return Err(discarded(destination, error));
@@ -229,6 +229,15 @@ impl Run<'_> {
         Ok(self.report(name, gathered, running_us, None, clock))
     }
 
+    /// Tracks the workload from its first instruction on, and loads its state.
+    fn load(&self, destination: &mut dyn Destination, state: &[u8]) -> Result<()> {
+        let checkpoint = self.newest.manifest.id;
+        if let Err(error) = destination.begin_from(checkpoint) {
+            tracing::info!(%checkpoint, %error, "the next checkpoint will not be a delta on the one that is restored");
+        }
+        destination.load(state)
+    }
+
     fn lazily(
         &self,
         mut destination: Box<dyn Destination>,
@@ -237,7 +246,7 @@ impl Run<'_> {
         clock: &mut Clock<'_>,
     ) -> Result<Report> {
         let missing = &gathered.fetch.plan().data;
-        let loaded = clock.time(Step::Load, |_| destination.load(state));
+        let loaded = clock.time(Step::Load, |_| self.load(destination.as_mut(), state));
         let ready = loaded
             .and_then(|()| clock.time(Step::Expect, |_| destination.expect(missing)))
             .and_then(|()| self.cancel.pass());

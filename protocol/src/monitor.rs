@@ -57,7 +57,11 @@ pub enum Request {
     },
     /// Which pages are dirty now? Takes nothing. Answered by `Dirty` and the page sets of all spaces, one behind
     /// the other, as [`PageSet::write_to`](crate::page::PageSet::write_to) writes them.
-    Harvest,
+    Harvest {
+        /// The client can read [sparse](crate::sparse) sets too. A VMM that does not know them answers with plain ones.
+        #[serde(default, skip_serializing_if = "is_false")]
+        sparse: bool,
+    },
     /// Take these pages, all of which the last `Harvest` named dirty or which are not: they are clean from now on,
     /// and whoever reads them behind the answer misses nothing that the log will not say again. Answered by `Done`.
     Take {
@@ -75,6 +79,9 @@ pub enum Request {
     /// tracked also between sessions, and the next `TrackStart` that wants to keep it finds what was written since.
     /// Pages that were taken and are not covered by a newer `Baseline` are dirty again when their session ends. Only to a
     /// VMM that said `can_keep`. Answered by `Done`.
+    ///
+    /// To a destination, between `Prepare` and `Load`: all its memory is, or will be before anybody sees it, what this checkpoint has;
+    /// what is written from now on is what the checkpoint lacks.
     Baseline {
         /// Its name. None: there is no baseline any more, and no tracking between sessions.
         checkpoint: Option<CheckpointId>,
@@ -205,6 +212,9 @@ pub enum Reply {
     Dirty {
         /// Dirty pages of all spaces together.
         pages: u64,
+        /// The blob is as [`sparse::encode`](crate::sparse::encode) writes it. Only where the request allowed it.
+        #[serde(default, skip_serializing_if = "is_false")]
+        sparse: bool,
     },
     /// To `Save`. The blob is the state.
     Saved,

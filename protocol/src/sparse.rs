@@ -1,4 +1,5 @@
-//! Page sets of a whole layout in few bytes: what is missing at a destination that starts before its memory is there.
+//! Page sets of a whole layout in few bytes: what is missing at a destination that starts before its memory is there, and what
+//! a guest wrote that writes little.
 //!
 //! ```text
 //! segment   u16 space   u16 zero   u32 words   u64 first word   then the words, 8 bytes each
@@ -21,9 +22,13 @@ const GAP_WORDS: usize = SEGMENT_BYTES / 8;
 
 /// The bytes of one set for each space, in the order of the layout.
 pub fn encode(sets: &[PageSet]) -> Vec<u8> {
+    encode_words(sets.iter().map(PageSet::words))
+}
+
+/// As [`encode`], of sets that are kept as words: those of one space each, with no bits behind its last page.
+pub fn encode_words<'a>(sets: impl Iterator<Item = &'a [u64]>) -> Vec<u8> {
     let mut bytes = Vec::new();
-    for (space, set) in (0_u16..).zip(sets) {
-        let words = set.words();
+    for (space, words) in (0_u16..).zip(sets) {
         let mut at = 0;
         while let Some(first) = next_used(words, at) {
             at = segment_end(words, first);

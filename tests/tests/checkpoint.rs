@@ -300,3 +300,35 @@ fn whoever_holds_the_guest_or_the_store_is_named_and_a_move_between_two_checkpoi
     holder.finish().success();
     a.run(&["checkpoint", "w", "--store", &store]).success();
 }
+
+#[test]
+fn a_move_that_begins_with_a_checkpoint_carries_what_was_written_since() {
+    if without_kvm("a_move_that_begins_with_a_checkpoint_carries_what_was_written_since") {
+        return;
+    }
+    const MEMORY: u64 = 96 << 20;
+    let (a, b) = trusting_pair(Path::new(PROGRAM));
+    // Random memory, of which a twelfth is written again: nothing but the checkpoint can save its bytes.
+    a.run_ledger("v", "192MiB", "fill=96M ws=8M rate=4 pattern=uniform seed=9", &[]);
+    a.wait_ledger_running("v");
+    let store = a.path("store").to_string_lossy().into_owned();
+    take(&a, &store, &[]);
+    let (receiver, address) = b.receive(&["--seed-from", &store]);
+    let sent = a.run(&["send", "v", &address, "--seed-from", &store]).success();
+    receiver.finish().success();
+    b.assert_sound("v");
+    a.wait_phase("v", None);
+    let report = sent.event("report").unwrap_or_else(|| panic!("{sent:#?}"));
+    println!("{} bytes, {} pages from the store", report["sent_bytes"], report["seeded_pages"]);
+    assert!(number(report, "seeded_pages") > MEMORY / 2 / 4096, "{report:#}");
+    assert!(number(report, "sent_bytes") < MEMORY / 4, "{report:#}");
+
+    // The other end names no store: nothing is taken from one, and it moves back all the same.
+    let (receiver, address) = a.receive(&[]);
+    let back = b.run(&["send", "v", &address, "--seed-from", &store]).success();
+    receiver.finish().success();
+    a.assert_sound("v");
+    let report = back.event("report").unwrap_or_else(|| panic!("{back:#?}"));
+    assert_eq!(number(report, "seeded_pages"), 0, "{report:#}");
+    assert!(number(report, "sent_bytes") > MEMORY / 2, "{report:#}");
+}

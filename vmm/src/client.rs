@@ -13,6 +13,7 @@ use protocol::{
     layout::Layout,
     monitor::{Reply, Request, Role, Status, TrackingMode, VERSION},
     page::{PAGE_SIZE, PageRun, PageSet},
+    sparse,
 };
 use rustix::fs::SealFlags;
 use rustix::net::{
@@ -155,11 +156,14 @@ impl Client {
     /// [`Error::Refused`] when it is not tracked, or as all calls.
     pub fn harvest(&mut self, layout: &Layout) -> Result<Vec<PageSet>> {
         const WHAT: &str = "tell its dirty pages";
-        let (reply, message) = self.call(&Request::Harvest, &[], WHAT)?;
-        if !matches!(reply, Reply::Dirty { .. }) {
-            return Err(unexpected(WHAT, reply));
+        let (reply, message) = self.call(&Request::Harvest { sparse: true }, &[], WHAT)?;
+        match reply {
+            Reply::Dirty { sparse: true, .. } => {
+                sparse::decode(layout, &message.blob).map_err(|error| Error::Protocol(error.to_string()))
+            }
+            Reply::Dirty { sparse: false, .. } => page_sets(layout, &message.blob),
+            other => Err(unexpected(WHAT, other)),
         }
-        page_sets(layout, &message.blob)
     }
 
     /// Takes pages: they may be read once this returned.
@@ -438,6 +442,12 @@ fn open(path: &Path, limit: Duration) -> Result<UnixStream> {
 mod tests {
     use std::io::Write;
 
+    use protocol::{
+        layout::{Space, SpaceKind},
+        monitor::Phase,
+        page::SpaceId,
+    };
+
     use super::*;
 
     #[test]
@@ -449,6 +459,40 @@ mod tests {
         let fd = memory.share(0).unwrap().unwrap();
         check_memory(&fd, 2 << 20).unwrap();
         assert!(check_memory(&fd, (2 << 20) + 1).is_err());
+    }
+
+    #[test]
+    fn a_vmm_that_knows_only_plain_page_sets_is_understood() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let set = PageSet::from_words(70, vec![0b101, 1 << 5]).unwrap();
+        let (mut blob, limit) = (Vec::new(), Duration::from_secs(5));
+        set.write_to(&mut blob);
+        let vmm = std::thread::spawn(move || {
+            let mut wire = Wire::new(theirs, false);
+            let asked = wire.receive(Patience { first: Some(limit), rest: limit }).unwrap().unwrap();
+            assert_eq!(asked.decode::<Request>().unwrap(), Request::Harvest { sparse: true });
+            wire.send(&Reply::Dirty { pages: 3, sparse: false }, &blob, &[], limit).unwrap();
+        });
+        let space = Space { id: SpaceId(0), kind: SpaceKind::Memory, pages: 70, guest_address: 0 };
+        let welcome = Status {
+            name: "old".into(),
+            phase: Phase::Running,
+            pid: 1,
+            memory_bytes: 70 * 4096,
+            vcpus: 1,
+            uptime_ms: 0,
+            serial: String::new(),
+            holder_pid: None,
+            holder: None,
+            arrived_by: None,
+            pledged_to: None,
+            awaiting_pages: None,
+            throttle_percent: None,
+            baseline: None,
+        };
+        let mut client = Client { wire: Wire::new(ours, true), limit, software: "old".into(), welcome };
+        assert_eq!(client.harvest(&Layout { spaces: vec![space] }).unwrap(), [set]);
+        vmm.join().unwrap();
     }
 
     #[test]

@@ -5,17 +5,20 @@ use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
 
 use kvm_bindings::{KVMIO, Xsave, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1};
+use kvm_bindings::{kvm_dirty_log, kvm_dirty_log__bindgen_ty_1};
 use kvm_bindings::{kvm_userspace_memory_region, kvm_xsave};
 use kvm_ioctls::{VcpuFd, VmFd};
 use rustix::mm::UserfaultfdFlags;
 use vm_memory::{GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
-use vmm_sys_util::{ioctl_io_nr, ioctl_ior_nr, ioctl_iowr_nr};
+use vmm_sys_util::{ioctl_io_nr, ioctl_ior_nr, ioctl_iow_nr, ioctl_iowr_nr};
 
 use crate::error::Error;
 
 // KVM_CLEAR_DIRTY_LOG of include/uapi/linux/kvm.h; kvm-ioctls 0.25 does not have it.
 ioctl_iowr_nr!(kvm_clear_dirty_log_nr, KVMIO, 0xc0, kvm_clear_dirty_log);
+// KVM_GET_DIRTY_LOG of the same header.
+ioctl_iow_nr!(kvm_get_dirty_log_nr, KVMIO, 0x42, kvm_dirty_log);
 
 /// Makes a mapped region the guest's memory slot, or changes its flags (KVM_SET_USER_MEMORY_REGION).
 ///
@@ -35,6 +38,31 @@ pub(crate) fn set_memory_slot(vm: &VmFd, slot: u32, region: &GuestRegionMmap, fl
     // which Rust code touches through volatile accesses only.
     unsafe { vm.set_user_memory_region(description) }
         .map_err(|errno| io::Error::from_raw_os_error(errno.errno()))
+}
+
+/// Reads a slot's dirty log into `bits`, one bit a page (KVM_GET_DIRTY_LOG). As kvm-ioctls does it, but into memory that the
+/// caller has already.
+///
+/// `region` is what was made this slot with [`set_memory_slot`].
+pub(crate) fn get_dirty_log(
+    vm: &VmFd,
+    slot: u32,
+    region: &GuestRegionMmap,
+    bits: &mut [u64],
+) -> io::Result<()> {
+    let words = region.len().div_ceil(crate::addresses::PAGE_SIZE).div_ceil(64);
+    if (bits.len() as u64) < words {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let request = kvm_dirty_log {
+        slot,
+        __bindgen_anon_1: kvm_dirty_log__bindgen_ty_1 { dirty_bitmap: bits.as_mut_ptr().cast() },
+        ..Default::default()
+    };
+    // SAFETY: the kernel writes whole words, one bit for each page of the slot (kvm api.rst); the slot is as long as its
+    // region, `bits` was checked to have that many, and is borrowed for the call.
+    let answer = unsafe { ioctl_with_ref(vm, kvm_get_dirty_log_nr(), &request) };
+    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Clears bits of a slot's dirty log and write-protects these pages again (KVM_CLEAR_DIRTY_LOG).

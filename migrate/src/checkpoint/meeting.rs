@@ -262,15 +262,10 @@ impl Member {
                 let taken_unix_ms = steps.taken_unix_ms;
                 steps.end = Some(End::Committing);
                 drop(steps);
+                let committing = Committing(meeting);
                 let put = put(taken_unix_ms, members);
+                committing.ends(put);
                 steps = meeting.steps();
-                steps.end = Some(put.map_or_else(
-                    |error| {
-                        End::InDoubt(format!("{error}; `migrate store list` says whether the group exists"))
-                    },
-                    |()| End::Exists,
-                ));
-                meeting.changed.notify_all();
             }
         }
         loop {
@@ -292,8 +287,76 @@ impl Member {
     }
 }
 
+/// The group object is being written. Whoever leaves without saying how that ended did not come to its end, and nobody else can know
+/// how far it came: the others must not wait for it.
+struct Committing<'a>(&'a Meeting);
+
+impl Committing<'_> {
+    fn ends(self, put: Result<()>) {
+        let end = put.map_or_else(|error| in_doubt(&error.to_string()), |()| End::Exists);
+        self.0.steps().end = Some(end);
+        // Dropping it tells the others.
+    }
+}
+
+impl Drop for Committing<'_> {
+    fn drop(&mut self) {
+        let mut steps = self.0.steps();
+        if steps.end == Some(End::Committing) {
+            steps.end = Some(in_doubt("the thread that wrote the group object ended unexpectedly"));
+        }
+        self.0.changed.notify_all();
+    }
+}
+
+fn in_doubt(why: &str) -> End {
+    End::InDoubt(format!("{why}; `migrate store list` says whether the group exists"))
+}
+
 fn set<T>(all: &mut [T], number: usize, value: T) {
     if let Some(place) = all.get_mut(number) {
         *place = value;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use protocol::checkpoint::manifest::HexDigest;
+    use std::thread;
+
+    /// Two members whose manifests are durable; how writing the group object ended for both, and whether its thread lived.
+    fn commit(put: impl FnOnce() -> Result<()> + Clone + Send) -> Vec<thread::Result<Ended>> {
+        let group = CheckpointId::new(1_795_463_311, 1);
+        let names = vec!["a".into(), "b".into()];
+        let meeting = Meeting::new(group, names, true, &CancelFlag::default());
+        thread::scope(|scope| {
+            let members = [0, 1].map(|number| {
+                let (member, put) = (meeting.member(number), put.clone());
+                scope.spawn(move || {
+                    member.commit(Parent { id: group, digest: HexDigest([0; 32]) }, |_, _| put())
+                })
+            });
+            members.map(thread::ScopedJoinHandle::join).into_iter().collect()
+        })
+    }
+
+    #[test]
+    fn everybody_learns_how_the_group_object_ended() {
+        assert!(commit(|| Ok(())).iter().all(|ended| matches!(ended, Ok(Ended::Exists))));
+        let ended = commit(|| Err(Error::Store("no room".into())));
+        for ended in ended {
+            let Ok(Ended::InDoubt(error)) = ended else { panic!("{ended:?}") };
+            assert!(error.to_string().contains("no room"), "{error}");
+        }
+    }
+
+    #[test]
+    fn nobody_waits_for_a_thread_that_ended_while_it_wrote_the_group_object() {
+        let ended = commit(|| panic!("a defect"));
+        assert_eq!(ended.iter().filter(|ended| ended.is_err()).count(), 1, "{ended:?}");
+        let told = ended.into_iter().flatten().next();
+        let Some(Ended::InDoubt(error)) = told else { panic!("{told:?}") };
+        assert!(error.to_string().contains("ended unexpectedly; `migrate store list` says"), "{error}");
     }
 }

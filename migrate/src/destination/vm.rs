@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use crate::memory::GuestMemory;
 use crate::paths::RuntimeDir;
 use protocol::MigrationId;
+use protocol::checkpoint::name::CheckpointId;
 use protocol::control::{Offer, RefuseCode, WorkloadKind, check_name};
 use protocol::layout::Layout;
 use protocol::monitor::{ErrorCode, Role, Status};
@@ -177,6 +178,10 @@ impl Destination for VmDestination {
             Some(arrival) => arrival.memory.clone(),
             None => Arc::new(GuestMemory::none()),
         }
+    }
+
+    fn begin_from(&mut self, checkpoint: CheckpointId) -> Result<()> {
+        Ok(self.arrival()?.client.set_baseline(Some(checkpoint))?)
     }
 
     fn load(&mut self, state: &[u8]) -> Result<()> {

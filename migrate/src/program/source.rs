@@ -1,5 +1,6 @@
 //! A program's memory as a source. It stands still for as long as it is asked: its thread is the engine's.
 
+use super::digests::Digests;
 use super::none_of;
 use crate::error::{Error, Result};
 use crate::memory::{GuestMemory, PageReader};
@@ -18,9 +19,19 @@ pub(super) const SECTION: &str = "program";
 /// The version of that section.
 pub(super) const SECTION_VERSION: u16 = 1;
 
+/// How it is found what a program has written.
+pub(super) enum Tracking {
+    /// The kernel tells.
+    Kernel(WriteTracker),
+    /// It is found by looking.
+    Digests(Digests),
+    /// Not at all, and why.
+    Not(String),
+}
+
 /// What is known of a program's pages, from one checkpoint to the next.
 pub(super) struct Books {
-    tracker: std::result::Result<WriteTracker, String>,
+    tracker: Tracking,
     /// The checkpoint that has everything but what was written since.
     baseline: Option<CheckpointId>,
     /// Pages that were taken from the tracker and are safe nowhere.
@@ -31,29 +42,33 @@ pub(super) struct Books {
 
 impl Books {
     pub(super) fn new(layout: &Layout) -> Self {
-        let tracker = Err("tracking has not begun".into());
+        let tracker = Tracking::Not("tracking has not begun".into());
         Self { tracker, baseline: None, owed: none_of(layout), taken: none_of(layout) }
     }
 
-    pub(super) fn start(&mut self, tracker: std::result::Result<WriteTracker, String>) {
+    pub(super) fn start(&mut self, tracker: Tracking) {
         self.forget();
         self.tracker = tracker;
     }
 
     /// Nothing is known any more: the next checkpoint is a full one.
     pub(super) fn forget(&mut self) {
-        self.tracker = Err("tracking has not begun".into());
+        self.tracker = Tracking::Not("tracking has not begun".into());
         self.baseline = None;
         self.owed.iter_mut().chain(&mut self.taken).for_each(PageSet::clear);
     }
 
     /// What the regions hold is what this checkpoint has.
     pub(super) fn stands_on(&mut self, checkpoint: CheckpointId) {
-        self.baseline = Some(checkpoint).filter(|_| self.tracker.is_ok());
+        self.baseline = Some(checkpoint).filter(|_| self.tracking().is_ok());
     }
 
     pub(super) fn tracking(&self) -> std::result::Result<&'static str, String> {
-        self.tracker.as_ref().map(|_| "userfaultfd-wp-async").map_err(Clone::clone)
+        match &self.tracker {
+            Tracking::Kernel(_) => Ok("userfaultfd-wp-async"),
+            Tracking::Digests(_) => Ok("blake3-digests"),
+            Tracking::Not(why) => Err(why.clone()),
+        }
     }
 
     /// An attempt ended: what it took and did not make safe is owed.
@@ -98,7 +113,8 @@ impl ProgramSource {
         tell: &mut dyn FnMut(u64, u64),
     ) -> Result<()> {
         let (space, first, count) = run;
-        let (Ok(tracker), Some(region)) = (&books.tracker, self.regions.get(usize::from(space.0))) else {
+        let region = self.regions.get(usize::from(space.0));
+        let (Tracking::Kernel(tracker), Some(region)) = (&books.tracker, region) else {
             return Ok(());
         };
         tracker.written(region, first, count, clean, tell).map_err(|error| {
@@ -119,7 +135,13 @@ impl Source for ProgramSource {
     }
 
     fn track(&mut self, dirty: Dirty) -> Result<String> {
-        let mut books = self.books();
+        let shared = Arc::clone(&self.books);
+        let mut books = shared.lock().unwrap_or_else(PoisonError::into_inner);
+        let Books { tracker, owed, .. } = &mut *books;
+        if let Tracking::Digests(digests) = tracker {
+            // Once for the whole checkpoint: the program stands still until it is taken.
+            digests.look(&self.workload.layout, &mut self.memory, owed)?;
+        }
         if dirty == Dirty::Everything || books.baseline.is_none() {
             for (owed, space) in books.owed.iter_mut().zip(&self.workload.layout.spaces) {
                 owed.insert(0, space.pages);

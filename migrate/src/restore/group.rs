@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::vault::Vault;
 use protocol::MigrationId;
 use protocol::checkpoint::manifest::Group;
+use protocol::checkpoint::name::CheckpointId;
 use protocol::control::{Offer, RefuseCode};
 use protocol::page::PageSet;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -184,6 +185,10 @@ impl Destination for Gated {
 
     fn memory(&self) -> Arc<dyn PageMemory> {
         self.inner.memory()
+    }
+
+    fn begin_from(&mut self, checkpoint: CheckpointId) -> Result<()> {
+        self.inner.begin_from(checkpoint)
     }
 
     fn load(&mut self, state: &[u8]) -> Result<()> {

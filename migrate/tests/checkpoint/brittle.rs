@@ -2,8 +2,8 @@
 
 use migrate::error::{Error, Result};
 use migrate::store::{Attempt, MemoryStore, ObjectInfo, ObjectReader, ObjectWriter, Store};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// A store in memory whose n-th change fails, and every one behind it.
@@ -14,11 +14,23 @@ pub(crate) struct Brittle {
     left: Arc<AtomicU64>,
     /// How long every change takes, in milliseconds.
     slow_ms: Arc<AtomicU64>,
+    /// Beginning of the names that nobody can write, because whoever tries panics.
+    deadly: Arc<Mutex<Option<&'static str>>>,
 }
 
 impl Brittle {
     pub(crate) fn new() -> Self {
-        Self { inner: MemoryStore::new(), left: Arc::new(AtomicU64::new(u64::MAX)), slow_ms: Arc::default() }
+        Self {
+            inner: MemoryStore::new(),
+            left: Arc::new(AtomicU64::new(u64::MAX)),
+            slow_ms: Arc::default(),
+            deadly: Arc::default(),
+        }
+    }
+
+    /// Whoever writes a short object of such a name panics, as if there were a defect in the store.
+    pub(crate) fn panic_at(&self, prefix: Option<&'static str>) {
+        *self.deadly.lock().unwrap() = prefix;
     }
 
     /// Lets so many changes succeed, and no more.
@@ -59,6 +71,8 @@ impl Store for Brittle {
     }
 
     fn put(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        let deadly = *self.deadly.lock().unwrap();
+        assert!(!deadly.is_some_and(|prefix| name.starts_with(prefix)), "a defect at {name}");
         self.change()?;
         self.inner.put(name, bytes)
     }

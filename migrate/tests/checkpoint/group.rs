@@ -10,7 +10,7 @@ use migrate::report::Quiet;
 use migrate::source::scripted::{Call, Machine, Who, Witness};
 use migrate::store::Store as _;
 use migrate::vault::{Vault, new_id};
-use protocol::checkpoint::name::{CheckpointId, GROUPS};
+use protocol::checkpoint::name::{CHECKPOINTS, CheckpointId, DATA, GROUPS};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -164,4 +164,20 @@ fn a_store_that_fails_at_any_change_has_no_group_and_the_next_one_is_right() {
     }
     // Of each member a segment, the index, the state and the manifest, and then the group.
     assert!(failures >= 13, "{failures}");
+}
+
+#[test]
+fn a_thread_that_ends_unexpectedly_leaves_nobody_waiting() {
+    for (seed, prefix) in (1..).zip([DATA, CHECKPOINTS, GROUPS]) {
+        let shop = Shop::new(seed);
+        shop.take_soundly();
+        let (committed, baselines) = (shop.committed(), shop.baselines());
+        shop.store.panic_at(Some(prefix));
+        let begun = Instant::now();
+        let failed = shop.take().unwrap_err();
+        assert!(failed.to_string().contains("ended unexpectedly"), "{prefix}: {failed}");
+        assert!(begun.elapsed() < Duration::from_secs(4), "{prefix}: {:?}", begun.elapsed());
+        shop.store.panic_at(None);
+        shop.assert_harmless(&committed, &baselines, &format!("{prefix}: {failed}"));
+    }
 }

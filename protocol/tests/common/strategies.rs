@@ -123,7 +123,6 @@ pub(crate) fn request() -> impl Strategy<Value = Request> {
         select(vec![
             Request::Status,
             Request::Describe,
-            Request::Harvest,
             Request::Redirty,
             Request::TrackStop,
             Request::Freeze,
@@ -141,6 +140,7 @@ pub(crate) fn request() -> impl Strategy<Value = Request> {
             count
         }),
         any::<bool>().prop_map(|keep| Request::TrackStart { keep }),
+        any::<bool>().prop_map(|sparse| Request::Harvest { sparse }),
         option::of(checkpoint()).prop_map(|checkpoint| Request::Baseline { checkpoint }),
         any::<u8>().prop_map(|percent| Request::Throttle { percent }),
         (migration(), text()).prop_map(|(migration, peer)| Request::Pledge { migration, peer }),
@@ -193,7 +193,7 @@ pub(crate) fn reply() -> impl Strategy<Value = Reply> {
         (text(), any_layout()).prop_map(|(name, layout)| Reply::Description { name, layout }),
         (select(&samples::TRACKING_MODES[..]), option::of(checkpoint()), any::<bool>())
             .prop_map(|(mode, baseline, can_keep)| Reply::Tracking { mode, baseline, can_keep }),
-        any::<u64>().prop_map(|pages| Reply::Dirty { pages }),
+        any::<(u64, bool)>().prop_map(|(pages, sparse)| Reply::Dirty { pages, sparse }),
         Just(Reply::Saved),
         (any::<u64>(), vec(any::<u64>(), 0..4))
             .prop_map(|(pages, addresses)| Reply::PageFaults { pages, addresses }),

@@ -8,11 +8,10 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VmFd;
 
-use super::{DirtyLog, LogMode, words_for};
+use super::{DirtyLog, LogMode};
 use crate::{
-    addresses::PAGE_SIZE,
     error::{Error, Result},
-    memory::{GuestMemory, SpaceInfo},
+    memory::GuestMemory,
     sys,
 };
 
@@ -21,7 +20,6 @@ use crate::{
 pub struct KvmLog {
     vm: Arc<VmFd>,
     memory: Arc<GuestMemory>,
-    spaces: Vec<SpaceInfo>,
     mode: LogMode,
 }
 
@@ -31,25 +29,26 @@ impl KvmLog {
         let offered = vm.check_extension_raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into());
         let offered = u32::try_from(offered).unwrap_or(0);
         let mode = choose(offered, best);
+        let mut log = Self { vm, memory, mode };
+        // Also when none is wanted: the VM remembers what was enabled before.
+        if offered != 0
+            && let Err(error) = log.enable(mode)
+        {
+            tracing::warn!(%error, "the host offers manual dirty-log protection but refuses it");
+            log.mode = LogMode::Plain;
+        }
+        log
+    }
+
+    /// Chooses how logs behave that are switched on from now on (KVM_ENABLE_CAP).
+    fn enable(&self, mode: LogMode) -> std::result::Result<(), kvm_ioctls::Error> {
         let flags = match mode {
             LogMode::ManualInitiallySet => KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET,
             LogMode::Manual => KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
             LogMode::Plain => 0,
         };
-        let mut log = Self { spaces: memory.layout(), vm, memory, mode };
-        // Also when none is wanted: the VM remembers what was enabled before.
-        if offered != 0 {
-            let request = kvm_enable_cap {
-                cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
-                args: [flags.into(), 0, 0, 0],
-                ..Default::default()
-            };
-            if let Err(error) = log.vm.enable_cap(&request) {
-                tracing::warn!(%error, "the host offers manual dirty-log protection but refuses it");
-                log.mode = LogMode::Plain;
-            }
-        }
-        log
+        let cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
+        self.vm.enable_cap(&kvm_enable_cap { cap, args: [flags.into(), 0, 0, 0], ..Default::default() })
     }
 
     fn set_flags(&self, flags: u32) -> std::io::Result<()> {
@@ -89,19 +88,32 @@ impl DirtyLog for KvmLog {
         })
     }
 
+    fn start_clean(&mut self) -> Result<()> {
+        if self.mode != LogMode::ManualInitiallySet {
+            return self.start();
+        }
+        // What "initially set" asks for is looked at only when a slot's log is switched on (kvm api.rst): the log goes on without
+        // it, and later ones have it again. Clearing the bits instead would take a call for all of memory.
+        self.enable(LogMode::Manual).map_err(Error::kvm("begin with an empty dirty log"))?;
+        let started = self.start();
+        let restored = self.enable(self.mode).map_err(Error::kvm("restore the mode of the dirty log"));
+        match (started, restored) {
+            (Ok(()), Err(error)) => {
+                self.stop()?;
+                Err(error)
+            }
+            (started, _) => started,
+        }
+    }
+
     fn stop(&mut self) -> Result<()> {
         self.set_flags(0).map_err(Error::host("stop dirty logging"))
     }
 
-    fn get(&mut self, slot: usize) -> Result<Vec<u64>> {
-        let Some(space) = self.spaces.get(slot) else { return Ok(Vec::new()) };
-        let bytes = usize::try_from(space.pages * PAGE_SIZE).unwrap_or(usize::MAX);
-        let mut bits = self
-            .vm
-            .get_dirty_log(u32::try_from(slot).unwrap_or(u32::MAX), bytes)
-            .map_err(Error::kvm("read the dirty log"))?;
-        bits.resize(words_for(*space), 0);
-        Ok(bits)
+    fn get(&mut self, slot: usize, bits: &mut [u64]) -> Result<()> {
+        let Some(region) = self.memory.regions().nth(slot) else { return Ok(()) };
+        let slot = u32::try_from(slot).unwrap_or(u32::MAX);
+        sys::get_dirty_log(&self.vm, slot, region, bits).map_err(Error::host("read the dirty log"))
     }
 
     fn clear(&mut self, slot: usize, first: u64, pages: u64, bits: &[u64]) -> Result<()> {

@@ -32,7 +32,7 @@ pub use kvm::KvmLog;
 
 use crate::{
     error::{Error, Result},
-    memory::{GuestMemory, SpaceInfo},
+    memory::GuestMemory,
 };
 
 /// How the host keeps its log.
@@ -55,16 +55,22 @@ pub trait DirtyLog: Send {
     /// # Errors
     /// When the host refuses; logging is then off.
     fn start(&mut self) -> Result<()>;
+    /// The same with nothing logged, whatever the mode: the first write to any page is, from now on. Only while no vCPU has run
+    /// yet, so that none can write to a page without a fault.
+    ///
+    /// # Errors
+    /// When the host refuses; logging is then off.
+    fn start_clean(&mut self) -> Result<()>;
     /// Stops logging for all slots.
     ///
     /// # Errors
     /// When the host refuses.
     fn stop(&mut self) -> Result<()>;
-    /// Reads one slot's log. In [`LogMode::Plain`] this clears it.
+    /// Reads one slot's log into `bits`, one word for 64 of its pages. In [`LogMode::Plain`] this clears the log.
     ///
     /// # Errors
-    /// When the host refuses.
-    fn get(&mut self, slot: usize) -> Result<Vec<u64>>;
+    /// When the host refuses; the bits are then of no use.
+    fn get(&mut self, slot: usize, bits: &mut [u64]) -> Result<()>;
     /// Clears bits and write-protects their pages again. Bit n of `bits` is page `first + n`; `first` is
     /// a multiple of 64, and so is `pages` except at the slot's end. Not called in [`LogMode::Plain`].
     ///
@@ -79,6 +85,9 @@ pub struct Tracker {
     log: Box<dyn DirtyLog>,
     /// One a space; empty when the log is off.
     books: Vec<Books>,
+    /// What the log said last of one space: kept, because fresh memory for it costs a harvest more than the reading. Empty when
+    /// the log is off.
+    log_bits: Vec<u64>,
     /// What covers the pages that are not owed. Only while the log is on.
     baseline: Option<CheckpointId>,
     /// A session tracks. With a baseline the log is on without one, too.
@@ -88,7 +97,7 @@ pub struct Tracker {
 impl Tracker {
     /// A tracker at rest.
     pub fn new(memory: Arc<GuestMemory>, log: Box<dyn DirtyLog>) -> Self {
-        Self { memory, log, books: Vec::new(), baseline: None, in_session: false }
+        Self { memory, log, books: Vec::new(), log_bits: Vec::new(), baseline: None, in_session: false }
     }
 
     /// How the host keeps its log.
@@ -123,6 +132,21 @@ impl Tracker {
         Ok(())
     }
 
+    /// Memory is what this checkpoint has, but for what is written from now on. Only before the first vCPU runs and before the
+    /// state is loaded, which writes here and there.
+    ///
+    /// # Errors
+    /// [`Error::WrongState`] while it is tracked, [`Error::Host`] when the host refuses; nothing is tracked then.
+    pub fn begin_from(&mut self, checkpoint: CheckpointId) -> Result<()> {
+        if !self.books.is_empty() {
+            return Err(Error::WrongState { asked: "begin from a checkpoint", state: "being tracked" });
+        }
+        self.log.start_clean()?;
+        self.books = self.memory.layout().iter().map(|space| Books::none_pending(space.pages)).collect();
+        self.baseline = Some(checkpoint);
+        Ok(())
+    }
+
     /// Everything that was taken since tracking started is safe in this checkpoint.
     ///
     /// # Errors
@@ -152,21 +176,23 @@ impl Tracker {
     /// lost, so that every page is pending, and there is no baseline any more.
     pub fn harvest(&mut self) -> Result<Vec<u64>> {
         self.must_track("read the dirty log")?;
-        for index in 0..self.books.len() {
-            let mut bits = match self.log.get(index) {
-                Ok(bits) => bits,
-                Err(error) => {
-                    self.baseline = None;
-                    self.books.iter_mut().for_each(Books::owe_every_page);
-                    return Err(error);
-                }
-            };
-            self.memory.drain_own_writes(index, &mut bits);
-            if let Some(books) = self.books.get_mut(index) {
-                books.merge(&bits);
-            }
+        if let Err(error) = self.read_log() {
+            self.baseline = None;
+            self.books.iter_mut().for_each(Books::owe_every_page);
+            return Err(error);
         }
         Ok(self.pending())
+    }
+
+    fn read_log(&mut self) -> Result<()> {
+        for (index, books) in self.books.iter_mut().enumerate() {
+            self.log_bits.clear();
+            self.log_bits.resize(books.pending().len(), 0);
+            self.log.get(index, &mut self.log_bits)?;
+            self.memory.drain_own_writes(index, &mut self.log_bits);
+            books.merge(&self.log_bits);
+        }
+        Ok(())
     }
 
     /// The number of pending pages of each space, as of the last harvest.
@@ -231,6 +257,7 @@ impl Tracker {
             return Ok(());
         }
         self.books.clear();
+        self.log_bits = Vec::new();
         self.log.stop()
     }
 
@@ -241,11 +268,6 @@ impl Tracker {
 
 fn no_such_space(space: usize) -> Error {
     Error::Protocol(format!("there is no space {space}"))
-}
-
-/// Words of a bitmap with one bit for each page of a space.
-pub(crate) fn words_for(space: SpaceInfo) -> usize {
-    usize::try_from(space.pages.div_ceil(64)).unwrap_or(usize::MAX)
 }
 
 #[cfg(test)]

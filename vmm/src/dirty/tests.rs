@@ -54,23 +54,30 @@ impl DirtyLog for Simulated {
         host.protected = vec![if initially_set { 0 } else { u64::MAX }; 8];
         Ok(())
     }
+    fn start_clean(&mut self) -> Result<()> {
+        self.start()?;
+        let mut host = self.0.lock().unwrap();
+        (host.bits, host.protected) = (vec![0; 8], vec![u64::MAX; 8]);
+        Ok(())
+    }
     fn stop(&mut self) -> Result<()> {
         self.0.lock().unwrap().on = false;
         Ok(())
     }
-    fn get(&mut self, _slot: usize) -> Result<Vec<u64>> {
+    fn get(&mut self, _slot: usize, into: &mut [u64]) -> Result<()> {
         let mut host = self.0.lock().unwrap();
         if host.broken {
             return Err(Error::WrongState { asked: "answer", state: "broken" });
         }
         let bits = host.bits.clone();
+        into.copy_from_slice(&bits);
         if host.mode == LogMode::Plain {
             host.bits = vec![0; 8];
             for (protected, bits) in host.protected.iter_mut().zip(&bits) {
                 *protected |= bits;
             }
         }
-        Ok(bits)
+        Ok(())
     }
     fn clear(&mut self, _slot: usize, first: u64, _pages: u64, bits: &[u64]) -> Result<()> {
         let mut host = self.0.lock().unwrap();
@@ -208,6 +215,26 @@ fn a_baseline_outlives_the_sessions_and_names_exactly_what_it_lacks() {
 }
 
 #[test]
+fn what_begins_from_a_checkpoint_lacks_only_what_is_written() {
+    for mode in MODES {
+        let log = Simulated::new(mode);
+        let mut tracker = tracker(&log);
+        tracker.begin_from(checkpoint(1)).unwrap();
+        assert!(tracker.begin_from(checkpoint(2)).is_err(), "once");
+        assert!(tracker.harvest().is_err(), "no session tracks");
+        log.guest_writes(2);
+        tracker.memory.write(3 * 4096, &[1]).unwrap();
+        tracker.start(true).unwrap();
+        assert_eq!(tracker.baseline(), Some(checkpoint(1)));
+        assert_eq!(tracker.harvest().unwrap(), [2], "{mode:?}");
+        tracker.stop().unwrap();
+        // A move takes all of it.
+        tracker.start(false).unwrap();
+        assert_eq!(tracker.harvest().unwrap(), [PAGES], "{mode:?}");
+    }
+}
+
+#[test]
 fn a_log_that_cannot_be_read_ends_the_baseline() {
     let log = Simulated::new(LogMode::Plain);
     let mut tracker = tracker(&log);
@@ -309,6 +336,13 @@ impl Taker {
             settled: BTreeSet::new(),
             written_since_harvest: BTreeSet::new(),
         }
+    }
+
+    /// Before anything else: the guest's memory is that of a checkpoint.
+    fn begins_from_a_checkpoint(&mut self) {
+        self.tracker.begin_from(checkpoint(1)).unwrap();
+        self.safe = self.guest.iter().copied().map(Some).collect();
+        self.may_be_named.clear();
     }
 
     fn wrote(&mut self, page: u64) {
@@ -428,9 +462,13 @@ proptest! {
     #[test]
     fn no_sequence_of_sessions_loses_a_write(
         mode in 0..3_usize,
+        restored in any::<bool>(),
         steps in prop::collection::vec(step_or_forget(), 1..300),
     ) {
         let mut taker = Taker::new(MODES[mode]);
+        if restored {
+            taker.begins_from_a_checkpoint();
+        }
         for step in steps {
             taker.carry_out(step);
         }

@@ -245,7 +245,7 @@ impl Instance {
             Request::Status => Ok(Reply::Status(self.status()).into()),
             Request::Describe => self.describe(),
             Request::TrackStart { keep } => self.track_start(keep),
-            Request::Harvest => self.harvest(),
+            Request::Harvest { sparse } => self.harvest(sparse),
             Request::Take { space, first, count } => self.take(space, first, count),
             Request::Redirty => self.redirty(blob),
             Request::Baseline { checkpoint } => self.baseline(checkpoint),

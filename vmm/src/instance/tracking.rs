@@ -3,6 +3,7 @@
 use protocol::{
     checkpoint::name::CheckpointId,
     monitor::{MAX_THROTTLE_PERCENT, Phase, Reply, TrackingMode},
+    sparse,
 };
 
 use super::{Answer, Instance};
@@ -25,6 +26,11 @@ impl Instance {
     }
 
     pub(super) fn baseline(&mut self, checkpoint: Option<CheckpointId>) -> Result<Answer> {
+        if let (Phase::Prepared, Some(checkpoint), Some(vm)) = (self.phase, checkpoint, &mut self.vm) {
+            vm.tracker().begin_from(checkpoint)?;
+            tracing::debug!(%checkpoint, "the baseline of a VM that is restored");
+            return Ok(Reply::Done.into());
+        }
         let tracker = self.live("have a baseline")?.tracker();
         match checkpoint {
             Some(checkpoint) => tracker.set_baseline(checkpoint)?,
@@ -34,15 +40,22 @@ impl Instance {
         Ok(Reply::Done.into())
     }
 
-    pub(super) fn harvest(&mut self) -> Result<Answer> {
+    pub(super) fn harvest(&mut self, may_be_sparse: bool) -> Result<Answer> {
         let tracker = self.live("harvest dirty pages")?.tracker();
         let pages = tracker.harvest()?.iter().sum();
-        let mut blob = Vec::new();
+        let plain_bytes: usize = tracker.pending_words().map(|words| words.len() * 8).sum();
+        if may_be_sparse {
+            let blob = sparse::encode_words(tracker.pending_words());
+            // Never the longer one: the bound on memory is that plain sets fit a reply.
+            if blob.len() < plain_bytes {
+                return Ok(Answer { blob, ..Reply::Dirty { pages, sparse: true }.into() });
+            }
+        }
+        let mut blob = Vec::with_capacity(plain_bytes);
         for words in tracker.pending_words() {
-            blob.reserve(words.len() * 8);
             blob.extend(words.iter().flat_map(|word| word.to_le_bytes()));
         }
-        Ok(Answer { blob, ..Reply::Dirty { pages }.into() })
+        Ok(Answer { blob, ..Reply::Dirty { pages, sparse: false }.into() })
     }
 
     pub(super) fn take(&mut self, space: u16, first: u64, count: u64) -> Result<Answer> {

@@ -152,3 +152,61 @@ fn a_baseline_can_be_given_up_and_does_not_travel() {
     wait_until("running", || target.phase() == Phase::Running);
     target.terminate();
 }
+
+#[test]
+fn a_vm_that_is_restored_begins_with_the_checkpoint_it_is_restored_from() {
+    if !kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let vm = Running::boot(&directory, "vm", 2, test_images::counter());
+    let mut session = vm.session();
+    let (memory, layout, machine) = Memory::of(&mut session);
+    wait_until("counting", || memory.counter(1) > 0);
+    let kept = shelf();
+    session.track_start(false).unwrap();
+    checkpoint(&mut session, &layout, &memory, &kept);
+    let state = session.save().unwrap();
+    session.resume(None).unwrap();
+
+    for generation in 1..4 {
+        let restored = Running::incoming(&directory, &format!("restored-{generation}"));
+        let mut to = restored.session();
+        let prepared = to.prepare("restored", &layout, &machine).unwrap();
+        let there = Memory(prepared.memory.into_iter().next().unwrap().into());
+        let mut bytes = vec![0; MEMORY as usize];
+        kept.0.read_exact_at(&mut bytes, 0).unwrap();
+        assert!(to.set_baseline(None).is_err(), "there is none to forget");
+        // The order of the two does not matter: the host's log sees neither.
+        if generation % 2 == 0 {
+            there.0.write_all_at(&bytes, 0).unwrap();
+        }
+        to.set_baseline(Some(name(generation))).unwrap();
+        assert!(to.set_baseline(Some(name(9))).is_err(), "it has one");
+        if generation % 2 == 1 {
+            there.0.write_all_at(&bytes, 0).unwrap();
+        }
+        to.load(&state).unwrap();
+        assert!(to.set_baseline(Some(name(9))).is_err(), "loading has written to memory");
+        to.start(MIGRATION).unwrap();
+        assert!(there.counts());
+        drop(to);
+        wait_until("nobody holds it", || {
+            connect(&restored.path, Role::Query).unwrap().welcome().holder_pid.is_none()
+        });
+        let mut to = restored.session();
+        assert_eq!(to.welcome().baseline, Some(name(generation)));
+        assert_eq!(to.track_start(true).unwrap().baseline, Some(name(generation)));
+        // What was written to the checkpoint is the whole difference; `checkpoint` compares every byte.
+        let delta = shelf();
+        delta.0.write_all_at(&bytes, 0).unwrap();
+        let pages = checkpoint(&mut to, &layout, &there, &delta);
+        assert!((1..FEW).contains(&pages), "{pages}");
+        to.resume(None).unwrap();
+        to.set_baseline(Some(name(10 + generation))).unwrap();
+        drop(to);
+        restored.terminate();
+    }
+    drop(session);
+    vm.terminate();
+}
