@@ -1,8 +1,8 @@
 //! From a chain of checkpoints to a running workload.
 //!
 //! ```text
-//! manifests ─▶ state ─▶ prepare ─┬▶ eager: pages ─▶ load ─▶ start
-//!      └─▶ indexes, merged ──────┴▶ lazy:  load ─▶ expect ─▶ start ─▶ touched pages, all others ─▶ complete
+//! manifest ─▶ state ─▶ prepare ────────────────┬▶ eager: pages ─▶ load ─▶ start
+//!      └─▶ older manifests, indexes, merged ───┴▶ lazy:  load ─▶ expect ─▶ start ─▶ touched pages, all others ─▶ complete
 //! ```
 //!
 //! # Nothing half
@@ -21,6 +21,7 @@ pub mod plan;
 mod order;
 mod touches;
 pub(crate) mod fetch;
+mod gather;
 pub mod image;
 pub(crate) mod eager;
 mod lazy;
@@ -36,8 +37,8 @@ use crate::outbound::new_migration_id;
 use crate::vault::{Committed, Vault};
 use fetch::Fetch;
 pub use group::{Open, restore_group};
-use lazy::Serving;
-use plan::Merge;
+use lazy::{Pages, Serving};
+use plan::Sums;
 use protocol::MigrationId;
 use protocol::checkpoint::name::CheckpointId;
 use protocol::checkpoint::object::Digest;
@@ -79,10 +80,9 @@ pub fn restore(
     observer: &mut dyn FnMut(&Event),
 ) -> Result<Report> {
     let mut clock = Clock::start(observer);
-    let chain = clock.time(Step::Chain, |_| vault.chain(id))?;
-    let newest = newest(&chain, id)?;
+    let newest = &clock.time(Step::Chain, |_| vault.manifest(id))?;
     let migration = name_of(&newest.digest)?;
-    let run = Run { vault, chain: &chain, newest, migration, options, cancel };
+    let run = Run { vault, newest, migration, options, cancel };
     run.restore(destination, &mut clock)
 }
 
@@ -100,19 +100,14 @@ pub fn take_up(
     observer: &mut dyn FnMut(&Event),
 ) -> Result<Report> {
     let mut clock = Clock::start(observer);
-    let chain = clock.time(Step::Chain, |_| vault.chain(id))?;
-    let newest = newest(&chain, id)?;
+    let newest = &clock.time(Step::Chain, |_| vault.manifest(id))?;
     if mark(&newest.digest) != migration.0 >> 64 {
         return Err(Error::Workload(format!(
             "the VM was not restored from checkpoint {id}, so its missing pages are not there: name the one it was restored from"
         )));
     }
-    let run = Run { vault, chain: &chain, newest, migration, options, cancel };
+    let run = Run { vault, newest, migration, options, cancel };
     run.take_up(destination, &mut clock)
-}
-
-fn newest(chain: &[Committed], id: CheckpointId) -> Result<&Committed> {
-    chain.first().ok_or_else(|| Error::Store(format!("checkpoint {id}: its chain is empty")))
 }
 
 /// The half of a restore's name that stands for the checkpoint: the beginning of its manifest's digest.
@@ -129,7 +124,6 @@ fn name_of(digest: &Digest) -> Result<MigrationId> {
 /// One restore.
 struct Run<'a> {
     vault: &'a Vault,
-    chain: &'a [Committed],
     newest: &'a Committed,
     migration: MigrationId,
     options: &'a Options,
@@ -171,47 +165,52 @@ impl Run<'_> {
             Error::Refused { code, reason }
         };
         let ready = prepared.map_err(refused).and(gathered);
-        let gathered = match ready {
-            Ok(gathered) => gathered,
+        let found = match ready {
+            Ok(found) => found,
             Err(error) => return Err(discarded(destination, error)),
         };
-        if self.options.lazy && gathered.fetch.plan().data_pages() > 0 {
-            self.lazily(destination, &gathered, &state, clock)
+        if self.options.lazy && found.fetch.plan().data_pages() > 0 {
+            self.lazily(destination, &found, &state, clock)
         } else {
-            self.eagerly(destination, &gathered, &state, clock)
+            self.eagerly(destination, &found, &state, clock)
         }
     }
 
     /// Goes on with a workload that was started already.
     fn take_up(&self, destination: &dyn Destination, clock: &mut Clock<'_>) -> Result<Report> {
-        let gathered = clock.time(Step::Indexes, |_| self.gather())?;
+        let found = clock.time(Step::Indexes, |_| self.gather())?;
         let workload = destination.take_up(self.migration)?.ok_or_else(|| {
             Error::Workload("the VM misses no pages any more: there is nothing to take up".into())
         })?;
         let running_us = clock.elapsed_us();
-        self.serve(workload.as_ref(), &gathered, running_us, clock)
+        found.fetch.open_all()?;
+        self.serve(workload.as_ref(), &found, Pages::of(&found.fetch, &found.recorded), running_us, clock)
     }
 
     /// Reads what tells where the pages lie, and what earlier restores recorded.
-    fn gather(&self) -> Result<Gathered> {
+    fn gather(&self) -> Result<Found> {
         let manifest = &self.newest.manifest;
-        let (fetch, links) = pages_of(self.vault, self.chain, self.cancel)?;
+        let chain = self.vault.chain_of(self.newest.clone())?;
+        let (plan, merged_links) = gather::merged(self.vault, &chain, Sums::Few, self.cancel)?;
+        let fetch = Fetch::new(self.vault.clone(), plan);
         let recorded =
             if self.options.lazy { self.vault.touched(manifest.id, &manifest.layout) } else { Vec::new() };
-        Ok(Gathered { fetch, links, recorded: touches::merged(&recorded) })
+        Ok(Found { links: chain.len() as u64, merged_links, fetch, recorded: touches::merged(&recorded) })
     }
 
     fn eagerly(
         &self,
         mut destination: Box<dyn Destination>,
-        gathered: &Gathered,
+        found: &Found,
         state: &[u8],
         clock: &mut Clock<'_>,
     ) -> Result<Report> {
         let memory = destination.memory();
         let (threads, cancel) = (self.options.threads, self.cancel);
-        let read = clock
-            .time(Step::Read, |observer| eager::read(&gathered.fetch, &*memory, threads, cancel, observer));
+        let read = clock.time(Step::Read, |observer| {
+            found.fetch.open_all()?;
+            eager::read(&found.fetch, &*memory, threads, cancel, observer)
+        });
         let ready = read
             .and_then(|()| clock.time(Step::Load, |_| self.load(destination.as_mut(), state)))
             .and_then(|()| cancel.pass());
@@ -226,7 +225,7 @@ impl Run<'_> {
             running_us,
             missing_pages: 0,
         });
-        Ok(self.report(name, gathered, running_us, None, clock))
+        Ok(self.report(name, found, running_us, None, clock))
     }
 
     /// Tracks the workload from its first instruction on, and loads its state.
@@ -241,27 +240,34 @@ impl Run<'_> {
     fn lazily(
         &self,
         mut destination: Box<dyn Destination>,
-        gathered: &Gathered,
+        found: &Found,
         state: &[u8],
         clock: &mut Clock<'_>,
     ) -> Result<Report> {
-        let missing = &gathered.fetch.plan().data;
-        let loaded = clock.time(Step::Load, |_| self.load(destination.as_mut(), state));
-        let ready = loaded
-            .and_then(|()| clock.time(Step::Expect, |_| destination.expect(missing)))
-            .and_then(|()| self.cancel.pass());
-        if let Err(error) = ready {
-            return Err(discarded(destination, error));
-        }
+        let fetch = &found.fetch;
+        // What is touched first shall not wait for what can be done now.
+        let (ready, pages) = thread::scope(|scope| {
+            let pages = scope.spawn(|| fetch.open_all().map(|()| Pages::of(fetch, &found.recorded)));
+            let loaded = clock.time(Step::Load, |_| self.load(destination.as_mut(), state));
+            let expected =
+                loaded.and_then(|()| clock.time(Step::Expect, |_| destination.expect(&fetch.plan().data)));
+            (expected, joined(pages.join()))
+        });
+        let ready = ready.and(pages).and_then(|pages| self.cancel.pass().map(|()| pages));
+        let pages = match ready {
+            Ok(pages) => pages,
+            Err(error) => return Err(discarded(destination, error)),
+        };
         let workload = clock.time(Step::Start, |_| destination.start_incomplete(self.migration))?;
         let running_us = clock.elapsed_us();
-        self.serve(workload.as_ref(), gathered, running_us, clock)
+        self.serve(workload.as_ref(), found, pages, running_us, clock)
     }
 
     fn serve(
         &self,
         workload: &dyn Incomplete,
-        gathered: &Gathered,
+        found: &Found,
+        pages: Pages<'_>,
         running_us: u64,
         clock: &mut Clock<'_>,
     ) -> Result<Report> {
@@ -273,32 +279,31 @@ impl Run<'_> {
             missing_pages,
         });
         let (threads, cancel) = (self.options.threads, self.cancel);
-        let served = clock.time(Step::Stream, |observer| {
-            Serving::new(workload, &gathered.fetch, &gathered.recorded)?.run(threads, cancel, observer)
-        });
+        let served = clock
+            .time(Step::Stream, |observer| Serving::new(workload, pages)?.run(threads, cancel, observer));
         let (recorder, lazily) = served?;
         // A store that cannot be written to is as good to read from.
         if let Err(error) = self.vault.put_touched(self.newest.manifest.id, recorder.runs()) {
             tracing::info!(%error, "what was touched first is not recorded");
         }
-        Ok(self.report(workload.name().into(), gathered, running_us, Some(lazily), clock))
+        Ok(self.report(workload.name().into(), found, running_us, Some(lazily), clock))
     }
 
     fn report(
         &self,
         name: String,
-        gathered: &Gathered,
+        found: &Found,
         running_us: u64,
         lazily: Option<Lazily>,
         clock: &Clock<'_>,
     ) -> Report {
-        let (manifest, plan) = (&self.newest.manifest, gathered.fetch.plan());
+        let (manifest, plan) = (&self.newest.manifest, found.fetch.plan());
         Report {
             checkpoint: manifest.id,
             migration: self.migration,
             name,
-            links: self.chain.len() as u64,
-            merged_links: gathered.links,
+            links: found.links,
+            merged_links: found.merged_links,
             memory_bytes: manifest.layout.total_bytes(),
             data_pages: plan.data_pages(),
             stored_bytes: plan.stored_bytes(),
@@ -311,34 +316,30 @@ impl Run<'_> {
 }
 
 /// What tells where the pages lie.
-struct Gathered {
-    fetch: Fetch,
-    /// How many indexes were read.
+struct Found {
+    /// Links of the chain.
     links: u64,
+    /// How many indexes were merged.
+    merged_links: u64,
+    /// The pages; no segment was opened yet.
+    fetch: Fetch,
     /// What earlier restores touched first.
     recorded: Vec<PageRun>,
 }
 
-/// The pages of a chain, newest first: merges the indexes until no page is left of which an older one could tell, and opens every segment
-/// that will be read. Answers how many indexes that took, too.
-pub(crate) fn pages_of(vault: &Vault, chain: &[Committed], cancel: &CancelFlag) -> Result<(Fetch, u64)> {
-    let Some(newest) = chain.first() else { return Err(Error::Store("a chain is empty".into())) };
-    let (mut merge, mut links) = (Merge::new(&newest.manifest.layout), 0);
-    for link in chain {
-        if merge.is_complete() {
-            break;
-        }
-        cancel.check()?;
-        merge.add(&link.manifest.segments, &vault.index(&link.manifest)?);
-        links += 1;
-    }
-    let fetch = Fetch::new(vault.clone(), merge.finish());
+/// The pages of a chain, newest first; every segment that will be read was found.
+///
+/// # Errors
+/// `Store` naming checkpoint and object, `Interrupted`.
+pub(crate) fn pages_of(vault: &Vault, chain: &[Committed], sums: Sums, cancel: &CancelFlag) -> Result<Fetch> {
+    let (plan, _) = gather::merged(vault, chain, sums, cancel)?;
+    let fetch = Fetch::new(vault.clone(), plan);
     fetch.open_all()?;
-    Ok((fetch, links))
+    Ok(fetch)
 }
 
 fn joined<T>(result: thread::Result<Result<T>>) -> Result<T> {
-    result.unwrap_or_else(|_| Err(Error::Host("the thread that read the indexes ended unexpectedly".into())))
+    result.unwrap_or_else(|_| Err(Error::Host("a thread that read the store ended unexpectedly".into())))
 }
 
 /// Nothing is started.

@@ -14,6 +14,7 @@ use crate::cancel::CancelFlag;
 use crate::destination::PageMemory;
 use crate::error::{Error, Result};
 use crate::restore::fetch::{Fetch, Scratch};
+use crate::restore::plan::Sums;
 use crate::restore::{eager, pages_of};
 use crate::seal::StoreKey;
 use crate::vault::{Committed, Vault};
@@ -57,7 +58,7 @@ impl Seed {
             checkpoint: id,
             manifest: HexDigest(newest.digest),
         };
-        Ok(Self { name, fetch: pages_of(vault, &chain, cancel)?.0 })
+        Ok(Self { name, fetch: pages_of(vault, &chain, Sums::All, cancel)? })
     }
 
     /// What the destination knows it by.
@@ -92,11 +93,10 @@ impl Seed {
         let Some(need) = plan.needs.get(extent) else { return Ok(()) };
         live.clear();
         let mut alike = false;
-        for part in plan.parts(need) {
+        for (part, sums) in plan.parts_and_sums(need) {
             let start = live.len();
             live.resize(start + part.run.bytes(), 0);
             read(part.run, &mut live[start..])?;
-            let sums = plan.sums(need).get(usize::from(part.page)..).unwrap_or_default();
             let pages = live[start..].as_chunks::<PAGE_SIZE>().0.iter();
             alike |= pages.zip(sums).any(|(page, sum)| XxHash3_64::oneshot(page) == *sum);
         }
@@ -163,7 +163,7 @@ impl Stores {
                 vault.place()
             )));
         }
-        let (fetch, _) = pages_of(vault, &chain, cancel)?;
+        let fetch = pages_of(vault, &chain, Sums::Few, cancel)?;
         if let Err(error) = eager::read(&fetch, memory, THREADS, cancel, &mut |_| {}) {
             for (space, data) in (0..).map(SpaceId).zip(&fetch.plan().data) {
                 data.runs(space, ZERO_PAGES).try_for_each(|run| memory.zero(run)).map_err(|cannot| {

@@ -28,7 +28,7 @@ pub use write::{RAW_EXTENT_PAGES, SegmentWriter, ZSTD_EXTENT_PAGES};
 use crate::error::{Error, Result};
 use crate::seal::{SALT_BYTES, Sealer, StoreKey};
 use crate::store::Store;
-use protocol::checkpoint::index::Index;
+use protocol::checkpoint::index::{Index, Rows};
 use protocol::checkpoint::manifest::{
     HexDigest, MAX_JSON_BYTES, Manifest, Part, StoreInfo, from_json, to_json,
 };
@@ -193,27 +193,34 @@ impl Vault {
         self.put(kind, name, &json)
     }
 
-    /// Reads the body of an object, of at most so many bytes; `part` is what another object says of it.
+    /// Reads the body of an object; `part` is what another object says of it.
     ///
     /// # Errors
     /// `Store` when there is none, or it is not what it should be.
-    fn read(&self, kind: Kind, name: &str, part: Option<&Part>, limit_bytes: u64) -> Result<(Vec<u8>, Part)> {
+    fn read(&self, kind: Kind, name: &str, part: Option<&Part>) -> Result<(Vec<u8>, Part)> {
+        let mut bytes = Vec::new();
+        self.load(kind, name, part, &mut bytes)?;
+        self.open_object(kind, name, bytes, part)
+    }
+
+    /// Reads all of an object into a buffer; what that held is of no use any more.
+    fn load(&self, kind: Kind, name: &str, part: Option<&Part>, bytes: &mut Vec<u8>) -> Result<()> {
         let wrong = self.wrong(name);
         let reader = self.store.open(name)?;
         let found = reader.bytes();
         if let Some(part) = part.filter(|part| part.bytes != found) {
             return Err(wrong.damaged(&format!("it has {found} bytes and not {}", part.bytes)));
         }
-        if found > limit_bytes.saturating_add(FRAME_BYTES) {
+        if found > limit_bytes(kind).saturating_add(FRAME_BYTES) {
             return Err(wrong.damaged(&format!("its {found} bytes are more than {} has", what(kind))));
         }
-        let mut bytes = Vec::new();
+        let length = usize::try_from(found).unwrap_or(usize::MAX);
         bytes
-            .try_reserve_exact(usize::try_from(found).unwrap_or(usize::MAX))
+            .try_reserve_exact(length.saturating_sub(bytes.len()))
             .map_err(|_| Error::Host(format!("there is no memory for the {found} bytes of {name}")))?;
-        bytes.resize(found as usize, 0);
-        reader.read_at(0, &mut bytes)?;
-        self.open_object(kind, name, bytes, part)
+        // What it held is overwritten, and need not be cleared.
+        bytes.resize(length, 0);
+        reader.read_at(0, bytes)
     }
 
     /// The body of an object whose bytes were read already, from here or elsewhere, and what it is known by.
@@ -227,9 +234,22 @@ impl Vault {
         mut bytes: Vec<u8>,
         part: Option<&Part>,
     ) -> Result<(Vec<u8>, Part)> {
+        let (start, part) = self.check_object(kind, name, &mut bytes, part)?;
+        bytes.drain(..start);
+        Ok((bytes, part))
+    }
+
+    /// Checks an object, opens it if it is sealed, and answers where its body begins: it goes to the end.
+    fn check_object(
+        &self,
+        kind: Kind,
+        name: &str,
+        bytes: &mut Vec<u8>,
+        part: Option<&Part>,
+    ) -> Result<(usize, Part)> {
         let wrong = self.wrong(name);
         let found = bytes.len() as u64;
-        let object = object::decode(&bytes, kind, what(kind)).map_err(|error| wrong.undecodable(&error))?;
+        let object = object::decode(bytes, kind, what(kind)).map_err(|error| wrong.undecodable(&error))?;
         if let Some(part) = part.filter(|part| part.digest.0 != object.digest) {
             let why = format!("its digest is {} and not {}", HexDigest(object.digest), part.digest);
             return Err(wrong.damaged(&why));
@@ -241,11 +261,12 @@ impl Vault {
                 if sealed { "it is sealed, the store is not" } else { "it is not sealed, the store is" };
             return Err(wrong.damaged(why));
         }
-        bytes.drain(..object::HEADER_BYTES);
+        let mut start = object::HEADER_BYTES;
         if let Some(sealer) = sealer {
-            sealer.open_body(name, &mut bytes)?;
+            bytes.drain(..std::mem::take(&mut start));
+            sealer.open_body(name, bytes)?;
         }
-        Ok((bytes, Part { bytes: found, digest }))
+        Ok((start, Part { bytes: found, digest }))
     }
 
     /// Reads the body of an object of which another says length and digest.
@@ -253,7 +274,7 @@ impl Vault {
     /// # Errors
     /// `Store` when there is none, or it is another one, or damaged; or longer than any of its kind.
     pub fn get(&self, kind: Kind, name: &str, part: &Part) -> Result<Vec<u8>> {
-        Ok(self.read(kind, name, Some(part), limit_bytes(kind))?.0)
+        Ok(self.read(kind, name, Some(part))?.0)
     }
 
     /// Reads an object that is JSON, and what it is known by.
@@ -261,7 +282,7 @@ impl Vault {
     /// # Errors
     /// As `get`, and when it is not the JSON it should be.
     pub fn get_json<T: DeserializeOwned>(&self, kind: Kind, name: &str) -> Result<(T, Part)> {
-        let (json, part) = self.read(kind, name, None, limit_bytes(kind))?;
+        let (json, part) = self.read(kind, name, None)?;
         let value = from_json(what(kind), &json).map_err(|error| self.wrong(name).damaged(&error))?;
         Ok((value, part))
     }
@@ -271,17 +292,28 @@ impl Vault {
     /// # Errors
     /// `Store`.
     pub fn index(&self, manifest: &Manifest) -> Result<Index> {
+        let mut buffer = Vec::new();
+        Ok(self.index_rows(manifest, &mut buffer)?.into())
+    }
+
+    /// The same for whoever goes through it once, in a buffer that many of them may use in turn.
+    ///
+    /// # Errors
+    /// `Store`.
+    pub(crate) fn index_rows<'a>(&self, manifest: &Manifest, buffer: &'a mut Vec<u8>) -> Result<Rows<'a>> {
         let name = name::index(manifest.id);
-        let body = self.get(Kind::Index, &name, &manifest.index)?;
-        let index = Index::decode(&manifest.layout, manifest.segments.len() as u32, &body);
-        let index = index.map_err(|error| self.wrong(&name).damaged(&error))?;
+        self.load(Kind::Index, &name, Some(&manifest.index), buffer)?;
+        let (start, _) = self.check_object(Kind::Index, &name, buffer, Some(&manifest.index))?;
+        let body = buffer.get(start..).unwrap_or_default();
+        let rows = Rows::check(&manifest.layout, manifest.segments.len() as u32, body);
+        let rows = rows.map_err(|error| self.wrong(&name).damaged(&error))?;
         let inside = |extent: &protocol::checkpoint::index::Extent| {
             let segment = manifest.segments.get(extent.segment as usize);
             let end = extent.offset.checked_add(u64::from(extent.stored_bytes));
             segment.zip(end).is_some_and(|(segment, end)| end <= segment.bytes)
         };
-        match index.extents.iter().position(|extent| !inside(extent)) {
-            None => Ok(index),
+        match rows.extents().iter().position(|extent| !inside(extent)) {
+            None => Ok(rows),
             Some(at) => Err(self.wrong(&name).damaged(&format!("extent {at} leaves its segment"))),
         }
     }

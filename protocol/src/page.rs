@@ -181,6 +181,41 @@ impl PageSet {
         self.each_mask(first, count, |word, mask| *word |= mask);
     }
 
+    /// Puts `count` pages from `first` on into the set, and tells which of them it did not have, as runs: first page and pages,
+    /// ascending, as long as they can be. What lies outside the space is ignored.
+    pub fn insert_new(&mut self, first: u64, count: u64, mut each: impl FnMut(u64, u64)) {
+        // The run that may go on in the next word.
+        let (mut start, mut end) = (0, 0);
+        let mut at = first;
+        let limit = first.saturating_add(count).min(self.pages);
+        while at < limit {
+            let base = at / 64 * 64;
+            let upto = (base + 64).min(limit);
+            let word = &mut self.words[(at / 64) as usize];
+            let mask = (u64::MAX >> (64 - (upto - at))) << (at % 64);
+            let mut new = mask & !*word;
+            *word |= mask;
+            while new != 0 {
+                let skipped = new.trailing_zeros();
+                let ones = (new >> skipped).trailing_ones();
+                let found = base + u64::from(skipped);
+                if found != end {
+                    if start < end {
+                        each(start, end - start);
+                    }
+                    start = found;
+                }
+                end = found + u64::from(ones);
+                // A shift by 64 is none: then this was the last run of the word.
+                new &= u64::MAX.checked_shl(skipped + ones).unwrap_or(0);
+            }
+            at = upto;
+        }
+        if start < end {
+            each(start, end - start);
+        }
+    }
+
     /// Takes `count` pages from `first` on out of the set; what lies outside the space is ignored.
     pub fn remove(&mut self, first: u64, count: u64) {
         self.each_mask(first, count, |word, mask| *word &= !mask);
@@ -291,7 +326,18 @@ mod tests {
             for (insert, first, count) in edits {
                 let range = first..(first + count).min(pages);
                 if insert {
+                    let new: Vec<u64> = range.clone().filter(|page| !model.contains(page)).collect();
+                    let (mut told, mut runs) = (Vec::new(), 0);
+                    let mut other = set.clone();
+                    other.insert_new(first, count, |first, count| {
+                        told.extend(first..first + count);
+                        runs += 1;
+                    });
+                    let breaks = new.windows(2).filter(|pair| pair[0] + 1 < pair[1]).count();
+                    prop_assert_eq!(runs, if new.is_empty() { 0 } else { breaks + 1 });
+                    prop_assert_eq!(told, new);
                     set.insert(first, count);
+                    prop_assert_eq!(&other, &set);
                     model.extend(range);
                 } else {
                     set.remove(first, count);

@@ -3,7 +3,6 @@
 use super::plan::{Need, Part, Plan};
 use crate::error::{Error, Result};
 use crate::vault::{SegmentReader, Unpacker, Vault};
-use protocol::checkpoint::segment::Encoding;
 use protocol::page::{PAGE_SIZE, PageRun};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -29,8 +28,8 @@ pub(crate) struct Scratch {
 enum Way {
     /// All of it, checked by its digest.
     Whole(Range<u64>),
-    /// Only what is needed, checked page by page: the ranges, and the parts they are for.
-    Parts(Vec<(Range<u64>, Part)>),
+    /// Only what is needed, checked page by page: the range of each part.
+    Parts(Vec<Range<u64>>),
 }
 
 impl Fetch {
@@ -48,7 +47,7 @@ impl Fetch {
     ///
     /// # Errors
     /// `Store` naming the first that is not.
-    pub(super) fn open_all(&self) -> Result<()> {
+    pub(crate) fn open_all(&self) -> Result<()> {
         (0..self.readers.len()).try_for_each(|segment| self.reader(segment).map(drop))
     }
 
@@ -94,7 +93,7 @@ impl Fetch {
         for way in &ways {
             match way {
                 Way::Whole(range) => ranges.push(range.clone()),
-                Way::Parts(parts) => ranges.extend(parts.iter().map(|(range, _)| range.clone())),
+                Way::Parts(parts) => ranges.extend(parts.iter().cloned()),
             }
         }
         let bytes: u64 = ranges.iter().map(|range| range.end - range.start).sum();
@@ -118,9 +117,8 @@ impl Fetch {
                         sink(part.run, bytes_of(part, pages)?)?;
                     }
                 }
-                Way::Parts(parts) => {
-                    for (range, part) in parts {
-                        let sums = self.plan.sums(need);
+                Way::Parts(ranges) => {
+                    for (range, (part, sums)) in ranges.iter().zip(self.plan.parts_and_sums(need)) {
                         let pages = reader.decode_part(
                             &need.extent,
                             part.page,
@@ -139,12 +137,10 @@ impl Fetch {
     /// Pages of a raw extent are read alone where less than half of it is needed.
     fn way(&self, reader: &SegmentReader, need: &Need) -> Way {
         let parts = self.plan.parts(need);
-        let few = self.plan.pages(need) * 2 < u64::from(need.extent.pages);
         // No part leaves its extent of at most 256 pages.
-        let alone = |part: &Part| Some((reader.part(&need.extent, part.page, part.run.count as u16)?, *part));
-        let ranges = (few && need.extent.encoding == Encoding::Raw)
-            .then(|| parts.iter().map(alone).collect())
-            .flatten();
+        let alone = |part: &Part| reader.part(&need.extent, part.page, part.run.count as u16);
+        let few = need.is_few(self.plan.pages(need));
+        let ranges = few.then(|| parts.iter().map(alone).collect()).flatten();
         ranges.map_or_else(|| Way::Whole(reader.whole(&need.extent)), Way::Parts)
     }
 

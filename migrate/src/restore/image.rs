@@ -2,9 +2,10 @@
 
 use super::eager::{GAP_BYTES, GROUP_BYTES};
 use super::fetch::{Fetch, Scratch};
-use super::plan::{Merge, Plan};
+use super::pages_of;
+use super::plan::{Plan, Sums};
 use crate::cancel::CancelFlag;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::vault::{Committed, Vault};
 use protocol::checkpoint::name::CheckpointId;
 use protocol::checkpoint::segment::Encoding;
@@ -26,17 +27,7 @@ impl Image {
     /// `Store` naming checkpoint and object.
     pub fn open(vault: &Vault, id: CheckpointId) -> Result<Self> {
         let chain = vault.chain(id)?;
-        let newest =
-            chain.first().ok_or_else(|| Error::Store(format!("checkpoint {id}: its chain is empty")))?;
-        let mut merge = Merge::new(&newest.manifest.layout);
-        for link in &chain {
-            if merge.is_complete() {
-                break;
-            }
-            merge.add(&link.manifest.segments, &vault.index(&link.manifest)?);
-        }
-        let fetch = Fetch::new(vault.clone(), merge.finish());
-        fetch.open_all()?;
+        let fetch = pages_of(vault, &chain, Sums::Few, &CancelFlag::default())?;
         Ok(Self { chain, fetch })
     }
 

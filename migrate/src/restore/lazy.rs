@@ -54,6 +54,28 @@ struct State {
     stop: bool,
 }
 
+/// Where the pages lie, and in which order they come if nobody asks.
+pub(super) struct Pages<'a> {
+    fetch: &'a Fetch,
+    places: Places,
+    order: Order,
+    recorded_extents: u64,
+}
+
+impl<'a> Pages<'a> {
+    /// `recorded` is what earlier restores touched first.
+    pub(super) fn of(fetch: &'a Fetch, recorded: &[PageRun]) -> Self {
+        let plan = fetch.plan();
+        let places = Places::of(plan);
+        let pages = recorded.iter().flat_map(|run| (run.first..run.end()).map(|page| (run.space, page)));
+        let mut first: Vec<u32> = pages.filter_map(|(space, page)| places.need(space, page)).collect();
+        let order = Order::new(plan.needs.len(), first.iter().copied().chain(places.by_address()));
+        first.sort_unstable();
+        first.dedup();
+        Self { fetch, places, order, recorded_extents: first.len() as u64 }
+    }
+}
+
 /// A running workload and where its pages come from.
 pub(super) struct Serving<'a> {
     workload: &'a dyn Incomplete,
@@ -65,11 +87,10 @@ pub(super) struct Serving<'a> {
 }
 
 impl<'a> Serving<'a> {
-    /// `recorded` is what earlier restores touched first.
-    ///
     /// # Errors
     /// `Workload` when the workload misses what the checkpoint does not have: it is of another one.
-    pub(super) fn new(workload: &'a dyn Incomplete, fetch: &'a Fetch, recorded: &[PageRun]) -> Result<Self> {
+    pub(super) fn new(workload: &'a dyn Incomplete, pages: Pages<'a>) -> Result<Self> {
+        let Pages { fetch, places, mut order, recorded_extents } = pages;
         let plan = fetch.plan();
         let fits = workload.missing().len() == plan.data.len();
         let strange = |(missing, data): (&protocol::page::PageSet, &protocol::page::PageSet)| {
@@ -83,22 +104,18 @@ impl<'a> Serving<'a> {
                 workload.name()
             )));
         }
-        let places = Places::of(plan);
-        let pages = recorded.iter().flat_map(|run| (run.first..run.end()).map(|page| (run.space, page)));
-        let first: Vec<u32> = pages.filter_map(|(space, page)| places.need(space, page)).collect();
-        let mut order = Order::new(plan.needs.len(), first.iter().copied().chain(places.by_address()));
-        for (number, need) in (0..).zip(&plan.needs) {
-            let missing = |run: &PageRun| {
-                workload.missing()[usize::from(run.space.0)].count_in(run.first, u64::from(run.count)) > 0
-            };
-            if !plan.parts(need).iter().any(|part| missing(&part.run)) {
-                order.placed(number);
+        // A workload that was just started misses all of it.
+        if workload.missing() != plan.data {
+            for (number, need) in (0..).zip(&plan.needs) {
+                let missing = |run: &PageRun| {
+                    workload.missing()[usize::from(run.space.0)].count_in(run.first, u64::from(run.count)) > 0
+                };
+                if !plan.parts(need).iter().any(|part| missing(&part.run)) {
+                    order.placed(number);
+                }
             }
         }
-        let mut recorded = first;
-        recorded.sort_unstable();
-        recorded.dedup();
-        let report = Lazily { recorded_extents: recorded.len() as u64, ..Lazily::default() };
+        let report = Lazily { recorded_extents, ..Lazily::default() };
         let missing_pages = workload.missing().iter().map(protocol::page::PageSet::count).sum();
         let state = State {
             order,

@@ -4,8 +4,9 @@
 //! version of it, and is read once. Zeros need no reading, because the memory they go to is new. What is left is put in the order in
 //! which it lies in the store, so that a disk reads forwards; an extent that several links share is read once for all of them.
 
-use protocol::checkpoint::index::{At, Extent, Index};
+use protocol::checkpoint::index::{At, Extent, Rows};
 use protocol::checkpoint::manifest::Segment;
+use protocol::checkpoint::segment::Encoding;
 use protocol::layout::Layout;
 use protocol::page::{PageRun, PageSet, SpaceId};
 use std::collections::HashMap;
@@ -18,10 +19,26 @@ pub struct Need {
     pub segment: u32,
     /// Where it lies there, and what it must be.
     pub extent: Extent,
-    /// Which of the plan's sums are those of its pages, all of them.
-    pub sums: Range<usize>,
     /// Which of the plan's parts are its.
     pub parts: Range<usize>,
+    /// Where the sums of their pages begin among the plan's, one behind the other, if they were kept.
+    sums: Option<usize>,
+}
+
+impl Need {
+    /// Whether so few pages of it are needed that they are read alone, where that can be: less than half.
+    pub fn is_few(&self, pages: u64) -> bool {
+        self.extent.encoding == Encoding::Raw && pages * 2 < u64::from(self.extent.pages)
+    }
+}
+
+/// Which sums a plan keeps. To restore, only those pages are checked by them that are read alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sums {
+    /// Those of all pages that are needed.
+    All,
+    /// Those of extents of which few pages are.
+    Few,
 }
 
 /// Some pages of an extent, and where they go.
@@ -52,9 +69,29 @@ impl Plan {
         &self.parts[need.parts.clone()]
     }
 
-    /// The sums of all pages of an extent.
-    pub fn sums(&self, need: &Need) -> &[u64] {
-        &self.sums[need.sums.clone()]
+    /// The same, each with the sums of its pages, or none where they were not kept.
+    pub fn parts_and_sums(&self, need: &Need) -> impl Iterator<Item = (&Part, &[u64])> {
+        let mut rest = need.sums.and_then(|start| self.sums.get(start..)).unwrap_or_default();
+        self.parts(need).iter().map(move |part| {
+            let (sums, behind) = rest.split_at_checked(part.run.count as usize).unwrap_or_default();
+            rest = behind;
+            (part, sums)
+        })
+    }
+
+    /// One need for those that several links have of one extent.
+    fn joined(&mut self, first: &Need, same: &[Need]) -> Need {
+        let pairs = same.iter().flat_map(|need| self.parts_and_sums(need));
+        let mut pairs: Vec<_> = pairs.map(|(part, sums)| (*part, sums.to_vec())).collect();
+        pairs.sort_by_key(|(part, _)| part.page);
+        let (parts, sums) = (self.parts.len(), self.sums.len());
+        for (part, its) in pairs {
+            self.parts.push(part);
+            self.sums.extend(its);
+        }
+        // Few of all of them are few of each.
+        let sums = same.iter().all(|need| need.sums.is_some()).then_some(sums);
+        Need { parts: parts..self.parts.len(), sums, ..first.clone() }
     }
 
     /// Pages of it that are needed.
@@ -103,17 +140,25 @@ pub struct Merge {
     uncovered_pages: u64,
     known: HashMap<Segment, u32>,
     plan: Plan,
+    kept: Sums,
+    /// Parts of the link that is being added, by address, each with its extent. It lies here to be made once.
+    found: Vec<(u32, Part)>,
 }
+
+/// So many parts are put in the order of their extents at once, or some more: more than a delta mostly has, and few enough for a cache.
+const BATCH: usize = 1 << 14;
 
 impl Merge {
     /// Nothing is known of any page.
-    pub fn new(layout: &Layout) -> Self {
+    pub fn new(layout: &Layout, kept: Sums) -> Self {
         let empty = || layout.spaces.iter().map(|space| PageSet::empty(space.pages)).collect();
         Self {
             covered: empty(),
             uncovered_pages: layout.total_pages(),
             known: HashMap::new(),
             plan: Plan { data: empty(), ..Plan::default() },
+            kept,
+            found: Vec::new(),
         }
     }
 
@@ -122,78 +167,113 @@ impl Merge {
         self.uncovered_pages == 0
     }
 
-    /// Adds the next older link: its index, decoded for this layout and so many segments.
-    pub fn add(&mut self, segments: &[Segment], index: &Index) {
-        let mut found: Vec<(u32, Part)> = Vec::new();
-        for placed in &index.runs {
-            let Some(covered) = self.covered.get_mut(usize::from(placed.run.space.0)) else { continue };
-            let mut at = placed.run.first;
-            while let Some(first) = covered.next_clear_before(at, placed.run.end()) {
-                let end = covered.next_set_before(first, placed.run.end()).unwrap_or(placed.run.end());
-                if let At::Extent { extent, page } = placed.at {
-                    let run = PageRun { first, count: (end - first) as u32, ..placed.run };
-                    // It lies in an extent of at most 256 pages.
-                    found.push((extent, Part { page: page + (first - placed.run.first) as u16, run }));
-                }
-                at = end;
-            }
-            let before = covered.count_in(placed.run.first, u64::from(placed.run.count));
-            covered.insert(placed.run.first, u64::from(placed.run.count));
-            self.uncovered_pages -= u64::from(placed.run.count) - before;
-        }
-        found.sort_by_key(|(extent, part)| (*extent, part.page));
+    /// Adds the next older link: its index, checked for this layout and so many segments.
+    pub fn add(&mut self, segments: &[Segment], index: &Rows<'_>) {
         let starts = index.sum_starts();
-        for group in found.chunk_by(|(a, _), (b, _)| a == b) {
-            self.need(segments, index, &starts, group);
+        let mut known = vec![None; segments.len()];
+        for placed in index.runs() {
+            let space = usize::from(placed.run.space.0);
+            let Some((covered, data)) = self.covered.get_mut(space).zip(self.plan.data.get_mut(space)) else {
+                continue;
+            };
+            covered.insert_new(placed.run.first, u64::from(placed.run.count), |first, count| {
+                self.uncovered_pages -= count;
+                if let At::Extent { extent, page } = placed.at {
+                    data.insert(first, count);
+                    // It lies in an extent of at most 256 pages.
+                    let page = page + (first - placed.run.first) as u16;
+                    let run = PageRun { first, count: count as u32, ..placed.run };
+                    self.found.push((extent, Part { page, run }));
+                }
+            });
+            if self.found.len() >= BATCH {
+                self.batch(segments, index, &starts, &mut known);
+            }
+        }
+        self.batch(segments, index, &starts, &mut known);
+    }
+
+    /// Puts what was found in the order of the extents. Within one it comes by address, which is mostly how it lies there.
+    fn batch(&mut self, segments: &[Segment], index: &Rows<'_>, starts: &[usize], known: &mut [Option<u32>]) {
+        let Some((_, any)) = self.found.first() else { return };
+        let mut begin = self.plan.parts.len();
+        self.plan.parts.resize(begin + self.found.len(), *any);
+        let mut ends = vec![0; index.extents().len()];
+        self.found.iter().for_each(|(extent, _)| ends[*extent as usize] += 1);
+        let mut next = begin;
+        for end in &mut ends {
+            next += std::mem::replace(end, next);
+        }
+        for (extent, part) in &self.found {
+            let at = &mut ends[*extent as usize];
+            self.plan.parts[*at] = *part;
+            *at += 1;
+        }
+        self.found.clear();
+        for ((extent, start), end) in index.extents().iter().zip(starts).zip(ends) {
+            let parts = std::mem::replace(&mut begin, end)..end;
+            let segment = segments.get(extent.segment as usize).zip(known.get_mut(extent.segment as usize));
+            let Some((segment, known)) = segment.filter(|_| !parts.is_empty()) else { continue };
+            let segment = *known.get_or_insert_with(|| self.segment(segment));
+            self.need(segment, extent, parts, |part| {
+                index.sums_from(start + usize::from(part.page), part.run.count as usize)
+            });
         }
     }
 
     /// Everything that must be read, in the order in which it lies in the store.
     pub fn finish(self) -> Plan {
-        let Plan { segments, mut needs, parts, sums, data } = self.plan;
-        let mut order: Vec<u32> = (0..).take(segments.len()).collect();
-        order.sort_by_key(|at| name(&segments[*at as usize]));
-        let mut place = vec![0; segments.len()];
+        let mut plan = self.plan;
+        let mut order: Vec<u32> = (0..).take(plan.segments.len()).collect();
+        order.sort_by_key(|at| name(&plan.segments[*at as usize]));
+        let mut place = vec![0; plan.segments.len()];
         for (new, old) in (0..).zip(&order) {
             place[*old as usize] = new;
         }
-        let segments = order.iter().map(|at| segments[*at as usize].clone()).collect();
+        plan.segments = order.iter().map(|at| plan.segments[*at as usize].clone()).collect();
+        let mut needs = std::mem::take(&mut plan.needs);
         needs.iter_mut().for_each(|need| need.segment = place[need.segment as usize]);
         needs.sort_by_key(|need| (need.segment, need.extent.offset));
-        let mut plan =
-            Plan { segments, needs: Vec::new(), parts: Vec::with_capacity(parts.len()), sums, data };
+        plan.needs.reserve(needs.len());
         for same in needs.chunk_by(|a, b| a.segment == b.segment && alike(&a.extent, &b.extent)) {
-            let Some(first) = same.first() else { continue };
-            let start = plan.parts.len();
-            plan.parts.extend(same.iter().flat_map(|need| parts[need.parts.clone()].iter().copied()));
-            plan.parts[start..].sort_by_key(|part| part.page);
-            plan.needs.push(Need { parts: start..plan.parts.len(), ..first.clone() });
+            match same {
+                [] => {}
+                [one] => plan.needs.push(one.clone()),
+                [first, ..] => {
+                    let joined = plan.joined(first, same);
+                    plan.needs.push(joined);
+                }
+            }
         }
         plan
     }
 
-    /// One extent of a link, and the pages of it that no newer link has.
-    fn need(&mut self, segments: &[Segment], index: &Index, starts: &[usize], group: &[(u32, Part)]) {
-        let Some((number, _)) = group.first() else { return };
-        let Some((extent, start)) = index.extents.get(*number as usize).zip(starts.get(*number as usize))
-        else {
-            return;
-        };
-        let Some(segment) = segments.get(extent.segment as usize) else { return };
-        let plan = &mut self.plan;
-        let segment = *self.known.entry(segment.clone()).or_insert_with(|| {
-            plan.segments.push(segment.clone());
+    /// The plan's number of a segment.
+    fn segment(&mut self, segment: &Segment) -> u32 {
+        *self.known.entry(segment.clone()).or_insert_with(|| {
+            self.plan.segments.push(segment.clone());
             // No more than a chain's manifests name.
-            (plan.segments.len() - 1) as u32
-        });
-        let (sums, parts) = (plan.sums.len(), plan.parts.len());
-        plan.sums.extend_from_slice(&index.sums[*start..*start + usize::from(extent.pages)]);
-        for (_, part) in group {
-            plan.data[usize::from(part.run.space.0)].insert(part.run.first, u64::from(part.run.count));
-            plan.parts.push(*part);
+            (self.plan.segments.len() - 1) as u32
+        })
+    }
+
+    /// One extent of a link, and the parts of it that no newer link has.
+    fn need<S: Iterator<Item = u64>>(
+        &mut self,
+        segment: u32,
+        extent: &Extent,
+        parts: Range<usize>,
+        sums_of: impl Fn(&Part) -> S,
+    ) {
+        let plan = &mut self.plan;
+        let here = &mut plan.parts[parts.clone()];
+        here.sort_unstable_by_key(|part| part.page);
+        let pages = here.iter().map(|part| u64::from(part.run.count)).sum();
+        let mut need = Need { segment, extent: *extent, parts, sums: None };
+        if self.kept == Sums::All || need.is_few(pages) {
+            need.sums = Some(plan.sums.len());
+            plan.sums.extend(here.iter().flat_map(sums_of));
         }
-        let need =
-            Need { segment, extent: *extent, sums: sums..plan.sums.len(), parts: parts..plan.parts.len() };
         plan.needs.push(need);
     }
 }
@@ -320,11 +400,20 @@ pub(super) mod tests {
         ((0..4).map(segment).collect(), index)
     }
 
-    use protocol::checkpoint::index::Placed;
+    use protocol::checkpoint::index::{Index, Placed};
+
+    /// Adds a link as it is stored.
+    fn add(merge: &mut Merge, segments: &[Segment], index: &Index) {
+        let stored = index.encode();
+        merge.add(segments, &Rows::check(&layout(), segments.len() as u32, &stored).unwrap());
+    }
 
     proptest! {
         #[test]
-        fn every_page_comes_once_from_the_newest_link_that_has_it(scripts in scripts()) {
+        fn every_page_comes_once_from_the_newest_link_that_has_it(
+            scripts in scripts(),
+            sums in prop_oneof![Just(Sums::All), Just(Sums::Few)],
+        ) {
             let links: Vec<_> = (0..).zip(&scripts).map(|(link, script)| index(link, script)).collect();
             // Oldest last: the model lets newer links overwrite.
             let mut model: BTreeMap<Page, Option<Stored>> = BTreeMap::new();
@@ -340,9 +429,9 @@ pub(super) mod tests {
                 }
             }
             model.retain(|_, value| value.is_some());
-            let mut merge = Merge::new(&layout());
+            let mut merge = Merge::new(&layout(), sums);
             for (segments, index) in &links {
-                merge.add(segments, index);
+                add(&mut merge, segments, index);
             }
             let complete = merge.is_complete();
             let plan = merge.finish();
@@ -354,9 +443,13 @@ pub(super) mod tests {
                 before = (need.segment, need.extent.offset);
                 let (link, number) = (need.extent.digest[1], need.extent.digest[0]);
                 prop_assert_eq!(&plan.segments[need.segment as usize], &segment(need.extent.segment));
-                prop_assert_eq!(plan.sums(need).len(), usize::from(need.extent.pages));
-                prop_assert_eq!(plan.sums(need)[1], u64::from(link) << 32 | u64::from(number) << 16 | 1);
-                for part in plan.parts(need) {
+                prop_assert!(plan.parts(need).is_sorted_by_key(|part| part.page));
+                prop_assert_eq!(plan.parts_and_sums(need).count(), plan.parts(need).len());
+                let kept = sums == Sums::All || need.is_few(plan.pages(need));
+                for (part, sums) in plan.parts_and_sums(need) {
+                    let first = u64::from(link) << 32 | u64::from(number) << 16 | u64::from(part.page);
+                    let right: Vec<_> = (first..).take(part.run.count as usize).collect();
+                    prop_assert!(sums == right || !kept && sums.is_empty(), "{sums:?} {right:?}");
                     for (step, page) in (0..).zip(part.run.first..part.run.end()) {
                         let value = Some((need.extent.digest, part.page + step));
                         prop_assert!(found.insert((part.run.space.0, page), value).is_none(), "page {page} twice");
@@ -390,10 +483,10 @@ pub(super) mod tests {
     fn a_whole_memory_needs_nothing_older() {
         let whole: Script = vec![(0, 0, 300, None), (1, 0, 130, Some((0, true)))];
         let (segments, newest) = index(0, &whole);
-        let mut merge = Merge::new(&layout());
-        merge.add(&segments, &newest);
+        let mut merge = Merge::new(&layout(), Sums::All);
+        add(&mut merge, &segments, &newest);
         assert!(merge.is_complete());
-        merge.add(&segments, &index(1, &whole).1);
+        add(&mut merge, &segments, &index(1, &whole).1);
         let plan = merge.finish();
         assert_eq!((plan.needs.len(), plan.segments.len(), plan.data_pages()), (1, 1, 130));
     }
@@ -405,9 +498,9 @@ pub(super) mod tests {
         newest.runs[0].run.count = 1;
         older.runs[0].run.first = 11;
         older.runs[0].run.count = 1;
-        let mut merge = Merge::new(&layout());
-        merge.add(&segments, &newest);
-        merge.add(&segments, &older);
+        let mut merge = Merge::new(&layout(), Sums::All);
+        add(&mut merge, &segments, &newest);
+        add(&mut merge, &segments, &older);
         let plan = merge.finish();
         assert_eq!((plan.needs.len(), plan.pages(&plan.needs[0])), (1, 2));
     }

@@ -10,11 +10,11 @@ use std::time::{Duration, Instant};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Step {
-    /// The manifests of the chain are read.
+    /// Its manifest is read.
     Chain,
     /// The state and the machine description are read.
     State,
-    /// The VMM is made, while the indexes are read and merged.
+    /// The VMM is made, while the manifests that it stands on and all indexes are read, and merged.
     Prepare,
     /// What was not merged by then.
     Indexes,

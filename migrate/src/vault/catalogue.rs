@@ -3,7 +3,7 @@
 use super::{Vault, what};
 use crate::error::{Error, Result};
 use crate::store::Lease;
-use protocol::checkpoint::manifest::{Group, HexDigest, MAX_CHAIN_DELTAS, MAX_MEMBERS, Manifest, Parent};
+use protocol::checkpoint::manifest::{Group, HexDigest, MAX_MEMBERS, Manifest, Parent};
 use protocol::checkpoint::name::{self, CHECKPOINTS, CheckpointId, GROUPS};
 use protocol::checkpoint::object::{Digest, Kind};
 use protocol::control::check_name;
@@ -137,39 +137,52 @@ impl Vault {
     /// # Errors
     /// `Store` naming the link that is missing or damaged, and the one that stands on it.
     pub fn chain(&self, id: CheckpointId) -> Result<Vec<Committed>> {
-        let mut links = vec![self.manifest(id)?];
-        while let Some(link) = links.last().map(|link| &link.manifest)
-            && let Some(Parent { id: parent, digest }) = link.parent.clone()
-        {
-            let stands = |why: &str| {
-                Error::Store(format!(
-                    "checkpoint {} in {} stands on {parent}, {why}: restore one that stands on another, `migrate store list` \
-                     draws them",
-                    link.id,
-                    self.place()
-                ))
-            };
-            if !self.store.contains(&name::manifest(parent))? {
-                return Err(stands("which is gone"));
-            }
-            let found = self
-                .read_manifest(parent)
-                .map_err(|error| stands(&format!("which cannot be read ({error})")))?;
-            if found.digest != digest.0 {
-                return Err(stands("whose manifest is not the one it was taken on"));
-            }
-            if found.manifest.layout != link.layout {
-                return Err(stands("which is of other memory"));
-            }
-            // This is also why the loop ends.
-            if found.manifest.deltas.checked_add(1) != Some(link.deltas)
-                || links.len() > MAX_CHAIN_DELTAS as usize
-            {
-                return Err(stands("which counts the chain's deltas in another way"));
-            }
-            links.push(found);
+        self.chain_of(self.manifest(id)?)
+    }
+
+    /// The same for one whose manifest was read already.
+    ///
+    /// # Errors
+    /// As [`Vault::chain`].
+    pub(crate) fn chain_of(&self, newest: Committed) -> Result<Vec<Committed>> {
+        let mut links = vec![newest];
+        while let Some(below) = links.last().map(|link| self.below(&link.manifest)).transpose()?.flatten() {
+            links.push(below);
         }
         Ok(links)
+    }
+
+    /// What a checkpoint stands on, if it is no full one; and it is the one that was meant. Whoever follows a chain comes to its end, because
+    /// links count down.
+    ///
+    /// # Errors
+    /// `Store` naming what is missing or damaged, and what stands on it.
+    fn below(&self, link: &Manifest) -> Result<Option<Committed>> {
+        let Some(Parent { id: parent, digest }) = &link.parent else { return Ok(None) };
+        let stands = |why: &str| {
+            Error::Store(format!(
+                "checkpoint {} in {} stands on {parent}, {why}: restore one that stands on another, `migrate store list` \
+                 draws them",
+                link.id,
+                self.place()
+            ))
+        };
+        if !self.store.contains(&name::manifest(*parent))? {
+            return Err(stands("which is gone"));
+        }
+        let found = self
+            .read_manifest(*parent)
+            .map_err(|error| stands(&format!("which cannot be read ({error})")))?;
+        if found.digest != digest.0 {
+            return Err(stands("whose manifest is not the one it was taken on"));
+        }
+        if found.manifest.layout != link.layout {
+            return Err(stands("which is of other memory"));
+        }
+        if found.manifest.deltas.checked_add(1) != Some(link.deltas) {
+            return Err(stands("which counts the chain's deltas in another way"));
+        }
+        Ok(Some(found))
     }
 
     /// A manifest, whether its group exists or not. A chain's older links need no group: all of them were durable before a delta was

@@ -203,7 +203,7 @@ impl SegmentReader {
     }
 
     /// Some pages of a raw extent, from their stored bytes as [`SegmentReader::part`] has them, each checked against its sum in the
-    /// index, of which `sums` are those of the extent. Pages that are not sealed are not copied.
+    /// index, of which `sums` are theirs. Pages that are not sealed are not copied.
     ///
     /// # Errors
     /// `Store` when they are damaged.
@@ -216,10 +216,9 @@ impl SegmentReader {
         unpacker: &'a mut Unpacker,
     ) -> Result<&'a [u8]> {
         let count = stored.len() / self.stride();
-        let sums = sums.get(usize::from(first)..).unwrap_or_default();
         if !stored.len().is_multiple_of(self.stride())
             || extent.encoding != Encoding::Raw
-            || sums.len() < count
+            || sums.len() != count
         {
             return Err(self.damaged_extent(extent, "cannot be read by pages"));
         }

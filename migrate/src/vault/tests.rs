@@ -36,7 +36,8 @@ fn restored(vault: &Vault, id: CheckpointId) -> Result<Vec<Vec<u8>>> {
             let pages = reader.read(extent, &mut unpacker)?;
             target.copy_from_slice(&pages[from..from + placed.run.bytes()]);
             // The same by pages alone, where that can be.
-            let sums = &index.sums[starts[at as usize]..][..usize::from(extent.pages)];
+            let count = placed.run.count as usize;
+            let sums = &index.sums[starts[at as usize] + usize::from(page)..][..count];
             let part = reader.part(extent, page, placed.run.count as u16);
             assert_eq!(part.is_some(), extent.encoding == Encoding::Raw);
             if let Some(part) = part {

@@ -1,6 +1,6 @@
 //! Records of first touches: hints, which are never worth an error.
 
-use super::{Vault, limit_bytes};
+use super::Vault;
 use crate::error::Result;
 use crate::outbound::new_migration_id;
 use protocol::checkpoint::name::{self, CheckpointId, TOUCHED};
@@ -17,7 +17,7 @@ impl Vault {
     pub fn touched(&self, id: CheckpointId, layout: &Layout) -> Vec<Vec<PageRun>> {
         let names = self.store.list(&format!("{TOUCHED}{id}/")).unwrap_or_default();
         let read = |name: &str| {
-            let (body, _) = self.read(Kind::Touched, name, None, limit_bytes(Kind::Touched)).ok()?;
+            let (body, _) = self.read(Kind::Touched, name, None).ok()?;
             touched::decode(layout, &body).ok()
         };
         names.iter().take(MAX_RECORDS).filter_map(|found| read(&found.name)).collect()

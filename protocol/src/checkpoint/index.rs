@@ -89,14 +89,7 @@ impl Index {
 
     /// For each extent, where its sums begin in [`Index::sums`].
     pub fn sum_starts(&self) -> Vec<usize> {
-        self.extents
-            .iter()
-            .scan(0, |next, extent| {
-                let start = *next;
-                *next += usize::from(extent.pages);
-                Some(start)
-            })
-            .collect()
+        sum_starts(&self.extents)
     }
 
     /// The body of the object.
@@ -134,8 +127,34 @@ impl Index {
     /// the bytes it was given.
     ///
     /// # Errors
-    /// `Truncated`, `TooLarge`, `OutsideLayout`, or `Value` for whatever cannot be.
+    /// As [`Rows::check`].
     pub fn decode(layout: &Layout, segments: u32, bytes: &[u8]) -> Result<Self> {
+        Ok(Rows::check(layout, segments, bytes)?.into())
+    }
+}
+
+impl From<Rows<'_>> for Index {
+    fn from(rows: Rows<'_>) -> Self {
+        let (runs, sums) = (rows.runs().collect(), rows.sums_from(0, usize::MAX).collect());
+        Self { extents: rows.extents, runs, sums }
+    }
+}
+
+/// An index as it is stored, every row of it checked: for whoever goes through it once.
+#[derive(Debug, Clone)]
+pub struct Rows<'a> {
+    extents: Vec<Extent>,
+    runs: &'a [[u8; RUN_BYTES]],
+    sums: &'a [[u8; 8]],
+}
+
+impl<'a> Rows<'a> {
+    /// Checks an index of a layout that was validated, whose manifest lists so many segments. Allocates no more than in proportion to
+    /// the bytes it was given.
+    ///
+    /// # Errors
+    /// `Truncated`, `TooLarge`, `OutsideLayout`, or `Value` for whatever cannot be.
+    pub fn check(layout: &Layout, segments: u32, bytes: &'a [u8]) -> Result<Self> {
         const WHAT: &str = "an index";
         let found = bytes.len() as u64;
         let (head, rest) = bytes.split_first_chunk::<8>().ok_or(ProtocolError::Truncated {
@@ -166,24 +185,51 @@ impl Index {
                 ProtocolError::TooLarge { what: WHAT, found, limit: needed }
             });
         }
+        let runs = run_table.as_chunks::<RUN_BYTES>().0;
         let mut end = (0, 0);
-        let runs = run_table
-            .as_chunks::<RUN_BYTES>()
-            .0
-            .iter()
-            .map(|bytes| {
-                let placed = placed(bytes, &extents)?;
-                layout.check(&placed.run)?;
-                if (placed.run.space.0, placed.run.first) < end {
-                    return Err(value("the order of an index", placed.run.first));
-                }
-                end = (placed.run.space.0, placed.run.end());
-                Ok(placed)
-            })
-            .collect::<Result<Vec<_>>>()?;
-        let sums = sum_table.as_chunks::<8>().0.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect();
-        Ok(Self { extents, runs, sums })
+        for row in runs {
+            let placed = placed(row);
+            check(row, &placed, &extents)?;
+            layout.check(&placed.run)?;
+            if (placed.run.space.0, placed.run.first) < end {
+                return Err(value("the order of an index", placed.run.first));
+            }
+            end = (placed.run.space.0, placed.run.end());
+        }
+        Ok(Self { extents, runs, sums: sum_table.as_chunks::<8>().0 })
     }
+
+    /// The extents that its runs lie in.
+    pub fn extents(&self) -> &[Extent] {
+        &self.extents
+    }
+
+    /// The runs, ascending.
+    pub fn runs(&self) -> impl Iterator<Item = Placed> + '_ {
+        self.runs.iter().map(placed)
+    }
+
+    /// XXH3-64 of each page of each extent, in order, from a position on, and at most `count` of them.
+    pub fn sums_from(&self, start: usize, count: usize) -> impl Iterator<Item = u64> + '_ {
+        let rest = self.sums.get(start..).unwrap_or_default();
+        rest.iter().take(count).map(|sum| u64::from_le_bytes(*sum))
+    }
+
+    /// For each extent, where its sums begin.
+    pub fn sum_starts(&self) -> Vec<usize> {
+        sum_starts(&self.extents)
+    }
+}
+
+fn sum_starts(extents: &[Extent]) -> Vec<usize> {
+    extents
+        .iter()
+        .scan(0, |next, extent| {
+            let start = *next;
+            *next += usize::from(extent.pages);
+            Some(start)
+        })
+        .collect()
 }
 
 fn value(what: &'static str, found: u64) -> ProtocolError {
@@ -228,28 +274,39 @@ fn extent(row: &[u8; EXTENT_BYTES], segments: u32) -> Result<Extent> {
     Ok(found)
 }
 
-fn placed(row: &[u8; RUN_BYTES], extents: &[Extent]) -> Result<Placed> {
-    let (extent, page, zero) = (number(row, 12, 4) as u32, number(row, 18, 2) as u16, number(row, 20, 4));
+/// A row of the table of runs, as it says.
+fn placed(row: &[u8; RUN_BYTES]) -> Placed {
+    let [f0, f1, f2, f3, f4, f5, f6, f7, c0, c1, c2, c3, e0, e1, e2, e3, s0, s1, p0, p1, ..] = *row;
     let run = PageRun {
-        space: SpaceId(number(row, 16, 2) as u16),
-        first: number(row, 0, 8),
-        count: number(row, 8, 4) as u32,
+        space: SpaceId(u16::from_le_bytes([s0, s1])),
+        first: u64::from_le_bytes([f0, f1, f2, f3, f4, f5, f6, f7]),
+        count: u32::from_le_bytes([c0, c1, c2, c3]),
     };
-    if zero != 0 {
-        return Err(value("a reserved field of a run", zero));
+    let at = match u32::from_le_bytes([e0, e1, e2, e3]) {
+        ZEROS => At::Zeros,
+        extent => At::Extent { extent, page: u16::from_le_bytes([p0, p1]) },
+    };
+    Placed { run, at }
+}
+
+/// What a row must be besides, whatever the layout is.
+fn check(row: &[u8; RUN_BYTES], placed: &Placed, extents: &[Extent]) -> Result<()> {
+    let [.., p0, p1, z0, z1, z2, z3] = *row;
+    if [z0, z1, z2, z3] != [0; 4] {
+        let found = u32::from_le_bytes([z0, z1, z2, z3]);
+        return Err(value("a reserved field of a run", u64::from(found)));
     }
-    if extent == ZEROS {
-        return if page == 0 {
-            Ok(Placed { run, at: At::Zeros })
-        } else {
+    match placed.at {
+        At::Zeros if [p0, p1] == [0, 0] => Ok(()),
+        At::Zeros => {
+            let page = u16::from_le_bytes([p0, p1]);
             Err(value("the place of a run of zeros", u64::from(page)))
-        };
+        }
+        At::Extent { extent, page } => {
+            let inside = extents.get(extent as usize).is_some_and(|extent| {
+                u64::from(page) + u64::from(placed.run.count) <= u64::from(extent.pages)
+            });
+            if inside { Ok(()) } else { Err(value("the extent of a run", u64::from(extent))) }
+        }
     }
-    let inside = extents
-        .get(extent as usize)
-        .is_some_and(|extent| u64::from(page) + u64::from(run.count) <= u64::from(extent.pages));
-    if !inside {
-        return Err(value("the extent of a run", u64::from(extent)));
-    }
-    Ok(Placed { run, at: At::Extent { extent, page } })
 }
