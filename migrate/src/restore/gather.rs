@@ -47,7 +47,7 @@ pub(super) fn merged(
         // Without another thread this one does it all.
         let helped = chain.len() > 1 && spawn().is_ok();
         tracing::debug!(links = chain.len(), helped, "indexes");
-        work.run(Work::read_oldest_first);
+        work.run(Work::with_the_oldest);
     });
     let State { merge, merged, ended, .. } = work.state.into_inner().unwrap_or_else(PoisonError::into_inner);
     ended.map_or_else(|| Ok((merge.finish(), merged)), Err)
@@ -97,7 +97,7 @@ impl Work<'_> {
         }
     }
 
-    fn read_oldest_first(&self) -> Result<()> {
+    fn with_the_oldest(&self) -> Result<()> {
         let Some(oldest) = self.chain.last() else { return Ok(()) };
         let mut buffer = Vec::new();
         let rows = self.rows(oldest, &mut buffer);
