@@ -54,10 +54,10 @@ pub fn core(vault: &Vault, image: &Image, path: &Path, cancel: &CancelFlag) -> R
     core_of(image, &vcpus(vault, image)?, path, cancel)
 }
 
-/// What [`core`] would write.
+/// What [`core()`] would write.
 ///
 /// # Errors
-/// `Store`, as of [`core`].
+/// `Store`, as of [`core()`].
 pub fn core_forecast(vault: &Vault, image: &Image) -> Result<Exported> {
     let core = elf::Core::new(&layout(image)?.spaces, &vcpus(vault, image)?);
     Ok(Exported { bytes: core.bytes(), data_bytes: data_bytes(image) })

@@ -134,7 +134,7 @@ impl Fetch {
         Ok(())
     }
 
-    /// Pages of a raw extent are read alone where less than half of it is needed.
+    /// Pages of a raw extent are read alone where few of it are needed.
     fn way(&self, reader: &SegmentReader, need: &Need) -> Way {
         let parts = self.plan.parts(need);
         // No part leaves its extent of at most 256 pages.
