@@ -136,6 +136,9 @@ impl Case {
     /// Where the VM has to be in the end. Before `Commit` is sent, what kills the attempt leaves it at the source; once
     /// the destination said that it started, it is there.
     pub fn expected(&self) -> Expected {
+        if self.state_may_arrive() {
+            return Expected::OnlyOne;
+        }
         if self.is_taken_up() {
             return Expected::Destination;
         }
@@ -210,11 +213,11 @@ impl Case {
         self.retries() && self.heals() && in_time
     }
 
-    /// Whether the state may have arrived although the link was lost: the VM stands still and only the answers are gone. A
-    /// receiver that loaded it does not go back into the rounds, and says so (docs/wire-protocol.md).
+    /// Of what is taken up: whether the state may have arrived although the link was lost, because the VM stands still and only the answers
+    /// are gone. A receiver that loaded it does not go back into the rounds, and says so (docs/wire-protocol.md).
     pub(super) fn state_may_arrive(&self) -> bool {
         let only_answers = matches!(self.fault, Fault::Blackhole(Way::Up, _));
-        only_answers && matches!(self.moment, Moment::Entering(Side::Send, "freeze"))
+        self.is_taken_up() && only_answers && matches!(self.moment, Moment::Entering(Side::Send, "freeze"))
     }
 
     /// Whether a stream is cut, so that the link is looked for again: which, by whom, and behind how many bytes.

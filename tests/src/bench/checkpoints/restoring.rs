@@ -44,10 +44,19 @@ pub(super) fn chains(options: &Options) -> Vec<(String, Value)> {
     let mut samples = Vec::new();
     for run in 0..options.runs {
         for (deltas, full, id) in &ends {
-            let alone = scene.restore(full, false);
-            scene.end_restored(run == 0);
-            let chain = scene.restore(id, false);
-            scene.end_restored(run == 0);
+            let restore = |id: &str| {
+                let restored = scene.restore(id, false);
+                scene.end_restored(run == 0);
+                restored
+            };
+            // Each is first in every other run.
+            let (alone, chain) = if run % 2 == 0 {
+                let alone = restore(full);
+                (alone, restore(id))
+            } else {
+                let chain = restore(id);
+                (restore(full), chain)
+            };
             let sample = json!({
                 "wall_us": chain.wall_us,
                 "full_wall_us": alone.wall_us,
