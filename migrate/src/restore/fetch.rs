@@ -5,7 +5,12 @@ use crate::error::{Error, Result};
 use crate::vault::{SegmentReader, Unpacker, Vault};
 use protocol::page::{PAGE_SIZE, PageRun};
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+/// Threads that look for segments, at most, besides the one that asks for it.
+const OPENING: usize = 8;
 
 /// Where pages go: a run, and its bytes.
 pub(crate) type Sink<'a> = dyn FnMut(PageRun, &[u8]) -> Result<()> + 'a;
@@ -43,12 +48,30 @@ impl Fetch {
         &self.plan
     }
 
-    /// Finds every segment that will be read, and that it is as long as it must be.
+    /// Finds every segment that will be read, and that it is as long as it must be. Several are looked for at once: each may have to wait
+    /// for a disk or a network.
     ///
     /// # Errors
-    /// `Store` naming the first that is not.
+    /// `Store` naming one that is not.
     pub(crate) fn open_all(&self) -> Result<()> {
-        (0..self.readers.len()).try_for_each(|segment| self.reader(segment).map(drop))
+        let next = AtomicUsize::new(0);
+        let open = || {
+            let segments = std::iter::from_fn(|| Some(next.fetch_add(1, Relaxed)));
+            let opened = segments
+                .take_while(|segment| *segment < self.readers.len())
+                .try_for_each(|segment| self.reader(segment).map(drop));
+            // The others need not go on.
+            opened.inspect_err(|_| next.store(self.readers.len(), Relaxed))
+        };
+        thread::scope(|scope| {
+            let helpers = OPENING.min(self.readers.len() / OPENING);
+            let spawn = |_| thread::Builder::new().name("segments".into()).spawn_scoped(scope, open);
+            // Where no more threads are to be had, fewer do it.
+            let helpers: Vec<_> = (0..helpers).map_while(|number| spawn(number).ok()).collect();
+            let opened = open();
+            let ended = |_| Err(Error::Host("a thread that opened segments ended unexpectedly".into()));
+            helpers.into_iter().fold(opened, |all, helper| all.and(helper.join().unwrap_or_else(ended)))
+        })
     }
 
     /// Reads some neighbouring extents of one segment with one request, checks them, and gives what is needed of them.

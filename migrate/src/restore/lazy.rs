@@ -69,7 +69,7 @@ impl<'a> Pages<'a> {
         let places = Places::of(plan);
         let pages = recorded.iter().flat_map(|run| (run.first..run.end()).map(|page| (run.space, page)));
         let mut first: Vec<u32> = pages.filter_map(|(space, page)| places.need(space, page)).collect();
-        let order = Order::new(plan.needs.len(), first.iter().copied().chain(places.by_address()));
+        let order = Order::new(plan.needs.len(), first.iter().copied().chain(plan.by_address()));
         first.sort_unstable();
         first.dedup();
         Self { fetch, places, order, recorded_extents: first.len() as u64 }

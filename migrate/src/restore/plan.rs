@@ -100,6 +100,14 @@ impl Plan {
         self.parts(need).iter().map(|part| u64::from(part.run.count)).sum()
     }
 
+    /// Needs by the address of what stands first in each: mostly the lowest.
+    pub fn by_address(&self) -> Vec<u32> {
+        let first = |need: &Need| self.parts(need).first().map(|part| (part.run.space.0, part.run.first));
+        let mut order: Vec<_> = (0..).zip(&self.needs).map(|(number, need)| (first(need), number)).collect();
+        order.sort_unstable();
+        order.into_iter().map(|(_, number)| number).collect()
+    }
+
     /// Pages that have bytes.
     pub fn data_pages(&self) -> u64 {
         self.data.iter().map(PageSet::count).sum()
@@ -232,9 +240,13 @@ impl Merge {
             place[*old as usize] = new;
         }
         plan.segments = order.iter().map(|at| plan.segments[*at as usize].clone()).collect();
-        let mut needs = std::mem::take(&mut plan.needs);
-        needs.iter_mut().for_each(|need| need.segment = place[need.segment as usize]);
-        needs.sort_by_key(|need| (need.segment, need.extent.offset));
+        let needs = std::mem::take(&mut plan.needs);
+        // Moving needs about takes longer than sorting short keys of them.
+        let key = |(at, need): (u32, &Need)| (place[need.segment as usize], need.extent.offset, at);
+        let mut order: Vec<(u32, u64, u32)> = (0..).zip(&needs).map(key).collect();
+        order.sort_unstable();
+        let sorted = |(segment, _, at): (u32, u64, u32)| Need { segment, ..needs[at as usize].clone() };
+        let needs: Vec<Need> = order.into_iter().map(sorted).collect();
         plan.needs.reserve(needs.len());
         for same in needs.chunk_by(|a, b| a.segment == b.segment && alike(&a.extent, &b.extent)) {
             match same {
@@ -288,71 +300,31 @@ fn alike(a: &Extent, b: &Extent) -> bool {
     *a == Extent { segment: a.segment, ..*b }
 }
 
-/// Pages that are looked through together: 2 MiB. Putting parts in an exact order takes longer than anybody waits for a page by it.
-const REGION_PAGES: u64 = 512;
-
-/// The need in which each page lies.
+/// The need in which each page lies: four bytes for each page of the workload that has data, which is a thousandth of it. Lists that are put in
+/// order take longer to make than anybody should wait for a first page.
 pub struct Places {
-    spaces: Vec<Regions>,
-}
-
-/// The parts of a space by the regions in which they begin, in no order within one.
-#[derive(Default)]
-struct Regions {
-    /// Where those of each region begin; and of one behind the last, the end.
-    starts: Vec<usize>,
-    /// First page, pages, need.
-    parts: Vec<(u64, u32, u32)>,
+    /// For each space and page: one more than the number of the need, or 0.
+    spaces: Vec<Vec<u32>>,
 }
 
 impl Places {
     /// Of a plan.
     pub fn of(plan: &Plan) -> Self {
-        let region_of = |part: &Part| (part.run.first / REGION_PAGES) as usize;
-        let regions = |set: &PageSet| set.pages().div_ceil(REGION_PAGES) as usize;
-        let empty = |set| Regions { starts: vec![0; regions(set) + 1], parts: Vec::new() };
-        let mut spaces: Vec<Regions> = plan.data.iter().map(empty).collect();
-        let all = || {
-            (0..)
-                .zip(&plan.needs)
-                .flat_map(|(need, its)| plan.parts(its).iter().map(move |part| (need, part)))
-        };
-        for (_, part) in all() {
-            spaces[usize::from(part.run.space.0)].starts[region_of(part) + 1] += 1;
-        }
-        for space in &mut spaces {
-            let mut end = 0;
-            for start in &mut space.starts {
-                end += *start;
-                *start = end;
+        // Zeros that were never written take no memory.
+        let mut spaces: Vec<Vec<u32>> = plan.data.iter().map(|set| vec![0; set.pages() as usize]).collect();
+        for (number, need) in (1..).zip(&plan.needs) {
+            for Part { run, .. } in plan.parts(need) {
+                let first = run.first as usize;
+                spaces[usize::from(run.space.0)][first..first + run.count as usize].fill(number);
             }
-            space.parts = vec![(0, 0, 0); end];
-        }
-        // Where the next part of each region goes; in the end, where the next region begins.
-        let mut next: Vec<Vec<usize>> = spaces.iter().map(|space| space.starts.clone()).collect();
-        for (need, part) in all() {
-            let space = usize::from(part.run.space.0);
-            let at = &mut next[space][region_of(part)];
-            spaces[space].parts[*at] = (part.run.first, part.run.count, need);
-            *at += 1;
         }
         Self { spaces }
     }
 
     /// The need that has this page.
     pub fn need(&self, space: SpaceId, page: u64) -> Option<u32> {
-        let space = self.spaces.get(usize::from(space.0))?;
-        let region = usize::try_from(page / REGION_PAGES).ok()?;
-        // No part is longer than an extent, so it begins here or in the region before.
-        let (begin, end) = (*space.starts.get(region.saturating_sub(1))?, *space.starts.get(region + 1)?);
-        let parts = space.parts.get(begin..end)?;
-        let has = |(first, count, _): &&(u64, u32, u32)| (*first..*first + u64::from(*count)).contains(&page);
-        parts.iter().find(has).map(|(.., need)| *need)
-    }
-
-    /// Needs by address: in the order of the first region in which each has a page.
-    pub fn by_address(&self) -> impl Iterator<Item = u32> + '_ {
-        self.spaces.iter().flat_map(|space| &space.parts).map(|(.., need)| *need)
+        let found = self.spaces.get(usize::from(space.0))?.get(usize::try_from(page).ok()?)?;
+        found.checked_sub(1)
     }
 }
 
