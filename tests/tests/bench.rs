@@ -33,6 +33,18 @@ fn it_measures_ours_alone() {
         assert!(case["total_us"]["median"].as_f64() > Some(0.0), "{case:#}");
         assert!(case["raw_pipe_bytes_per_s"]["median"].as_f64() > Some(0.0), "{case:#}");
     }
+    let checkpoints = &result["checkpoints"];
+    let parts = [
+        "checkpoint-pause quick",
+        "checkpoint-every quick",
+        "checkpoint-full quick",
+        "checkpoint-snapshot quick",
+        "restore-chain quick behind 1",
+        "restore-lazy quick behind 1",
+    ];
+    assert_eq!(names(checkpoints, "results", "case"), parts);
+    let targets = checkpoints["targets"].as_array().expect("a list");
+    assert!(targets.len() >= 7 && targets.iter().all(|target| target["met"].is_boolean()), "{targets:#?}");
 }
 
 #[test]
