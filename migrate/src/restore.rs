@@ -179,11 +179,12 @@ impl Run<'_> {
     /// Goes on with a workload that was started already.
     fn take_up(&self, destination: &dyn Destination, clock: &mut Clock<'_>) -> Result<Report> {
         let found = clock.time(Step::Indexes, |_| self.gather())?;
+        // Before it is taken: what cannot be served is left to another restore.
+        found.fetch.open_all()?;
         let workload = destination.take_up(self.migration)?.ok_or_else(|| {
             Error::Workload("the VM misses no pages any more: there is nothing to take up".into())
         })?;
         let running_us = clock.elapsed_us();
-        found.fetch.open_all()?;
         self.serve(workload.as_ref(), &found, Pages::of(&found.fetch, &found.recorded), running_us, clock)
     }
 

@@ -26,8 +26,8 @@ pub struct Need {
 }
 
 impl Need {
-    /// Whether so few pages of it are needed that they are read alone, where that can be: less than seven of eight. To check a page by its
-    /// sum takes a tenth of what its share of the extent's digest does, so reading on costs more than many small reads.
+    /// Whether so few pages of it are needed that they are read alone, where that can be: less than seven of eight. Whole
+    /// extents were read from half of their pages on before; restores of long chains were slower (docs/performance.md, "Restoring").
     pub fn is_few(&self, pages: u64) -> bool {
         self.extent.encoding == Encoding::Raw && pages * 8 < u64::from(self.extent.pages) * 7
     }

@@ -68,7 +68,7 @@ pub(super) fn under_a_schedule(options: &Options) -> Vec<(String, Value)> {
     ];
     let quick = [guest("quick", 128, "fill=64M ws=16M rate=50")];
     let (cases, every, watched, least) = if options.quick {
-        (&quick[..], "500ms", Duration::from_secs(3), 1)
+        (&quick[..], "500ms", Duration::from_secs(3), 2)
     } else {
         (&cases[..], "5s", WATCHED, 3)
     };
