@@ -71,6 +71,9 @@ pub struct Options {
     pub share: bool,
     /// Whether the workload ends with the checkpoint, instead of going on.
     pub suspend: bool,
+    /// It counts as taken later than this, in milliseconds since 1970, and than its parent, whatever the clock says: the newest is the one with
+    /// the latest time.
+    pub after_unix_ms: u64,
     /// Its place in the group without which it does not exist, and what that is called.
     pub group: Option<(Member, String)>,
 }
@@ -88,6 +91,7 @@ impl Options {
             pack: true,
             share: true,
             suspend: false,
+            after_unix_ms: 0,
             group: None,
         }
     }
@@ -130,6 +134,8 @@ struct Standing {
     parent: Parent,
     /// How many deltas there are with it.
     deltas: u32,
+    /// When it was taken.
+    taken_unix_ms: u64,
     /// What lies in the store for all of that.
     stored_bytes: u64,
 }
@@ -154,6 +160,7 @@ struct Taking<'env, 'run> {
     begun: Instant,
     /// While the workload stands still: since when.
     frozen_at: Option<Instant>,
+    /// When it was taken, or, until it stands still, what it is later than.
     taken_unix_ms: u64,
     /// How long the last pages took to be copied.
     frozen_copying: Duration,
@@ -196,7 +203,7 @@ impl<'env, 'run> Taking<'env, 'run> {
             told: Instant::now(),
             begun: Instant::now(),
             frozen_at: None,
-            taken_unix_ms: 0,
+            taken_unix_ms: options.after_unix_ms,
             frozen_copying: Duration::ZERO,
             state: Vec::new(),
             known: Arc::default(),
@@ -261,7 +268,8 @@ impl<'env, 'run> Taking<'env, 'run> {
         let baseline = self.source.baseline().filter(|_| !self.options.full);
         let Some(baseline) = baseline else { return self.know() };
         match self.stands_on(baseline) {
-            Ok(Standing { parent, deltas, stored_bytes }) => {
+            Ok(Standing { parent, deltas, taken_unix_ms, stored_bytes }) => {
+                self.taken_unix_ms = self.taken_unix_ms.max(taken_unix_ms);
                 (self.report.parent, self.report.deltas) = (Some(parent.id), deltas);
                 self.report.chain_bytes = stored_bytes;
                 self.parent = Some(parent);
@@ -299,7 +307,8 @@ impl<'env, 'run> Taking<'env, 'run> {
             link.manifest.segments.iter().filter(move |segment| segment.checkpoint == id)
         });
         let stored_bytes = own.map(|segment| segment.bytes).sum();
-        Ok(Standing { parent: parent.as_parent(), deltas, stored_bytes })
+        let taken_unix_ms = parent.manifest.taken_unix_ms;
+        Ok(Standing { parent: parent.as_parent(), deltas, taken_unix_ms, stored_bytes })
     }
 
     fn warn(&mut self, warning: String) {

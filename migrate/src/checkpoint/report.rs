@@ -24,6 +24,9 @@ pub struct CheckpointReport {
     pub parent: Option<CheckpointId>,
     /// How many deltas there are from the full one to this.
     pub deltas: u32,
+    /// When the workload stood still for it, in milliseconds since 1970; 0 if it did not come to that.
+    #[serde(default)]
+    pub taken_unix_ms: u64,
     /// How writes were tracked; empty when it did not come to that.
     pub tracking: String,
     /// The workload's memory in bytes.
@@ -82,6 +85,7 @@ impl CheckpointReport {
             committed: false,
             parent: None,
             deltas: 0,
+            taken_unix_ms: 0,
             tracking: String::new(),
             memory_bytes,
             phases: Vec::new(),

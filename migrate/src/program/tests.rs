@@ -55,6 +55,26 @@ fn a_kernel_that_tells_is_asked_and_one_that_does_not_is_no_reason_for_whole_che
     assert_eq!(second.parent, Some(first.id), "{:?}", program.tracking());
 }
 
+#[test]
+fn a_checkpoint_is_later_than_the_last_one_whatever_the_clock_says() {
+    let (vault, mut program) = (vault(), by_digests());
+    let ahead = crate::vault::now_unix_ms() + 60_000;
+    program.last_unix_ms = ahead;
+    let full = program.checkpoint(&vault, b"one").unwrap();
+    let delta = program.checkpoint(&vault, b"two").unwrap();
+    program.compare_digests();
+    let again = program.checkpoint(&vault, b"three").unwrap();
+    assert_eq!((full.parent, delta.parent, again.parent), (None, Some(full.id), None));
+    assert_eq!([full, delta, again].map(|report| report.taken_unix_ms), [ahead + 1, ahead + 2, ahead + 3]);
+    let mut last = by_digests();
+    assert_eq!(last.restore(&vault).unwrap().as_deref(), Some(&b"three"[..]));
+    let next = last.checkpoint(&vault, b"four").unwrap();
+    assert_eq!(next.taken_unix_ms, ahead + 4);
+    // A delta is later than its parent, even where nobody remembers.
+    last.last_unix_ms = 0;
+    assert_eq!(last.checkpoint(&vault, b"five").unwrap().taken_unix_ms, ahead + 5);
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     Write(usize, u64),
