@@ -28,6 +28,7 @@ mod known;
 mod writer;
 mod rounds;
 mod commit;
+mod merged;
 mod meeting;
 mod group;
 mod report;
@@ -41,7 +42,9 @@ use crate::vault::Vault;
 pub use group::{GroupFailed, GroupOptions, GroupReport, Joining, take_group};
 use known::Known;
 pub use meeting::{Meeting, Member, Spread};
-use protocol::checkpoint::manifest::{MAX_CHAIN_DELTAS, Parent};
+#[cfg(test)]
+pub(crate) use merged::write as write_merged;
+use protocol::checkpoint::manifest::{MAX_CHAIN_DELTAS, MergedIndex, Parent};
 use protocol::checkpoint::name::CheckpointId;
 use protocol::page::PageSet;
 pub use report::CheckpointReport;
@@ -134,6 +137,8 @@ struct Standing {
     parent: Parent,
     /// How many deltas there are with it.
     deltas: u32,
+    /// The nearest merged index.
+    merged: Option<MergedIndex>,
     /// When it was taken.
     taken_unix_ms: u64,
     /// What lies in the store for all of that.
@@ -152,6 +157,8 @@ struct Taking<'env, 'run> {
     stage: Stage,
     /// What a delta stands on.
     parent: Option<Parent>,
+    /// The nearest merged index of what it stands on.
+    merged: Option<MergedIndex>,
     /// Every page that was taken from the source, in all rounds.
     taken: Vec<PageSet>,
     measured: Vec<Measured>,
@@ -198,6 +205,7 @@ impl<'env, 'run> Taking<'env, 'run> {
             report,
             stage,
             parent: None,
+            merged: None,
             measured: Vec::new(),
             round: 0,
             told: Instant::now(),
@@ -268,11 +276,11 @@ impl<'env, 'run> Taking<'env, 'run> {
         let baseline = self.source.baseline().filter(|_| !self.options.full);
         let Some(baseline) = baseline else { return self.know() };
         match self.stands_on(baseline) {
-            Ok(Standing { parent, deltas, taken_unix_ms, stored_bytes }) => {
+            Ok(Standing { parent, deltas, merged, taken_unix_ms, stored_bytes }) => {
                 self.taken_unix_ms = self.taken_unix_ms.max(taken_unix_ms);
                 (self.report.parent, self.report.deltas) = (Some(parent.id), deltas);
                 self.report.chain_bytes = stored_bytes;
-                self.parent = Some(parent);
+                (self.parent, self.merged) = (Some(parent), merged);
             }
             Err(why) => {
                 self.warn(format!("a full checkpoint instead of a delta on {baseline}: {why}"));
@@ -308,7 +316,9 @@ impl<'env, 'run> Taking<'env, 'run> {
         });
         let stored_bytes = own.map(|segment| segment.bytes).sum();
         let taken_unix_ms = parent.manifest.taken_unix_ms;
-        Ok(Standing { parent: parent.as_parent(), deltas, taken_unix_ms, stored_bytes })
+        let own = self.vault.merged_of(id).map_err(|error| error.to_string())?;
+        let merged = own.or(parent.manifest.merged);
+        Ok(Standing { parent: parent.as_parent(), deltas, merged, taken_unix_ms, stored_bytes })
     }
 
     fn warn(&mut self, warning: String) {

@@ -123,7 +123,8 @@ impl Program {
         let books = Arc::new(Mutex::new(Books::new(&layout)));
         let workload =
             Workload { kind: WorkloadKind::Program, name: name.into(), layout, machine: Vec::new() };
-        let program = Self { workload, regions: Arc::new(regions), files, books, by_digests: false, last_unix_ms: 0 };
+        let program =
+            Self { workload, regions: Arc::new(regions), files, books, by_digests: false, last_unix_ms: 0 };
         program.track();
         Ok(program)
     }

@@ -51,6 +51,9 @@ pub struct CheckpointReport {
     pub chain_bytes: u64,
     /// Bytes of the index and the manifest.
     pub index_bytes: u64,
+    /// Bytes of the merged index that was written behind it, if it was time for one.
+    #[serde(default)]
+    pub merged_bytes: u64,
     /// Bytes of the state.
     pub state_bytes: u64,
     /// The pause that was predicted when the rounds ended.
@@ -98,6 +101,7 @@ impl CheckpointReport {
             stored_bytes: 0,
             chain_bytes: 0,
             index_bytes: 0,
+            merged_bytes: 0,
             state_bytes: 0,
             predicted_pause_us: 0,
             pause_us: 0,

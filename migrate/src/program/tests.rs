@@ -75,6 +75,36 @@ fn a_checkpoint_is_later_than_the_last_one_whatever_the_clock_says() {
     assert_eq!(last.checkpoint(&vault, b"five").unwrap().taken_unix_ms, ahead + 5);
 }
 
+#[test]
+fn a_long_chain_gets_an_index_of_all_of_it_and_does_not_need_it() {
+    let (vault, mut program) = (vault(), by_digests());
+    let mut merged = None;
+    for number in 0..400 {
+        program.values_mut::<u64>(0)[number * 83 % (PAGES * WORDS)] = number as u64 + 1;
+        let report = program.checkpoint(&vault, b"").unwrap();
+        let named = vault.manifest(report.id).unwrap().manifest.merged;
+        assert_eq!(named.map(|named| named.id), merged);
+        if report.merged_bytes > 0 {
+            if merged.is_some() {
+                break;
+            }
+            merged = Some(report.id);
+        }
+    }
+    assert!(merged.is_some(), "400 links have none");
+    let last = program.checkpoint(&vault, b"").unwrap();
+    let named = vault.manifest(last.id).unwrap().manifest.merged.unwrap();
+    assert_ne!(Some(named.id), merged, "the nearest is named");
+    let restored = || {
+        let mut again = by_digests();
+        again.restore(&vault).unwrap();
+        memory(&again)
+    };
+    assert_eq!(restored(), memory(&program));
+    vault.store().delete(&protocol::checkpoint::name::merged_index(named.id)).unwrap();
+    assert_eq!(restored(), memory(&program));
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     Write(usize, u64),
