@@ -103,9 +103,7 @@ impl Work<'_> {
             let Some(link) = link else { return Ok(()) };
             self.cancel.check()?;
             let rows = self.rows(link, &mut buffer);
-            if !self.merge(number, |merge| {
-                Ok(rows.transpose()?.map(|rows| merge.add(&link.manifest.segments, &rows)))
-            })? {
+            if !self.merge(number, |merge| add(merge, link, rows))? {
                 return Ok(());
             }
         }
@@ -113,19 +111,16 @@ impl Work<'_> {
 
     fn with_the_last(&self) -> Result<()> {
         let Some(oldest) = self.chain.last() else { return Ok(()) };
-        let mut buffer = Vec::new();
         if let Some(below) = self.below {
             let index = self.vault.merged(&oldest.manifest.layout, below);
             self.links_in_turn()?;
-            return self
-                .merge(self.chain.len(), |merge| Ok(Some(merge.add_merged(below, &index?))))
-                .map(drop);
+            let add = |merge: &mut Merge| index.map(|index| merge.add_merged(below, &index));
+            return self.merge(self.chain.len(), add).map(drop);
         }
+        let mut buffer = Vec::new();
         let rows = self.rows(oldest, &mut buffer);
         self.links_in_turn()?;
-        let add =
-            |merge: &mut Merge| Ok(rows.transpose()?.map(|rows| merge.add(&oldest.manifest.segments, &rows)));
-        self.merge(self.chain.len() - 1, add).map(drop)
+        self.merge(self.chain.len() - 1, |merge| add(merge, oldest, rows)).map(drop)
     }
 
     /// The index of a link, unless it has nothing to say any more.
@@ -135,7 +130,7 @@ impl Work<'_> {
     }
 
     /// Merges what was read when its turn has come, unless it has nothing to say. Whether the turn came.
-    fn merge(&self, number: usize, add: impl FnOnce(&mut Merge) -> Result<Option<()>>) -> Result<bool> {
+    fn merge(&self, number: usize, add: impl FnOnce(&mut Merge) -> Result<()>) -> Result<bool> {
         let mut state = self.state();
         while state.turn != number {
             if state.ended.is_some() {
@@ -143,7 +138,8 @@ impl Work<'_> {
             }
             state = self.turned.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
-        if !state.merge.is_complete() && add(&mut state.merge)?.is_some() {
+        if !state.merge.is_complete() {
+            add(&mut state.merge)?;
             state.merged += 1;
         }
         state.turn += 1;
@@ -160,6 +156,11 @@ impl Work<'_> {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Adds a link that was read, as it was while older ones still had something to say.
+fn add(merge: &mut Merge, link: &Committed, rows: Option<Result<Rows<'_>>>) -> Result<()> {
+    rows.transpose().map(|rows| rows.into_iter().for_each(|rows| merge.add(&link.manifest.segments, &rows)))
 }
 
 /// Whoever waits for the turn of a thread that is no more would wait for ever.
