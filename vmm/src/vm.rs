@@ -8,12 +8,12 @@ use std::{
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, nested::KvmNestedStateBuffer};
 use kvm_ioctls::{VcpuFd, VmFd};
 use protocol::{checkpoint::name::CheckpointId, state::State};
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
     addresses::{KVM_IDENTITY_MAP, KVM_TSS, SERIAL_IRQ},
     boot::{self, KernelSource, Start},
     cpuid,
+    device::Interrupt,
     devices::{Devices, SerialSink},
     dirty::{KvmLog, LogMode, Tracker},
     error::{Error, Result},
@@ -131,6 +131,7 @@ impl Vm {
 
     /// Lets all vCPUs run.
     pub(crate) fn resume(&self) {
+        self.devices.open(true);
         for vcpu in self.vcpus.iter() {
             vcpu.resume();
         }
@@ -161,6 +162,7 @@ impl Vm {
     /// [`Error::GuestEnded`] when a vCPU ended meanwhile: there is nothing left to resume then.
     pub(crate) fn pause(&self) -> Result<Duration> {
         let started = Instant::now();
+        self.devices.open(false);
         // All are asked before any is waited for.
         let pending: Vec<_> = self.vcpus.iter().map(Vcpu::pause).collect();
         let mut alive = true;
@@ -245,11 +247,7 @@ impl Parts {
         for (slot, region) in (0_u32..).zip(memory.regions()) {
             sys::set_memory_slot(&vm, slot, region, 0).map_err(Error::host("take the guest's memory"))?;
         }
-        let interrupt = EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK)
-            .map_err(Error::host("create the serial port's interrupt"))?;
-        vm.register_irqfd(&interrupt, SERIAL_IRQ)
-            .map_err(Error::kvm("connect the serial port's interrupt"))?;
-        let devices = Arc::new(Devices::new(serial, interrupt));
+        let devices = Arc::new(Devices::new(serial, Interrupt::line(vm.clone(), SERIAL_IRQ)));
         let mut fds = Vec::new();
         for index in 0..machine.vcpus {
             let fd = vm.create_vcpu(index.into()).map_err(Error::kvm("create a vCPU"))?;
