@@ -26,6 +26,7 @@ fn main() {
         kernel: KernelSource::Elf(Bytes::Inline(ledger::IMAGE.into())),
         cmdline,
         serial: SerialSink::None,
+        devices: Vec::new(),
         socket_path: Some(directory.path().join("0.sock")),
     });
     let mut reader = host.reader();

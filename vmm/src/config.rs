@@ -4,7 +4,10 @@ use std::path::PathBuf;
 
 use crate::{
     boot::KernelSource,
-    devices::SerialSink,
+    devices::{
+        SerialSink,
+        virtio::{Allowed, DeviceConfig},
+    },
     error::{Error, Result},
 };
 
@@ -23,6 +26,8 @@ pub struct VmConfig {
     pub cmdline: String,
     /// Where the serial port's output goes.
     pub serial: SerialSink,
+    /// Its disks and other virtio devices, in the order in which the guest finds them.
+    pub devices: Vec<DeviceConfig>,
     /// Where to serve the control protocol; nowhere if `None`.
     pub socket_path: Option<PathBuf>,
 }
@@ -36,6 +41,8 @@ pub struct IncomingConfig {
     pub max_memory_bytes: u64,
     /// Where the serial port's output goes.
     pub serial: SerialSink,
+    /// What it may have of this host.
+    pub allowed: Allowed,
     /// Where to serve the control protocol.
     pub socket_path: PathBuf,
 }

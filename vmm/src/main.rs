@@ -4,7 +4,10 @@ use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
-use vmm::{Bytes, ExitReason, IncomingConfig, KernelSource, Result, Ring, SerialSink, VmConfig};
+use vmm::{
+    Bytes, ExitReason, IncomingConfig, KernelSource, Result, Ring, SerialSink, VmConfig,
+    devices::virtio::Allowed,
+};
 
 /// Runs one virtual machine that other processes can move away while it runs.
 ///
@@ -117,6 +120,7 @@ fn run(args: Run) -> Result<ExitReason> {
         kernel,
         cmdline: args.cmdline,
         serial: sink(&args.common.serial)?,
+        devices: Vec::new(),
         socket_path: Some(args.common.socket),
     })
 }
@@ -126,6 +130,7 @@ fn receive(args: Receive) -> Result<ExitReason> {
         name: args.common.name,
         max_memory_bytes: args.max_memory_mib.saturating_mul(MIB),
         serial: sink(&args.common.serial)?,
+        allowed: Allowed::default(),
         socket_path: args.common.socket,
     })
 }

@@ -36,6 +36,7 @@ pub fn run(config: VmConfig) -> Result<ExitReason> {
         &config.kernel,
         &config.cmdline,
         config.serial,
+        &config.devices,
         &sender,
     )?;
     tracing::info!(name = %config.name, memory_bytes = config.memory_bytes, vcpus = config.vcpus, "running");
@@ -53,7 +54,12 @@ pub fn run_incoming(config: IncomingConfig) -> Result<ExitReason> {
     let host = Host::open()?;
     let socket = Socket::bind(&config.socket_path)?;
     let (sender, events) = channel();
-    let expectation = Expectation { host, max_memory_bytes: config.max_memory_bytes, serial: config.serial };
+    let expectation = Expectation {
+        host,
+        max_memory_bytes: config.max_memory_bytes,
+        serial: config.serial,
+        allowed: config.allowed,
+    };
     let shared = Shared::new(Instance::incoming(config.name, expectation, sender));
     serve(Some(socket), &shared, &events)
 }

@@ -17,6 +17,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
+use vmm::devices::virtio::Allowed;
 use vmm::{Bytes, ExitReason, KernelSource, Ring, SerialSink};
 
 /// How long a detached VM may take to come up: a large image is read, and memory is mapped, but not touched.
@@ -115,6 +116,7 @@ pub fn run(common: &Common, verb: Verb) -> Result<ExitCode> {
                 name: args.name.clone(),
                 max_memory_bytes: args.max_memory,
                 serial: serial(&args.serial)?,
+                allowed: Allowed::default(),
                 socket_path: runtime.socket(&args.name),
             };
             let reason = vmm::run_incoming(config)?;
@@ -159,6 +161,7 @@ fn run_here(runtime: &RuntimeDir, args: RunArgs) -> Result<ExitCode> {
         kernel,
         cmdline: args.cmdline,
         serial: serial(args.serial.as_deref().unwrap_or("stdout"))?,
+        devices: Vec::new(),
         socket_path: Some(target.socket().to_owned()),
     };
     let reason = vmm::run(config)?;

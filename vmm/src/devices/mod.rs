@@ -3,6 +3,7 @@
 mod pad;
 mod serial;
 mod slot;
+pub mod virtio;
 
 use std::sync::{Mutex, MutexGuard};
 
@@ -225,7 +226,10 @@ mod tests {
             devices.mmio_read(address, &mut data);
             assert_eq!(u32::from_le_bytes(data) == PAD_MAGIC, answers, "{address:#x}");
         }
-        assert_eq!(devices.mmio_write(third.base() + REG_POWER_OFF, &7_u32.to_le_bytes()), Effect::PowerOff(7));
+        assert_eq!(
+            devices.mmio_write(third.base() + REG_POWER_OFF, &7_u32.to_le_bytes()),
+            Effect::PowerOff(7)
+        );
         let mut names = Vec::new();
         let _ = devices.for_each(|device| {
             names.push(device.name().to_owned());
