@@ -375,7 +375,7 @@ fn a_destination_refuses_what_it_cannot_be() {
     assert!(to.prepare("moved", &moved, &machine).is_err());
     assert!(to.prepare("../moved", &layout, &machine).is_err());
     assert!(to.prepare("moved", &layout, &[]).is_err());
-    let mut other = vmm::state::Machine::decode(&machine).unwrap();
+    let (mut other, _) = vmm::state::Machine::decode(&machine).unwrap();
     for leaf in other.cpuid.iter_mut().filter(|leaf| leaf.function == 7 && leaf.index == 0) {
         leaf.ebx |= 1 << 16;
     }
