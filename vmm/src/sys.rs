@@ -348,3 +348,48 @@ fn transfer(
     }
     Ok(())
 }
+
+/// `struct ifreq` of linux/if.h, as TUNSETIFF reads it: a name and flags.
+#[repr(C)]
+struct InterfaceRequest {
+    name: [u8; 16],
+    flags: u16,
+    _rest: [u8; 22],
+}
+
+// linux/if_tun.h.
+const TUN: u32 = b'T' as u32;
+const IFF_TAP: u16 = 0x0002;
+const IFF_NO_PI: u16 = 0x1000;
+const IFF_VNET_HDR: u16 = 0x4000;
+ioctl_iow_nr!(tunsetiff_nr, TUN, 202, libc::c_int);
+ioctl_iow_nr!(tunsetoffload_nr, TUN, 208, libc::c_uint);
+ioctl_iow_nr!(tunsetvnethdrsz_nr, TUN, 216, libc::c_int);
+
+/// Attaches an open /dev/net/tun to a tap (TUNSETIFF), whose frames have a virtio header of that many bytes.
+pub(crate) fn attach_tap(file: &std::fs::File, name: &str, header_bytes: usize) -> io::Result<()> {
+    let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
+    let mut request =
+        InterfaceRequest { name: [0; 16], flags: IFF_TAP | IFF_NO_PI | IFF_VNET_HDR, _rest: [0; 22] };
+    // The last byte stays a NUL.
+    if name.len() >= request.name.len() {
+        return Err(invalid());
+    }
+    request.name[..name.len()].copy_from_slice(name.as_bytes());
+    // SAFETY: the kernel reads and writes one `ifreq`, which is alive and of its size.
+    let answer = unsafe { ioctl_with_mut_ref(file, tunsetiff_nr(), &mut request) };
+    if answer < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let header = libc::c_int::try_from(header_bytes).map_err(|_| invalid())?;
+    // SAFETY: the kernel reads one int, which is alive.
+    let answer = unsafe { ioctl_with_ref(file, tunsetvnethdrsz_nr(), &header) };
+    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// What a tap may leave to its reader (TUNSETOFFLOAD).
+pub(crate) fn set_tap_offloads(file: &std::fs::File, offloads: u32) -> io::Result<()> {
+    // SAFETY: the argument is a number, and the kernel touches no memory of ours.
+    let answer = unsafe { ioctl_with_val(file, tunsetoffload_nr(), offloads.into()) };
+    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}

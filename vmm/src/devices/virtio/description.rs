@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Backend, block::Block, disk::Disk, rng::Rng};
+use super::{Backend, MacAddress, block::Block, disk::Disk, net::Net, rng::Rng, tap};
 use crate::{
     devices::Slot,
     error::{Error, Result},
@@ -22,11 +22,22 @@ pub struct DiskConfig {
     pub readonly: bool,
 }
 
+/// A network card as its operator says it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetConfig {
+    /// The tap, which exists already.
+    pub tap: String,
+    /// The guest's address.
+    pub mac: MacAddress,
+}
+
 /// A device as its operator says it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DeviceConfig {
     /// A disk.
     Disk(DiskConfig),
+    /// A network card.
+    Net(NetConfig),
     /// A source of random bytes.
     Rng,
 }
@@ -50,6 +61,15 @@ pub enum Description {
         /// What the guest was offered.
         features: u64,
     },
+    /// A network card.
+    Net {
+        /// The tap, at the source.
+        tap: String,
+        /// The guest's address.
+        mac: MacAddress,
+        /// What the guest was offered (virtio 1.2, 5.1.3).
+        features: u64,
+    },
 }
 
 /// What an arriving VM may have of this host.
@@ -57,6 +77,8 @@ pub enum Description {
 pub struct Allowed {
     /// Folders in which its disks may lie.
     pub disk_folders: Vec<PathBuf>,
+    /// Taps that its network cards may use.
+    pub taps: Vec<String>,
 }
 
 impl Allowed {
@@ -110,6 +132,7 @@ pub(crate) fn decode(version: u16, bytes: &[u8]) -> Result<Vec<Description>> {
 fn kind_name(config: &DeviceConfig) -> &'static str {
     match config {
         DeviceConfig::Disk(_) => "virtio-blk",
+        DeviceConfig::Net(_) => "virtio-net",
         DeviceConfig::Rng => "virtio-rng",
     }
 }
@@ -160,6 +183,12 @@ fn build(place: usize, config: &DeviceConfig) -> Result<Part> {
             let path = path.to_owned();
             (Box::new(block), Description::Block { path, readonly: config.readonly, sectors, features })
         }
+        DeviceConfig::Net(NetConfig { tap, mac }) => {
+            tap::check(tap)?;
+            let net = Net::new(name.clone(), tap.clone(), *mac);
+            let features = net.features();
+            (Box::new(net), Description::Net { tap: tap.clone(), mac: *mac, features })
+        }
         DeviceConfig::Rng => (Box::new(Rng), Description::Rng { features: Rng.features() }),
     };
     Ok(Part { name, backend, description })
@@ -174,6 +203,14 @@ fn rebuild(place: usize, described: &Description, allowed: &Allowed) -> Result<P
             }
             allowed.check_disk(&path)?;
             DeviceConfig::Disk(DiskConfig { path, readonly: *readonly })
+        }
+        Description::Net { tap, mac, .. } => {
+            if !allowed.taps.contains(tap) {
+                return Err(Error::Config(format!(
+                    "tap {tap:?}: it may not be used: allow it at the destination with --taps NAME"
+                )));
+            }
+            DeviceConfig::Net(NetConfig { tap: tap.clone(), mac: *mac })
         }
         Description::Rng { .. } => DeviceConfig::Rng,
     };

@@ -26,22 +26,27 @@
 mod block;
 mod description;
 mod disk;
+mod net;
 mod ring;
 mod rng;
 mod set;
 mod state;
+mod tap;
 mod transport;
 mod worker;
 
 #[cfg(test)]
 mod mock;
 #[cfg(test)]
+mod net_tests;
+#[cfg(test)]
 mod tests;
 
 use std::{io, os::fd::BorrowedFd, sync::atomic::AtomicBool};
 
-pub use description::{Allowed, Description, DeviceConfig, DiskConfig};
+pub use description::{Allowed, Description, DeviceConfig, DiskConfig, NetConfig};
 pub(crate) use description::{Part, build_all, decode, encode, rebuild_all};
+pub use net::MacAddress;
 pub(crate) use ring::{Ring, Slice};
 pub(crate) use set::Set;
 pub(crate) use transport::Transport;

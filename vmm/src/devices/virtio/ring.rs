@@ -169,6 +169,11 @@ impl Ring {
         Ok(Some(chain))
     }
 
+    /// Puts the last request back that was taken; nothing was done for it.
+    pub(crate) fn put_back(&mut self) {
+        self.queue.go_to_previous_position();
+    }
+
     /// Answers a request, into whose memory `bytes` were written, and interrupts the driver if it wants that.
     ///
     /// # Errors
