@@ -52,18 +52,29 @@ pub struct RunArgs {
     #[arg(long, default_value = "256MiB", value_parser = units::size)]
     memory: u64,
     /// Its number of vCPUs.
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, visible_alias = "cpus", default_value_t = 1)]
     vcpus: u32,
-    /// An ELF image with a PVH note or a 64-bit entry [default: the built-in ledger guest].
+    /// A Linux kernel as distributions ship it (bzImage), or an ELF image with a PVH note or a 64-bit entry [default: the
+    /// built-in ledger guest].
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
+    /// The kernel's initramfs.
+    #[arg(
+        long,
+        visible_alias = "initramfs",
+        value_name = "FILE",
+        requires = "kernel",
+        conflicts_with = "flat"
+    )]
+    initrd: Option<PathBuf>,
     /// Load the kernel file as a flat image at this address, in hexadecimal, and enter it there in 64-bit mode.
     #[arg(long, value_name = "ADDRESS", requires = "kernel", value_parser = hexadecimal)]
     flat: Option<u64>,
-    /// The guest's command line. For the ledger: seed= fill= ws= rate= pattern= content= and more.
+    /// The guest's command line. For Linux: console=ttyS0 and more. For the ledger: seed= fill= ws= rate= pattern= content= and more.
     #[arg(long, default_value = "")]
     cmdline: String,
-    /// Where the serial port goes: stdout, none, or a file [default: stdout, or a file when detached].
+    /// Where the serial port goes: stdout, stdio (with input), socket:PATH (with input), none, or a file [default: stdout, or a
+    /// file when detached].
     #[arg(long, value_name = "WHERE")]
     serial: Option<String>,
     /// Where its control socket goes [default: NAME.sock in the runtime directory, where migrate vm list looks].
@@ -114,7 +125,7 @@ pub fn run(common: &Common, verb: Verb) -> Result<ExitCode> {
             let config = vmm::IncomingConfig {
                 name: args.name.clone(),
                 max_memory_bytes: args.max_memory,
-                serial: serial(&args.serial)?,
+                serial: SerialSink::parse(&args.serial)?,
                 socket_path: runtime.socket(&args.name),
             };
             let reason = vmm::run_incoming(config)?;
@@ -147,7 +158,7 @@ fn run_here(runtime: &RuntimeDir, args: RunArgs) -> Result<ExitCode> {
     let target = check_free(runtime, &args)?;
     let image = args.kernel.map_or_else(|| Bytes::Inline(ledger::IMAGE.into()), Bytes::File);
     let kernel = match args.flat {
-        None => KernelSource::Elf(image),
+        None => KernelSource::Kernel(image),
         Some(address) => {
             KernelSource::Flat { image, load_address: address, entry: address, ring: Ring::User }
         }
@@ -157,20 +168,13 @@ fn run_here(runtime: &RuntimeDir, args: RunArgs) -> Result<ExitCode> {
         memory_bytes: args.memory,
         vcpus: args.vcpus,
         kernel,
+        initramfs: args.initrd.map(Bytes::File),
         cmdline: args.cmdline,
-        serial: serial(args.serial.as_deref().unwrap_or("stdout"))?,
+        serial: SerialSink::parse(args.serial.as_deref().unwrap_or("stdout"))?,
         socket_path: Some(target.socket().to_owned()),
     };
     let reason = vmm::run(config)?;
     Ok(report_exit(&args.name, &reason))
-}
-
-fn serial(text: &str) -> Result<SerialSink> {
-    match text {
-        "stdout" => Ok(SerialSink::Stdout),
-        "none" => Ok(SerialSink::None),
-        path => Ok(SerialSink::append_to(Path::new(path))?),
-    }
 }
 
 /// Says on stderr how a VM ended, and gives the exit code for it.
@@ -219,6 +223,9 @@ fn detach(common: &Common, runtime: &RuntimeDir, args: &RunArgs) -> Result<ExitC
     }
     if let Some(kernel) = &args.kernel {
         command.arg("--kernel").arg(kernel);
+    }
+    if let Some(initrd) = &args.initrd {
+        command.arg("--initrd").arg(initrd);
     }
     if let Some(address) = args.flat {
         command.args(["--flat", &format!("{address:x}")]);

@@ -1,11 +1,14 @@
 //! The devices of a VM, and which address reaches which.
 
+mod console;
 mod pad;
 mod serial;
 mod slot;
 
 use std::sync::{Mutex, MutexGuard};
 
+pub use console::ConsoleSocket;
+pub(crate) use console::{Input, InputThread};
 pub use pad::{MAGIC as PAD_MAGIC, PARK_MAX, Pad, REG_MAGIC, REG_PARK_NS, REG_POWER_OFF};
 pub use serial::{SerialPort, SerialSink};
 pub use slot::Slot;
@@ -19,7 +22,7 @@ use crate::{
 };
 
 /// The pulse-reset command of a PC's keyboard controller (8042 data sheet).
-const I8042_RESET: u8 = 0xfe;
+pub(crate) const I8042_RESET: u8 = 0xfe;
 /// SLP_EN of the ACPI PM1 control register (ACPI 6.5, 4.8.3.2.1).
 const ACPI_SLEEP_ENABLE: u16 = 0x2000;
 
@@ -225,7 +228,10 @@ mod tests {
             devices.mmio_read(address, &mut data);
             assert_eq!(u32::from_le_bytes(data) == PAD_MAGIC, answers, "{address:#x}");
         }
-        assert_eq!(devices.mmio_write(third.base() + REG_POWER_OFF, &7_u32.to_le_bytes()), Effect::PowerOff(7));
+        assert_eq!(
+            devices.mmio_write(third.base() + REG_POWER_OFF, &7_u32.to_le_bytes()),
+            Effect::PowerOff(7)
+        );
         let mut names = Vec::new();
         let _ = devices.for_each(|device| {
             names.push(device.name().to_owned());
