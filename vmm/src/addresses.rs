@@ -27,6 +27,8 @@ pub const BOOT_IDT: u64 = 0x2000;
 pub const BOOT_TSS: u64 = 0x3000;
 /// PVH `hvm_start_info` (Xen's include/public/arch-x86/hvm/start_info.h).
 pub const PVH_START_INFO: u64 = 0x6000;
+/// PVH `hvm_modlist_entry` of the initramfs, in the start_info's page behind it.
+pub const PVH_MODULES: u64 = PVH_START_INFO + 0x100;
 /// PVH memory map, one page: at most 170 entries, we write four.
 pub const PVH_MEMMAP: u64 = 0x7000;
 /// Linux `boot_params`, one page (Documentation/arch/x86/zero-page.rst).

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use crate::{
-    boot::KernelSource,
+    boot::{Bytes, KernelSource},
     devices::{
         SerialSink,
         virtio::{Allowed, DeviceConfig},
@@ -22,7 +22,9 @@ pub struct VmConfig {
     pub vcpus: u32,
     /// What to boot.
     pub kernel: KernelSource,
-    /// The kernel's command line; ` tsc_khz=N` is added to it.
+    /// The kernel's initramfs.
+    pub initramfs: Option<Bytes>,
+    /// The kernel's command line; ` tsc_khz=N` is added to it for guests other than Linux.
     pub cmdline: String,
     /// Where the serial port's output goes.
     pub serial: SerialSink,

@@ -11,11 +11,11 @@ use protocol::{checkpoint::name::CheckpointId, state::State};
 
 use crate::{
     addresses::{KVM_IDENTITY_MAP, KVM_TSS, SERIAL_IRQ},
-    boot::{self, KernelSource, Start},
+    boot::{Images, Start},
     cpuid,
     device::Interrupt,
     devices::{
-        Devices, SerialSink,
+        Devices, Input, InputThread, SerialSink, Slot,
         virtio::{self, DeviceConfig},
     },
     dirty::{KvmLog, LogMode, Tracker},
@@ -32,9 +32,10 @@ use crate::{
 
 /// A virtual machine. It starts paused; whoever owns it says when it runs.
 ///
-/// The fields are dropped in their order: the throttle lets go of the vCPUs, the vCPU threads are joined before KVM lets go of the VM, and
+/// The fields are dropped in their order: input ends first; the throttle lets go of the vCPUs, the vCPU threads are joined before KVM lets go of the VM, and
 /// that before the memory is unmapped.
 pub(crate) struct Vm {
+    _input: Option<InputThread>,
     throttle: Option<Throttle>,
     vcpus: Arc<[Vcpu]>,
     virtio: virtio::Set,
@@ -48,6 +49,7 @@ pub(crate) struct Vm {
 
 /// What a VM is built of, without what runs in it.
 struct Parts {
+    input: Option<Input>,
     vm: Arc<VmFd>,
     memory: Arc<GuestMemory>,
     devices: Arc<Devices>,
@@ -57,8 +59,7 @@ struct Parts {
 }
 
 impl Vm {
-    /// Builds a VM and loads its kernel. ` tsc_khz=N` is added to the command line: a guest that cannot
-    /// measure its clock reads it there.
+    /// Builds a VM and loads its kernel.
     ///
     /// # Errors
     /// [`Error::Config`], [`Error::Image`] or [`Error::Host`].
@@ -66,8 +67,7 @@ impl Vm {
         host: &Host,
         memory_bytes: u64,
         vcpus: u32,
-        kernel: &KernelSource,
-        cmdline: &str,
+        images: &Images<'_>,
         serial: SerialSink,
         devices: &[DeviceConfig],
         events: &Sender<Event>,
@@ -80,8 +80,8 @@ impl Vm {
         let mut parts = Parts::build(host, memory_bytes, machine, serial, parts)?;
         let tsc_khz = parts.tsc_khz()?;
         parts.machine.tsc_khz = tsc_khz;
-        let cmdline = format!("{cmdline} tsc_khz={tsc_khz}");
-        let start = boot::load(&parts.memory, kernel, cmdline.trim_start())?;
+        let slots: Vec<Slot> = parts.devices.slots().collect();
+        let start = images.load(&parts.memory, vcpus, &slots, tsc_khz)?;
         for (index, fd) in (0_u32..).zip(&parts.fds) {
             parts.start_registers(index, fd, start)?;
         }
@@ -292,6 +292,7 @@ impl Parts {
         for (slot, region) in (0_u32..).zip(memory.regions()) {
             sys::set_memory_slot(&vm, slot, region, 0).map_err(Error::host("take the guest's memory"))?;
         }
+        let input = serial.input();
         let mut devices = Devices::new(serial, Interrupt::line(vm.clone(), SERIAL_IRQ));
         let virtio = virtio::Set::plug(virtio, &vm, &memory, &mut devices)?;
         let devices = Arc::new(devices);
@@ -302,7 +303,7 @@ impl Parts {
                 .map_err(Error::kvm("take a vCPU's CPUID"))?;
             fds.push(fd);
         }
-        Ok(Self { vm, memory, devices, virtio, fds, machine })
+        Ok(Self { input, vm, memory, devices, virtio, fds, machine })
     }
 
     fn tsc_khz(&self) -> Result<u32> {
@@ -323,7 +324,7 @@ impl Parts {
     }
 
     fn finish(self, host: &Host, events: &Sender<Event>) -> Result<Vm> {
-        let Self { vm, memory, devices, virtio, fds, machine } = self;
+        let Self { input, vm, memory, devices, virtio, fds, machine } = self;
         let first = fds.first().ok_or_else(|| Error::Config("a VM needs a vCPU".into()))?;
         let context = VcpuContext {
             msrs: state::readable_msrs(first, &host.msrs)?.into(),
@@ -338,6 +339,7 @@ impl Parts {
         let log = KvmLog::new(vm.clone(), memory.clone(), LogMode::ManualInitiallySet);
         let tracker = Tracker::new(memory.clone(), Box::new(log));
         Ok(Vm {
+            _input: input.map(|input| InputThread::start(input, devices.clone())).transpose()?,
             throttle: None,
             vcpus,
             virtio,

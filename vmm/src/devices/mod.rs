@@ -1,5 +1,6 @@
 //! The devices of a VM, and which address reaches which.
 
+mod console;
 mod pad;
 mod serial;
 mod slot;
@@ -7,6 +8,8 @@ pub mod virtio;
 
 use std::sync::{Mutex, MutexGuard};
 
+pub use console::ConsoleSocket;
+pub(crate) use console::{Input, InputThread};
 pub use pad::{MAGIC as PAD_MAGIC, PARK_MAX, Pad, REG_MAGIC, REG_PARK_NS, REG_POWER_OFF};
 pub use serial::{SerialPort, SerialSink};
 pub use slot::Slot;
@@ -20,7 +23,7 @@ use crate::{
 };
 
 /// The pulse-reset command of a PC's keyboard controller (8042 data sheet).
-const I8042_RESET: u8 = 0xfe;
+pub(crate) const I8042_RESET: u8 = 0xfe;
 /// SLP_EN of the ACPI PM1 control register (ACPI 6.5, 4.8.3.2.1).
 const ACPI_SLEEP_ENABLE: u16 = 0x2000;
 

@@ -5,6 +5,7 @@ use std::{
     io::{self, Write},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use serde::{Deserialize, Serialize};
@@ -13,6 +14,7 @@ use vm_superio::{
     serial::{NoEvents, Serial, SerialState},
 };
 
+use super::{ConsoleSocket, Input};
 use crate::{
     device::{Device, Effect, Interrupt},
     error::{Error, Result},
@@ -29,6 +31,10 @@ pub enum SerialSink {
     None,
     /// To this process's standard output, flushed at each line's end.
     Stdout,
+    /// The same, and input comes from standard input.
+    Stdio,
+    /// To the client of a socket, from where input comes too.
+    Socket(Arc<ConsoleSocket>),
     /// To a file; the path is for people.
     File(File, PathBuf),
     /// To whatever the embedder wants. Called by vCPU threads: it should not block.
@@ -50,11 +56,38 @@ impl SerialSink {
         Ok(SerialSink::File(file, path.to_owned()))
     }
 
+    /// What a user calls it: `stdout`, `stdio`, `none`, `socket:PATH`, or the path of a file to append to.
+    ///
+    /// # Errors
+    /// [`Error::Config`] or [`Error::Socket`] that names the file.
+    pub fn parse(text: &str) -> Result<Self> {
+        match text.strip_prefix("socket:") {
+            Some(path) => Ok(SerialSink::Socket(ConsoleSocket::bind(Path::new(path))?)),
+            None => match text {
+                "stdout" => Ok(SerialSink::Stdout),
+                "stdio" => Ok(SerialSink::Stdio),
+                "none" => Ok(SerialSink::None),
+                path => Self::append_to(Path::new(path)),
+            },
+        }
+    }
+
+    /// Where input comes from, if it comes from anywhere.
+    pub(crate) fn input(&self) -> Option<Input> {
+        match self {
+            SerialSink::Stdio => Some(Input::Stdin),
+            SerialSink::Socket(socket) => Some(Input::Socket(Arc::clone(socket))),
+            SerialSink::None | SerialSink::Stdout | SerialSink::File(..) | SerialSink::Custom(_) => None,
+        }
+    }
+
     /// Where it goes, for people.
     pub fn describe(&self) -> String {
         match self {
             SerialSink::None => "none".into(),
             SerialSink::Stdout => "stdout".into(),
+            SerialSink::Stdio => "stdio".into(),
+            SerialSink::Socket(socket) => format!("socket {}", socket.path().display()),
             SerialSink::File(_, path) => format!("file {}", path.display()),
             SerialSink::Custom(_) => "the embedding process".into(),
         }
@@ -71,7 +104,11 @@ impl Write for SerialSink {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let written = match self {
             SerialSink::None => Ok(bytes.len()),
-            SerialSink::Stdout => io::stdout().write(bytes),
+            SerialSink::Stdout | SerialSink::Stdio => io::stdout().write(bytes),
+            SerialSink::Socket(socket) => {
+                socket.write(bytes);
+                Ok(bytes.len())
+            }
             SerialSink::File(file, _) => file.write(bytes),
             SerialSink::Custom(sink) => sink.write(bytes),
         };
@@ -213,7 +250,7 @@ impl Device for SerialPort {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Arc, Mutex};
+    use std::sync::Mutex;
 
     use super::*;
 

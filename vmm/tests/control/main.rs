@@ -62,6 +62,7 @@ impl Running {
                 entry: LOAD,
                 ring: Ring::User,
             },
+            initramfs: None,
             cmdline: "quiet".into(),
             serial: SerialSink::None,
             devices: Vec::new(),

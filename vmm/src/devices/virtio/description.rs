@@ -1,6 +1,9 @@
 //! Which devices a VM has: as its operator says it, and as a destination is told.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    str::FromStr,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -22,6 +25,28 @@ pub struct DiskConfig {
     pub readonly: bool,
 }
 
+impl FromStr for DiskConfig {
+    type Err = String;
+
+    /// Reads `PATH[,readonly]`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (path, readonly) = match text.strip_suffix(",readonly") {
+            Some(path) => (path, true),
+            None => (text, false),
+        };
+        if path.is_empty() {
+            return Err("a disk needs the path of its image: PATH[,readonly]".into());
+        }
+        Ok(Self { path: path.into(), readonly })
+    }
+}
+
+impl std::fmt::Display for DiskConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}{}", self.path.display(), if self.readonly { ",readonly" } else { "" })
+    }
+}
+
 /// A network card as its operator says it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NetConfig {
@@ -29,6 +54,35 @@ pub struct NetConfig {
     pub tap: String,
     /// The guest's address.
     pub mac: MacAddress,
+}
+
+impl FromStr for NetConfig {
+    type Err = String;
+
+    /// Reads `tap=NAME[,mac=ADDRESS]`; without an address it gets a random one.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (mut tap, mut mac) = (None, None);
+        for part in text.split(',') {
+            match part.split_once('=') {
+                Some(("tap", name)) if tap.is_none() => tap = Some(name.to_owned()),
+                Some(("mac", address)) if mac.is_none() => mac = Some(address.parse()?),
+                _ => {
+                    return Err(format!(
+                        "{part:?} is not understood: a network card is tap=NAME[,mac=ADDRESS]"
+                    ));
+                }
+            }
+        }
+        let tap = tap.ok_or("a network card needs a tap: tap=NAME[,mac=ADDRESS]")?;
+        let mac = mac.map_or_else(|| MacAddress::random().map_err(|error| error.to_string()), Ok)?;
+        Ok(Self { tap, mac })
+    }
+}
+
+impl std::fmt::Display for NetConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "tap={},mac={}", self.tap, self.mac)
+    }
 }
 
 /// A device as its operator says it.
@@ -70,6 +124,16 @@ pub enum Description {
         /// What the guest was offered (virtio 1.2, 5.1.3).
         features: u64,
     },
+}
+
+impl Description {
+    /// The image of a disk that its guest writes.
+    pub fn writable_disk(&self) -> Option<&str> {
+        match self {
+            Description::Block { path, readonly: false, .. } => Some(path),
+            _ => None,
+        }
+    }
 }
 
 /// What an arriving VM may have of this host.
@@ -238,4 +302,88 @@ fn check_count(devices: usize) -> Result<()> {
         return Ok(());
     }
     Err(Error::Config(format!("{devices} disks and other devices: a VM has at most {}", Slot::COUNT)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn described(path: &Path, sectors: u64) -> Description {
+        let features = Block::new(String::new(), Disk::open(&disk(path)).unwrap()).features();
+        Description::Block { path: path.to_str().unwrap().into(), readonly: false, sectors, features }
+    }
+
+    fn disk(path: &Path) -> DiskConfig {
+        DiskConfig { path: path.to_owned(), readonly: false }
+    }
+
+    fn refusal(described: &Description, allowed: &Allowed) -> String {
+        rebuild_all(std::slice::from_ref(described), allowed).err().unwrap().to_string()
+    }
+
+    #[test]
+    fn options_are_read() {
+        assert_eq!("/a,b".parse(), Ok(disk("/a,b".as_ref())));
+        let readonly: DiskConfig = "a,readonly".parse().unwrap();
+        assert_eq!((readonly.readonly, readonly.to_string()), (true, "a,readonly".into()));
+        assert!(",readonly".parse::<DiskConfig>().is_err());
+        let net: NetConfig = "tap=t0,mac=02:00:00:00:00:0a".parse().unwrap();
+        assert_eq!(net.to_string(), "tap=t0,mac=02:00:00:00:00:0a");
+        for bad in ["", "t0", "mac=02:00:00:00:00:01", "tap=a,tap=b", "tap=a,speed=1", "tap=a,mac=1"] {
+            assert!(bad.parse::<NetConfig>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_peer_gets_the_disks_of_the_allowed_folders_and_no_others() {
+        let folder = tempfile::tempdir().unwrap();
+        let (inside, image) = (folder.path().join("inside"), folder.path().join("inside/image"));
+        std::fs::create_dir(&inside).unwrap();
+        std::fs::write(&image, [0; 4096]).unwrap();
+        let allowed = Allowed { disk_folders: vec![inside.clone()], taps: vec!["t0".into()] };
+        assert_eq!(rebuild_all(&[described(&image, 8)], &allowed).unwrap().len(), 1);
+        assert!(refusal(&described(&image, 8), &Allowed::default()).contains("--disks"));
+        // A link out of the folder, and a path through it.
+        std::fs::write(folder.path().join("secret"), [0; 4096]).unwrap();
+        std::os::unix::fs::symlink("../secret", inside.join("link")).unwrap();
+        assert!(refusal(&described(&inside.join("link"), 8), &allowed).contains("--disks"));
+        assert!(refusal(&described(&inside.join("../secret"), 8), &allowed).contains("--disks"));
+        let missing =
+            Description::Block { path: "/nowhere/a".into(), readonly: false, sectors: 8, features: 0 };
+        assert!(refusal(&missing, &allowed).contains("/nowhere/a: it does not exist"));
+        let relative = Description::Block { path: "a".into(), readonly: false, sectors: 8, features: 0 };
+        assert!(refusal(&relative, &allowed).contains("absolute"));
+        assert!(refusal(&described(&image, 9), &allowed).contains("8 sectors here, its guest thinks 9"));
+        let Description::Block { path, .. } = described(&image, 8) else { unreachable!() };
+        let other = Description::Block { path, readonly: false, sectors: 8, features: 0 };
+        assert!(refusal(&other, &allowed).contains("other features"));
+        let net = |tap: &str| Description::Net { tap: tap.into(), mac: MacAddress([2; 6]), features: 0 };
+        assert!(refusal(&net("t1"), &allowed).contains("--taps"));
+        assert!(refusal(&net("t0"), &allowed).contains("does not exist"));
+        let many = vec![Description::Rng { features: 0 }; Slot::COUNT + 1];
+        assert!(rebuild_all(&many, &allowed).is_err());
+        assert_eq!(rebuild_all(&many[1..], &allowed).unwrap().len(), Slot::COUNT);
+    }
+
+    /// The bytes of version 1: they must not change, or VMs of today and tomorrow do not understand each other.
+    #[test]
+    fn the_list_has_its_bytes_and_a_damaged_one_is_refused() {
+        let list = [
+            Description::Block { path: "/d".into(), readonly: true, sectors: 300, features: 0x224 },
+            Description::Rng { features: 0 },
+            Description::Net { tap: "t0".into(), mac: MacAddress([2, 0, 0, 0, 0, 1]), features: 0x8023 },
+        ];
+        let (version, bytes) = encode(&list).unwrap();
+        let golden =
+            [3, 0, 2, b'/', b'd', 1, 172, 2, 164, 4, 1, 0, 2, 2, b't', b'0', 2, 0, 0, 0, 0, 1, 0xa3, 0x80, 2];
+        assert_eq!((version, bytes.as_slice()), (1, golden.as_slice()));
+        assert_eq!(decode(1, &bytes).unwrap(), list);
+        assert!(decode(2, &bytes).is_err());
+        for at in 0..bytes.len() {
+            assert!(decode(1, &bytes[..at]).is_err());
+            let mut bad = bytes.clone();
+            bad[at] ^= 0xff;
+            let _ = decode(1, &bad);
+        }
+    }
 }
