@@ -4,6 +4,7 @@
 #[path = "../../src/test_images.rs"]
 mod test_images;
 mod baseline;
+mod disks;
 mod sparse;
 
 use std::{
