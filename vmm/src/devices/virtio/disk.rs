@@ -19,7 +19,7 @@ use crate::{
 pub(super) const SECTOR: u64 = 512;
 
 /// Zeros that are written at once where the host cannot make them.
-const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// An image that is open, and perhaps ours.
 #[derive(Debug)]

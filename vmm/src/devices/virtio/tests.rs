@@ -12,6 +12,9 @@ use super::{
 };
 use crate::device::Device;
 
+/// Address, bytes, and whether the device may write them.
+type Piece = (u64, u32, bool);
+
 const SECTORS: u64 = 256;
 const FLUSH: u64 = 1 << 9;
 const READ_ONLY: u64 = 1 << 5;
@@ -47,7 +50,7 @@ fn header(driver: &Driver, kind: u32, sector: u64) {
 }
 
 /// One request with its data in one piece; status and bytes written.
-fn request(driver: &mut Driver, kind: u32, sector: u64, data: Option<(u64, u32, bool)>) -> (u8, u32) {
+fn request(driver: &mut Driver, kind: u32, sector: u64, data: Option<Piece>) -> (u8, u32) {
     header(driver, kind, sector);
     let pieces: Vec<_> =
         [Some((HEADER, 16, false)), data, Some((STATUS, 1, true))].into_iter().flatten().collect();
@@ -122,7 +125,7 @@ fn requests_that_cannot_be_are_answered_with_an_error() {
     let before = std::fs::read(file.path()).unwrap();
     let mut driver = block(file.path(), false);
     driver.start(FLUSH | 1 << 13, true);
-    let cases: [(u32, u64, Option<(u64, u32, bool)>, u8); 9] = [
+    let cases: [(u32, u64, Option<Piece>, u8); 9] = [
         (0, SECTORS, Some((BUFFER, 512, true)), 1),
         (0, SECTORS - 1, Some((BUFFER, 1024, true)), 1),
         (0, u64::MAX, Some((BUFFER, 512, true)), 1),
