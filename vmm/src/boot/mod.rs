@@ -80,7 +80,7 @@ impl Bytes {
     }
 }
 
-/// How vCPUs start, after [`Images::load`] filled the memory.
+/// How vCPUs start, after its images are in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Start {
     /// vCPU 0 in 32-bit protected mode without paging; the others wait for SIPI.
