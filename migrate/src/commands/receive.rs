@@ -67,7 +67,7 @@ pub struct Args {
     /// The most memory that VMs which arrive may have together [default: what this host has available].
     #[arg(long, value_name = "SIZE", value_parser = units::size)]
     max_memory: Option<u64>,
-    /// Where the VM's serial port goes: none, or a file [default: a file in the runtime directory].
+    /// Where the VM's serial port goes: none, socket:PATH (with input), or a file [default: a file in the runtime directory].
     #[arg(long, value_name = "WHERE")]
     serial: Option<String>,
     /// A folder in which the disks of a VM that arrives may lie; without it no VM with disks is taken. May be given several times.

@@ -46,7 +46,7 @@ pub struct Args {
     /// Go on with this VM, which was restored lazily and misses memory since its restore ended.
     #[arg(long, value_name = "VM", conflicts_with_all = ["name", "lazy", "serial"])]
     resume: Option<String>,
-    /// Where the VM's serial port goes: none, or a file [default: a file in the runtime directory].
+    /// Where the VM's serial port goes: none, socket:PATH (with input), or a file [default: a file in the runtime directory].
     #[arg(long, value_name = "WHERE")]
     serial: Option<String>,
     /// A folder in which the VM's disks may lie; without it no VM with disks is restored. May be given several times.

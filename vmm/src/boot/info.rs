@@ -47,7 +47,7 @@ fn memory_map(memory: &GuestMemory) -> Vec<(u64, u64)> {
 /// What is told beside the memory map.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Info<'a> {
-    /// What the guest gets, without a NUL at its end; see [`check_cmdline`].
+    /// What the guest gets, without a NUL at its end; see `check_cmdline`.
     pub(super) cmdline: &'a str,
     /// Where the initramfs lies.
     pub(super) initramfs: Option<Initramfs>,

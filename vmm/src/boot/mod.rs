@@ -62,12 +62,13 @@ pub enum Bytes {
 const MAX_IMAGE_BYTES: u64 = 1 << 30;
 
 impl Bytes {
-    fn load(&self) -> Result<Cow<'_, [u8]>> {
+    /// `what` it is, for people.
+    fn load(&self, what: &str) -> Result<Cow<'_, [u8]>> {
         let path = match self {
             Bytes::Inline(bytes) => return Ok(bytes.as_ref().into()),
             Bytes::File(path) => path,
         };
-        let unreadable = |why: String| ImageError::Unreadable(format!("{}: {why}", path.display()));
+        let unreadable = |why: String| ImageError::Unreadable(format!("{what} {}: {why}", path.display()));
         let length = std::fs::metadata(path).map_err(|error| unreadable(error.to_string()))?.len();
         if length > MAX_IMAGE_BYTES {
             return Err(unreadable(format!(
@@ -79,7 +80,7 @@ impl Bytes {
     }
 }
 
-/// How vCPUs start, after [`Images::load`] filled the memory.
+/// How vCPUs start, after its images are in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Start {
     /// vCPU 0 in 32-bit protected mode without paging; the others wait for SIPI.
@@ -139,17 +140,20 @@ impl<'a> Images<'a> {
     /// [`crate::Error::Image`] that says what is wrong with which.
     pub fn read(source: &'a KernelSource, initramfs: Option<&'a Bytes>, cmdline: &'a str) -> Result<Self> {
         let kernel = match source {
-            KernelSource::Kernel(bytes) => kernel(bytes.load()?)?,
-            KernelSource::Flat { image, load_address, entry, ring } => {
-                Kernel::Flat { image: image.load()?, load_address: *load_address, entry: *entry, ring: *ring }
-            }
+            KernelSource::Kernel(bytes) => kernel(bytes.load("the file")?)?,
+            KernelSource::Flat { image, load_address, entry, ring } => Kernel::Flat {
+                image: image.load("the file")?,
+                load_address: *load_address,
+                entry: *entry,
+                ring: *ring,
+            },
         };
         let longest = match &kernel {
             Kernel::BzImage(_, header) => header.cmdline_max(),
             Kernel::Elf(_) | Kernel::Flat { .. } => CMDLINE_MAX,
         };
         info::check_cmdline(cmdline, longest)?;
-        let initramfs = initramfs.map(Bytes::load).transpose()?;
+        let initramfs = initramfs.map(|file| file.load("its initramfs")).transpose()?;
         match (&kernel, &initramfs) {
             (Kernel::Flat { .. }, Some(_)) => Err(ImageError::FlatWithInitramfs.into()),
             (_, Some(file)) if file.is_empty() => Err(ImageError::InitramfsEmpty.into()),
@@ -365,7 +369,7 @@ mod tests {
         let file = inline(&bzimage::tests::bzimage(b"kernel"));
         let missing = Bytes::File("/nowhere/initrd.img".into());
         let error = Images::read(&file, Some(&missing), "").unwrap_err().to_string();
-        assert!(error.contains("/nowhere/initrd.img"), "{error}");
+        assert!(error.contains("its initramfs /nowhere/initrd.img: No such file"), "{error}");
         let empty = Bytes::Inline([].into());
         assert!(Images::read(&file, Some(&empty), "").is_err());
     }
