@@ -28,6 +28,7 @@ mod known;
 mod writer;
 mod rounds;
 mod commit;
+mod merged;
 mod meeting;
 mod group;
 mod report;
@@ -41,7 +42,9 @@ use crate::vault::Vault;
 pub use group::{GroupFailed, GroupOptions, GroupReport, Joining, take_group};
 use known::Known;
 pub use meeting::{Meeting, Member, Spread};
-use protocol::checkpoint::manifest::{MAX_CHAIN_DELTAS, Parent};
+#[cfg(test)]
+pub(crate) use merged::write as write_merged;
+use protocol::checkpoint::manifest::{MAX_CHAIN_DELTAS, MergedIndex, Parent};
 use protocol::checkpoint::name::CheckpointId;
 use protocol::page::PageSet;
 pub use report::CheckpointReport;
@@ -71,6 +74,9 @@ pub struct Options {
     pub share: bool,
     /// Whether the workload ends with the checkpoint, instead of going on.
     pub suspend: bool,
+    /// It counts as taken later than this, in milliseconds since 1970, and than its parent, whatever the clock says: the newest is the one with
+    /// the latest time.
+    pub after_unix_ms: u64,
     /// Its place in the group without which it does not exist, and what that is called.
     pub group: Option<(Member, String)>,
 }
@@ -88,6 +94,7 @@ impl Options {
             pack: true,
             share: true,
             suspend: false,
+            after_unix_ms: 0,
             group: None,
         }
     }
@@ -130,6 +137,10 @@ struct Standing {
     parent: Parent,
     /// How many deltas there are with it.
     deltas: u32,
+    /// The nearest merged index.
+    merged: Option<MergedIndex>,
+    /// When it was taken.
+    taken_unix_ms: u64,
     /// What lies in the store for all of that.
     stored_bytes: u64,
 }
@@ -146,6 +157,8 @@ struct Taking<'env, 'run> {
     stage: Stage,
     /// What a delta stands on.
     parent: Option<Parent>,
+    /// The nearest merged index of what it stands on.
+    merged: Option<MergedIndex>,
     /// Every page that was taken from the source, in all rounds.
     taken: Vec<PageSet>,
     measured: Vec<Measured>,
@@ -154,6 +167,7 @@ struct Taking<'env, 'run> {
     begun: Instant,
     /// While the workload stands still: since when.
     frozen_at: Option<Instant>,
+    /// When it was taken, or, until it stands still, what it is later than.
     taken_unix_ms: u64,
     /// How long the last pages took to be copied.
     frozen_copying: Duration,
@@ -191,12 +205,13 @@ impl<'env, 'run> Taking<'env, 'run> {
             report,
             stage,
             parent: None,
+            merged: None,
             measured: Vec::new(),
             round: 0,
             told: Instant::now(),
             begun: Instant::now(),
             frozen_at: None,
-            taken_unix_ms: 0,
+            taken_unix_ms: options.after_unix_ms,
             frozen_copying: Duration::ZERO,
             state: Vec::new(),
             known: Arc::default(),
@@ -261,10 +276,11 @@ impl<'env, 'run> Taking<'env, 'run> {
         let baseline = self.source.baseline().filter(|_| !self.options.full);
         let Some(baseline) = baseline else { return self.know() };
         match self.stands_on(baseline) {
-            Ok(Standing { parent, deltas, stored_bytes }) => {
+            Ok(Standing { parent, deltas, merged, taken_unix_ms, stored_bytes }) => {
+                self.taken_unix_ms = self.taken_unix_ms.max(taken_unix_ms);
                 (self.report.parent, self.report.deltas) = (Some(parent.id), deltas);
                 self.report.chain_bytes = stored_bytes;
-                self.parent = Some(parent);
+                (self.parent, self.merged) = (Some(parent), merged);
             }
             Err(why) => {
                 self.warn(format!("a full checkpoint instead of a delta on {baseline}: {why}"));
@@ -299,7 +315,10 @@ impl<'env, 'run> Taking<'env, 'run> {
             link.manifest.segments.iter().filter(move |segment| segment.checkpoint == id)
         });
         let stored_bytes = own.map(|segment| segment.bytes).sum();
-        Ok(Standing { parent: parent.as_parent(), deltas, stored_bytes })
+        let taken_unix_ms = parent.manifest.taken_unix_ms;
+        let own = self.vault.merged_of(id).map_err(|error| error.to_string())?;
+        let merged = own.or(parent.manifest.merged);
+        Ok(Standing { parent: parent.as_parent(), deltas, merged, taken_unix_ms, stored_bytes })
     }
 
     fn warn(&mut self, warning: String) {

@@ -89,6 +89,7 @@ fn write(
         data_pages,
         shared_pages: 0,
         zero_pages: old.layout.total_pages().saturating_sub(data_pages),
+        merged: None,
         group: None,
         ..old.clone()
     };

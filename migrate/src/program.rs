@@ -83,6 +83,8 @@ pub struct Program {
     files: Vec<OwnedFd>,
     books: Arc<Mutex<Books>>,
     by_digests: bool,
+    /// When the last checkpoint was taken, of which the next one is the successor even within one millisecond.
+    last_unix_ms: u64,
 }
 
 impl Program {
@@ -121,7 +123,8 @@ impl Program {
         let books = Arc::new(Mutex::new(Books::new(&layout)));
         let workload =
             Workload { kind: WorkloadKind::Program, name: name.into(), layout, machine: Vec::new() };
-        let program = Self { workload, regions: Arc::new(regions), files, books, by_digests: false };
+        let program =
+            Self { workload, regions: Arc::new(regions), files, books, by_digests: false, last_unix_ms: 0 };
         program.track();
         Ok(program)
     }
@@ -178,8 +181,9 @@ impl Program {
             Arc::clone(&self.books),
             state,
         );
-        let options = Options::new(new_id()?);
-        checkpoint::take(
+        let mut options = Options::new(new_id()?);
+        options.after_unix_ms = self.last_unix_ms;
+        let report = checkpoint::take(
             Box::new(source),
             vault,
             lease.as_ref(),
@@ -187,7 +191,9 @@ impl Program {
             &CancelFlag::default(),
             &mut Quiet,
         )
-        .map_err(|failed| failed.error)
+        .map_err(|failed| failed.error)?;
+        self.last_unix_ms = report.taken_unix_ms;
+        Ok(report)
     }
 
     /// Fills the regions from the newest checkpoint of this name, and answers the state that was saved with it; `None` if there is no
@@ -211,6 +217,7 @@ impl Program {
             return Ok(None);
         };
         let state = self.restore_from(vault, newest.id)?;
+        self.last_unix_ms = self.last_unix_ms.max(newest.taken_unix_ms);
         Ok(Some(state))
     }
 

@@ -38,7 +38,7 @@ use crate::vault::{Committed, Vault};
 use fetch::Fetch;
 pub use group::{Open, restore_group};
 use lazy::{Pages, Serving};
-use plan::Sums;
+use plan::{Plan, Sums};
 use protocol::MigrationId;
 use protocol::checkpoint::name::CheckpointId;
 use protocol::checkpoint::object::Digest;
@@ -191,12 +191,16 @@ impl Run<'_> {
     /// Reads what tells where the pages lie, and what earlier restores recorded.
     fn gather(&self) -> Result<Found> {
         let manifest = &self.newest.manifest;
-        let chain = self.vault.chain_of(self.newest.clone())?;
-        let (plan, merged_links) = gather::merged(self.vault, &chain, Sums::Few, self.cancel)?;
+        let (plan, merged_links) = planned(self.vault, self.newest, Sums::Few, self.cancel)?;
         let fetch = Fetch::new(self.vault.clone(), plan);
         let recorded =
             if self.options.lazy { self.vault.touched(manifest.id, &manifest.layout) } else { Vec::new() };
-        Ok(Found { links: chain.len() as u64, merged_links, fetch, recorded: touches::merged(&recorded) })
+        Ok(Found {
+            links: u64::from(manifest.deltas) + 1,
+            merged_links,
+            fetch,
+            recorded: touches::merged(&recorded),
+        })
     }
 
     fn eagerly(
@@ -328,12 +332,37 @@ struct Found {
     recorded: Vec<PageRun>,
 }
 
+/// Where the pages of a checkpoint lie, by the shortest way: with a merged index if there is one, and can be read. And how many indexes were
+/// merged.
+///
+/// # Errors
+/// `Store` naming checkpoint and object, `Interrupted`.
+pub(crate) fn planned(
+    vault: &Vault,
+    newest: &Committed,
+    sums: Sums,
+    cancel: &CancelFlag,
+) -> Result<(Plan, u64)> {
+    if let Some(merged) = &newest.manifest.merged {
+        let short = vault
+            .chain_above(newest.clone(), merged.id)
+            .and_then(|chain| gather::merged(vault, &chain, Some(merged), sums, cancel));
+        match short {
+            Err(error) if !matches!(error.root(), Error::Interrupted(_)) => {
+                tracing::info!(%error, "every index of the chain is read instead");
+            }
+            found => return found,
+        }
+    }
+    gather::merged(vault, &vault.chain_of(newest.clone())?, None, sums, cancel)
+}
+
 /// The pages of a chain, newest first; every segment that will be read was found.
 ///
 /// # Errors
 /// `Store` naming checkpoint and object, `Interrupted`.
 pub(crate) fn pages_of(vault: &Vault, chain: &[Committed], sums: Sums, cancel: &CancelFlag) -> Result<Fetch> {
-    let (plan, _) = gather::merged(vault, chain, sums, cancel)?;
+    let (plan, _) = gather::merged(vault, chain, None, sums, cancel)?;
     let fetch = Fetch::new(vault.clone(), plan);
     fetch.open_all()?;
     Ok(fetch)

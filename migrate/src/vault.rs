@@ -16,6 +16,7 @@ mod catalogue;
 mod resolve;
 mod groups;
 mod touched;
+mod merged;
 #[cfg(test)]
 pub(crate) mod sample;
 #[cfg(test)]
@@ -361,14 +362,14 @@ impl Vault {
     }
 }
 
-/// The most bytes that a stored body of this kind is read with. That of an index is in proportion to the memory, which its manifest tells:
+/// The most bytes that a stored body of this kind is read with. That of an index, merged or not, is in proportion to the memory, which its manifest tells:
 /// what counts is that it is really there, as long as it says.
 fn limit_bytes(kind: Kind) -> u64 {
     match kind {
         Kind::Store | Kind::Manifest | Kind::Group | Kind::Pruned => MAX_JSON_BYTES as u64,
         Kind::State => MAX_STATE_BYTES,
         Kind::Touched => MAX_BLOB_BYTES.into(),
-        Kind::Index => u64::MAX,
+        Kind::Index | Kind::Merged | Kind::Sums => u64::MAX,
     }
 }
 
@@ -382,5 +383,7 @@ fn what(kind: Kind) -> &'static str {
         Kind::Group => "a group checkpoint",
         Kind::Pruned => "a note of what was given up",
         Kind::Touched => "an order of first touches",
+        Kind::Merged => "a merged index",
+        Kind::Sums => "the sums of a merged index",
     }
 }

@@ -13,6 +13,7 @@ use common::{checkpoint, reader, samples};
 use protocol::ProtocolError;
 use protocol::checkpoint::index::Index;
 use protocol::checkpoint::manifest::{self, Manifest};
+use protocol::checkpoint::merged::Merged;
 use protocol::checkpoint::object::{self, Kind};
 use protocol::checkpoint::touched;
 use protocol::control::{Downstream, Upstream};
@@ -129,6 +130,9 @@ fn watch_the_store() {
     for bytes in &indexes {
         assert!(Index::decode(&layout, 2, bytes).is_err());
         assert!(touched::decode(&layout, bytes).is_err());
+        assert!(Merged::decode(&layout, bytes).is_err());
+        // Runs that are said to be many, and are not.
+        assert!(Merged::decode(&layout, &[&[0; 48], &[0xff; 8][..], &[1], &bytes[..]].concat()).is_err());
     }
     assert!(Index::decode(&layout, 2, &good).is_ok());
     for bytes in &lengths {

@@ -13,6 +13,7 @@ use protocol::checkpoint::index::{self, Extent, Index, Placed};
 use protocol::checkpoint::manifest::{
     self, Group, HexDigest, Manifest, Pruned, StoreInfo, from_json, to_json,
 };
+use protocol::checkpoint::merged::{Merged, Stored, decode_sums, encode_sums};
 use protocol::checkpoint::object::{self, Kind};
 use protocol::checkpoint::segment::{self, Encoding, MAX_EXTENT_PAGES};
 use protocol::checkpoint::{name, touched};
@@ -22,8 +23,17 @@ use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-const KINDS: [Kind; 7] =
-    [Kind::Store, Kind::Manifest, Kind::Index, Kind::State, Kind::Group, Kind::Pruned, Kind::Touched];
+const KINDS: [Kind; 9] = [
+    Kind::Store,
+    Kind::Manifest,
+    Kind::Index,
+    Kind::State,
+    Kind::Group,
+    Kind::Pruned,
+    Kind::Touched,
+    Kind::Merged,
+    Kind::Sums,
+];
 
 fn document() -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/checkpoint-format.md");
@@ -52,6 +62,7 @@ fn limits() -> BTreeMap<&'static str, String> {
         ("name::GROUPS", text(name::GROUPS.as_bytes())),
         ("name::PRUNED", text(name::PRUNED.as_bytes())),
         ("name::TOUCHED", text(name::TOUCHED.as_bytes())),
+        ("name::MERGED", text(name::MERGED.as_bytes())),
         ("touched::MAX_RUNS", touched::MAX_RUNS.to_string()),
     ])
 }
@@ -94,6 +105,7 @@ fn every_block_in_the_document_is_what_the_code_reads_and_writes() {
         match kind {
             "json store" => assert!(samples::stores().contains(&example(&text))),
             "json manifest" => assert_eq!(example::<Manifest>(&text), samples::manifest()),
+            "json behind" => assert_eq!(example::<Manifest>(&text), samples::manifest_behind()),
             "json group" => assert_eq!(example::<Group>(&text), samples::group()),
             "json pruned" => assert_eq!(example::<Pruned>(&text), samples::pruned()),
             _ => {
@@ -106,12 +118,13 @@ fn every_block_in_the_document_is_what_the_code_reads_and_writes() {
         }
         seen.insert(kind.to_owned());
     }
-    assert_eq!(seen.len(), 4 + 4, "{seen:?}");
+    assert_eq!(seen.len(), 5 + 5, "{seen:?}");
     // Every member has a row.
     let [_, sealed] = samples::stores();
     let values = [
         serde_json::to_value(sealed).unwrap(),
         serde_json::to_value(samples::manifest()).unwrap(),
+        serde_json::to_value(samples::manifest_behind()).unwrap(),
         serde_json::to_value(samples::group()).unwrap(),
     ];
     for member in values.iter().flat_map(|value| value.as_object().unwrap().keys()) {
@@ -149,6 +162,13 @@ fn the_golden_files_read_back() {
     assert_eq!(object::decode(&bytes, Kind::State, "golden").unwrap().body, samples::state());
     let runs = touched::decode(&manifest.layout, &files::read("checkpoint/touched.bin")).unwrap();
     assert_eq!(runs, samples::touched_runs());
+    let behind: Manifest = body(Kind::Manifest, "checkpoint/manifest-behind.bin");
+    behind.validate(samples::id()).unwrap();
+    assert_eq!(behind, samples::manifest_behind());
+    let merged = Merged::decode(&manifest.layout, &files::read("checkpoint/merged-index.bin")).unwrap();
+    assert_eq!(merged, samples::merged());
+    let sums = decode_sums(merged.pages(), &files::read("checkpoint/merged-sums.bin")).unwrap();
+    assert_eq!(sums, samples::merged_sums());
     let bytes = files::read("checkpoint/sealed.bin");
     assert!(object::decode(&bytes, Kind::State, "golden").unwrap().sealed);
 }
@@ -232,6 +252,27 @@ proptest! {
     }
 
     #[test]
+    fn a_merged_index_reads_back_and_whatever_is_changed_in_it_is_valid_or_refused(
+        merged in merged_indexes(), at: At, byte: u8, cut: At, sums in vec(any::<u64>(), 0..9),
+    ) {
+        let layout = common::samples::layout();
+        let bytes = merged.encode(&layout);
+        prop_assert_eq!(Merged::decode(&layout, &bytes), Ok(merged));
+        prop_assert!(Merged::decode(&layout, &bytes[..cut.index(bytes.len())]).is_err());
+        prop_assert!(Merged::decode(&layout, &[&bytes[..], &[0]].concat()).is_err());
+        let mut changed = bytes.clone();
+        changed[at.index(bytes.len())] = byte;
+        if let Ok(found) = Merged::decode(&layout, &changed) {
+            prop_assert_eq!(found.encode(&layout), changed);
+            sound_merged(&found);
+        }
+        let (pages, stored) = (sums.len() as u64, encode_sums(&sums));
+        prop_assert_eq!(decode_sums(pages, &stored), Ok(sums));
+        prop_assert!(decode_sums(pages + 1, &stored).is_err());
+        prop_assert!(decode_sums(pages, &[&stored[..], &[0]].concat()).is_err());
+    }
+
+    #[test]
     fn an_object_reads_back_and_any_change_is_found(
         kind in prop::sample::select(&KINDS[..]), sealed: bool, body in vec(any::<u8>(), 0..300), at: At, bit in 0..8_u8, cut: At,
     ) {
@@ -259,6 +300,10 @@ proptest! {
             let _ = object::decode(&bytes, kind, "test");
         }
         let _ = touched::decode(&layout, &bytes);
+        if let Ok(merged) = Merged::decode(&layout, &bytes) {
+            prop_assert_eq!(merged.encode(&layout), bytes.clone());
+            sound_merged(&merged);
+        }
         let _ = from_json::<Manifest>("test", &bytes);
         let _ = from_json::<Group>("test", &bytes);
         let _ = from_json::<StoreInfo>("test", &bytes);
@@ -275,6 +320,39 @@ proptest! {
             prop_assert_eq!(from_json::<Manifest>("a manifest", &again).unwrap(), manifest);
         }
     }
+}
+
+/// Any merged index over the sample layout: an index's runs that are no zeros.
+fn merged_indexes() -> impl Strategy<Value = Merged> {
+    (indexes(), any::<[u8; 32]>(), any::<u64>()).prop_map(|(index, digest, bytes)| {
+        let stored = |placed: &Placed| match placed.at {
+            index::At::Zeros => None,
+            index::At::Extent { extent, page } => Some(Stored { run: placed.run, extent, page }),
+        };
+        let segment = |number| manifest::Segment { checkpoint: samples::id(), number, bytes: 1 << 41 };
+        let mut runs: Vec<_> = index.runs.iter().filter_map(stored).collect();
+        runs.sort_by_key(|stored| (stored.extent, stored.page));
+        Merged {
+            sums: manifest::Part { bytes, digest: HexDigest(digest) },
+            segments: (0..samples::SEGMENTS).map(segment).collect(),
+            extents: index.extents.clone(),
+            runs,
+        }
+    })
+}
+
+/// What whoever reads a merged index relies on.
+fn sound_merged(merged: &Merged) {
+    for Stored { run, extent, page } in &merged.runs {
+        common::samples::layout().check(run).unwrap();
+        let extent = &merged.extents[*extent as usize];
+        assert!(u32::from(*page) + run.count <= u32::from(extent.pages));
+        assert!(
+            extent.offset + u64::from(extent.stored_bytes) <= merged.segments[extent.segment as usize].bytes
+        );
+    }
+    let key = |stored: &Stored| (stored.extent, stored.page);
+    assert!(merged.runs.is_sorted_by_key(key));
 }
 
 /// What whoever reads an index relies on.

@@ -4,7 +4,7 @@ use super::known::FOREIGN;
 use super::meeting::{Ended, Member};
 use super::placement::Written;
 use super::writer::Writers;
-use super::{CheckpointReport, Failed, Taking};
+use super::{CheckpointReport, Failed, Taking, merged};
 use crate::error::{Error, Result};
 use crate::report::{Event, Phase, PhaseTime, micros};
 use crate::source::Durable;
@@ -78,6 +78,7 @@ impl Taking<'_, '_> {
             shared_pages: self.report.shared_pages,
             zero_pages: self.report.zero_pages,
             pause_us: self.report.pause_us,
+            merged: self.merged,
             group: self.options.group.as_ref().map(|(member, _)| member.group()),
         };
         self.lease.check()?;
@@ -138,7 +139,9 @@ impl Taking<'_, '_> {
             }
             self.source.resume()
         };
+        let merged_bytes = merged::behind(self.vault, self.lease, self.options.id, self.cancel);
         let mut report = self.report;
+        report.merged_bytes = merged_bytes;
         report.suspended = self.options.suspend && ended.is_ok();
         report.phases.push(PhaseTime { phase: Phase::Settle, duration_us: micros(begun.elapsed()) });
         report.total_us = micros(self.begun.elapsed());

@@ -24,6 +24,9 @@ pub struct CheckpointReport {
     pub parent: Option<CheckpointId>,
     /// How many deltas there are from the full one to this.
     pub deltas: u32,
+    /// When the workload stood still for it, in milliseconds since 1970; 0 if it did not come to that.
+    #[serde(default)]
+    pub taken_unix_ms: u64,
     /// How writes were tracked; empty when it did not come to that.
     pub tracking: String,
     /// The workload's memory in bytes.
@@ -48,6 +51,9 @@ pub struct CheckpointReport {
     pub chain_bytes: u64,
     /// Bytes of the index and the manifest.
     pub index_bytes: u64,
+    /// Bytes of the merged index that was written behind it, if it was time for one.
+    #[serde(default)]
+    pub merged_bytes: u64,
     /// Bytes of the state.
     pub state_bytes: u64,
     /// The pause that was predicted when the rounds ended.
@@ -82,6 +88,7 @@ impl CheckpointReport {
             committed: false,
             parent: None,
             deltas: 0,
+            taken_unix_ms: 0,
             tracking: String::new(),
             memory_bytes,
             phases: Vec::new(),
@@ -94,6 +101,7 @@ impl CheckpointReport {
             stored_bytes: 0,
             chain_bytes: 0,
             index_bytes: 0,
+            merged_bytes: 0,
             state_bytes: 0,
             predicted_pause_us: 0,
             pause_us: 0,

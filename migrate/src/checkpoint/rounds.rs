@@ -109,7 +109,8 @@ impl Taking<'_, '_> {
         self.stage.hold(true);
         self.source.freeze()?;
         self.frozen_at = Some(frozen_at);
-        self.taken_unix_ms = now_unix_ms();
+        self.taken_unix_ms = now_unix_ms().max(self.taken_unix_ms.saturating_add(1));
+        self.report.taken_unix_ms = self.taken_unix_ms;
         if let Some((member, _)) = &self.options.group {
             member.stands_still(self.taken_unix_ms);
         }

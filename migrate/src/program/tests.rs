@@ -55,6 +55,56 @@ fn a_kernel_that_tells_is_asked_and_one_that_does_not_is_no_reason_for_whole_che
     assert_eq!(second.parent, Some(first.id), "{:?}", program.tracking());
 }
 
+#[test]
+fn a_checkpoint_is_later_than_the_last_one_whatever_the_clock_says() {
+    let (vault, mut program) = (vault(), by_digests());
+    let ahead = crate::vault::now_unix_ms() + 60_000;
+    program.last_unix_ms = ahead;
+    let full = program.checkpoint(&vault, b"one").unwrap();
+    let delta = program.checkpoint(&vault, b"two").unwrap();
+    program.compare_digests();
+    let again = program.checkpoint(&vault, b"three").unwrap();
+    assert_eq!((full.parent, delta.parent, again.parent), (None, Some(full.id), None));
+    assert_eq!([full, delta, again].map(|report| report.taken_unix_ms), [ahead + 1, ahead + 2, ahead + 3]);
+    let mut last = by_digests();
+    assert_eq!(last.restore(&vault).unwrap().as_deref(), Some(&b"three"[..]));
+    let next = last.checkpoint(&vault, b"four").unwrap();
+    assert_eq!(next.taken_unix_ms, ahead + 4);
+    // A delta is later than its parent, even where nobody remembers.
+    last.last_unix_ms = 0;
+    assert_eq!(last.checkpoint(&vault, b"five").unwrap().taken_unix_ms, ahead + 5);
+}
+
+#[test]
+fn a_long_chain_gets_an_index_of_all_of_it_and_does_not_need_it() {
+    let (vault, mut program) = (vault(), by_digests());
+    let mut merged = None;
+    for number in 0..400 {
+        program.values_mut::<u64>(0)[number * 83 % (PAGES * WORDS)] = number as u64 + 1;
+        let report = program.checkpoint(&vault, b"").unwrap();
+        let named = vault.manifest(report.id).unwrap().manifest.merged;
+        assert_eq!(named.map(|named| named.id), merged);
+        if report.merged_bytes > 0 {
+            if merged.is_some() {
+                break;
+            }
+            merged = Some(report.id);
+        }
+    }
+    assert!(merged.is_some(), "400 links have none");
+    let last = program.checkpoint(&vault, b"").unwrap();
+    let named = vault.manifest(last.id).unwrap().manifest.merged.unwrap();
+    assert_ne!(Some(named.id), merged, "the nearest is named");
+    let restored = || {
+        let mut again = by_digests();
+        again.restore(&vault).unwrap();
+        memory(&again)
+    };
+    assert_eq!(restored(), memory(&program));
+    vault.store().delete(&protocol::checkpoint::name::merged_index(named.id)).unwrap();
+    assert_eq!(restored(), memory(&program));
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     Write(usize, u64),

@@ -6,7 +6,7 @@ use crate::vault::{SegmentReader, Unpacker, Vault};
 use protocol::page::{PAGE_SIZE, PageRun};
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
 
 /// Threads that look for segments, at most, besides the one that asks for it.
@@ -20,6 +20,8 @@ pub(crate) struct Fetch {
     vault: Vault,
     plan: Plan,
     readers: Vec<Mutex<Option<Arc<SegmentReader>>>>,
+    /// The sums that only the merged index has, when somebody needed them: none if they cannot be read.
+    merged_sums: OnceLock<Option<Vec<u64>>>,
 }
 
 /// What a thread reads into.
@@ -30,17 +32,17 @@ pub(crate) struct Scratch {
 }
 
 /// How an extent is read.
-enum Way {
+enum Way<'a> {
     /// All of it, checked by its digest.
     Whole(Range<u64>),
-    /// Only what is needed, checked page by page: the range of each part.
-    Parts(Vec<Range<u64>>),
+    /// Only what is needed, checked page by page: the range of each part, and its sums.
+    Parts(Vec<(Range<u64>, &'a [u64])>),
 }
 
 impl Fetch {
-    pub(super) fn new(vault: Vault, plan: Plan) -> Self {
+    pub(crate) fn new(vault: Vault, plan: Plan) -> Self {
         let readers = plan.segments.iter().map(|_| Mutex::default()).collect();
-        Self { vault, plan, readers }
+        Self { vault, plan, readers, merged_sums: OnceLock::new() }
     }
 
     /// What is read.
@@ -116,7 +118,7 @@ impl Fetch {
         for way in &ways {
             match way {
                 Way::Whole(range) => ranges.push(range.clone()),
-                Way::Parts(parts) => ranges.extend(parts.iter().cloned()),
+                Way::Parts(parts) => ranges.extend(parts.iter().map(|(range, _)| range.clone())),
             }
         }
         let bytes: u64 = ranges.iter().map(|range| range.end - range.start).sum();
@@ -141,7 +143,7 @@ impl Fetch {
                     }
                 }
                 Way::Parts(ranges) => {
-                    for (range, (part, sums)) in ranges.iter().zip(self.plan.parts_and_sums(need)) {
+                    for ((range, sums), part) in ranges.iter().zip(self.plan.parts(need)) {
                         let pages = reader.decode_part(
                             &need.extent,
                             part.page,
@@ -157,14 +159,28 @@ impl Fetch {
         Ok(())
     }
 
-    /// Pages of a raw extent are read alone where few of it are needed.
-    fn way(&self, reader: &SegmentReader, need: &Need) -> Way {
+    /// Pages of a raw extent are read alone where few of it are needed, and their sums are known.
+    fn way(&self, reader: &SegmentReader, need: &Need) -> Way<'_> {
         let parts = self.plan.parts(need);
-        // No part leaves its extent of at most 256 pages.
-        let alone = |part: &Part| reader.part(&need.extent, part.page, part.run.count as u16);
         let few = need.is_few(self.plan.pages(need));
+        let merged = if few && parts.iter().any(Plan::needs_merged_sums) { self.merged_sums() } else { None };
+        let alone = |part: &Part| {
+            // No part leaves its extent of at most 256 pages.
+            let range = reader.part(&need.extent, part.page, part.run.count as u16)?;
+            Some((range, self.plan.sums(part, merged)?))
+        };
         let ranges = few.then(|| parts.iter().map(alone).collect()).flatten();
         ranges.map_or_else(|| Way::Whole(reader.whole(&need.extent)), Way::Parts)
+    }
+
+    /// The sums beside the merged index. Without them extents are read whole, which takes longer and is as good.
+    fn merged_sums(&self) -> Option<&[u64]> {
+        let (id, part, pages) = self.plan.merged_sums.as_ref()?;
+        let read = || {
+            let sums = self.vault.merged_sums(*id, part, *pages);
+            sums.inspect_err(|error| tracing::warn!(%error, "whole extents are read instead of pages")).ok()
+        };
+        self.merged_sums.get_or_init(read).as_deref()
     }
 
     fn slot(&self, segment: usize) -> Result<std::sync::MutexGuard<'_, Option<Arc<SegmentReader>>>> {

@@ -1,12 +1,14 @@
 //! What the indexes of a chain say, read by two threads and merged in the chain's order.
 //!
 //! ```text
-//! first thread:              newest ─▶ … two links at once … ─▶
-//! second thread: the full one, kept ─▶ … two links at once … ─▶ the full one, merged
+//! first thread:            newest ─▶ … two links at once … ─▶
+//! second thread: the last one, kept ─▶ … two links at once … ─▶ the last one, merged
 //! ```
 //!
+//! The last one is the full one, or the merged index of a link on the way down, which says what all from there on do.
+//!
 //! To read an index is to check all of it, and most of the work. Links are taken in turn from the newest on, and merged when all newer ones
-//! were. The oldest is read first of all: it is the largest by far, and would keep one thread busy when the other has nothing left to do. What is wrong
+//! were. The last one is read first of all: it is the largest by far, and would keep one thread busy when the other has nothing left to do. What is wrong
 //! with an index is told when its turn comes, and not at all if newer links left nothing for it to say.
 
 use super::plan::{Merge, Plan, Sums};
@@ -14,17 +16,20 @@ use crate::cancel::CancelFlag;
 use crate::error::{Error, Result};
 use crate::vault::{Committed, Vault};
 use protocol::checkpoint::index::Rows;
+use protocol::checkpoint::manifest::MergedIndex;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-/// Merges the indexes of a chain, the newest first, until no page is left of which an older one could tell. Answers how many that took, too.
+/// Merges the indexes of a chain, the newest first, until no page is left of which an older one could tell; `below` stands for all that the
+/// oldest of these links stands on. Answers how many that took, too.
 ///
 /// # Errors
 /// `Store` naming checkpoint and object, `Interrupted`.
 pub(super) fn merged(
     vault: &Vault,
     chain: &[Committed],
+    below: Option<&MergedIndex>,
     sums: Sums,
     cancel: &CancelFlag,
 ) -> Result<(Plan, u64)> {
@@ -33,6 +38,7 @@ pub(super) fn merged(
     let work = Work {
         vault,
         chain,
+        below,
         cancel,
         next: AtomicUsize::new(0),
         state: Mutex::new(State { merge, turn: 0, merged: 0, ended: None }),
@@ -42,12 +48,12 @@ pub(super) fn merged(
         let spawn = || {
             thread::Builder::new()
                 .name("indexes".into())
-                .spawn_scoped(scope, || work.run(Work::all_but_the_oldest))
+                .spawn_scoped(scope, || work.run(Work::links_in_turn))
         };
         // Without another thread this one does it all.
-        let helped = chain.len() > 1 && spawn().is_ok();
+        let helped = work.in_turn() > 0 && spawn().is_ok();
         tracing::debug!(links = chain.len(), helped, "indexes");
-        work.run(Work::with_the_oldest);
+        work.run(Work::with_the_last);
     });
     let State { merge, merged, ended, .. } = work.state.into_inner().unwrap_or_else(PoisonError::into_inner);
     ended.map_or_else(|| Ok((merge.finish(), merged)), Err)
@@ -56,6 +62,7 @@ pub(super) fn merged(
 struct Work<'a> {
     vault: &'a Vault,
     chain: &'a [Committed],
+    below: Option<&'a MergedIndex>,
     cancel: &'a CancelFlag,
     /// The link that is read next.
     next: AtomicUsize,
@@ -83,26 +90,42 @@ impl Work<'_> {
         drop(ends);
     }
 
-    fn all_but_the_oldest(&self) -> Result<()> {
+    /// Links that are read in turn: all but the last that is read.
+    fn in_turn(&self) -> usize {
+        self.chain.len() - usize::from(self.below.is_none())
+    }
+
+    fn links_in_turn(&self) -> Result<()> {
         let mut buffer = Vec::new();
         loop {
             let number = self.next.fetch_add(1, Relaxed);
-            let link = self.chain.get(number).filter(|_| number + 1 < self.chain.len());
+            let link = self.chain.get(number).filter(|_| number < self.in_turn());
             let Some(link) = link else { return Ok(()) };
             self.cancel.check()?;
             let rows = self.rows(link, &mut buffer);
-            if !self.merge(number, link, rows)? {
+            if !self.merge(number, |merge| {
+                Ok(rows.transpose()?.map(|rows| merge.add(&link.manifest.segments, &rows)))
+            })? {
                 return Ok(());
             }
         }
     }
 
-    fn with_the_oldest(&self) -> Result<()> {
+    fn with_the_last(&self) -> Result<()> {
         let Some(oldest) = self.chain.last() else { return Ok(()) };
         let mut buffer = Vec::new();
+        if let Some(below) = self.below {
+            let index = self.vault.merged(&oldest.manifest.layout, below);
+            self.links_in_turn()?;
+            return self
+                .merge(self.chain.len(), |merge| Ok(Some(merge.add_merged(below, &index?))))
+                .map(drop);
+        }
         let rows = self.rows(oldest, &mut buffer);
-        self.all_but_the_oldest()?;
-        self.merge(self.chain.len() - 1, oldest, rows).map(drop)
+        self.links_in_turn()?;
+        let add =
+            |merge: &mut Merge| Ok(rows.transpose()?.map(|rows| merge.add(&oldest.manifest.segments, &rows)));
+        self.merge(self.chain.len() - 1, add).map(drop)
     }
 
     /// The index of a link, unless it has nothing to say any more.
@@ -111,8 +134,8 @@ impl Work<'_> {
         needed.then(|| self.vault.index_rows(&link.manifest, buffer))
     }
 
-    /// Merges a link when its turn has come. Whether it came.
-    fn merge(&self, number: usize, link: &Committed, rows: Option<Result<Rows<'_>>>) -> Result<bool> {
+    /// Merges what was read when its turn has come, unless it has nothing to say. Whether the turn came.
+    fn merge(&self, number: usize, add: impl FnOnce(&mut Merge) -> Result<Option<()>>) -> Result<bool> {
         let mut state = self.state();
         while state.turn != number {
             if state.ended.is_some() {
@@ -120,8 +143,7 @@ impl Work<'_> {
             }
             state = self.turned.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
-        if let Some(rows) = rows.filter(|_| !state.merge.is_complete()) {
-            state.merge.add(&link.manifest.segments, &rows?);
+        if !state.merge.is_complete() && add(&mut state.merge)?.is_some() {
             state.merged += 1;
         }
         state.turn += 1;

@@ -5,7 +5,9 @@
 //! which it lies in the store, so that a disk reads forwards; an extent that several links share is read once for all of them.
 
 use protocol::checkpoint::index::{At, Extent, Rows};
-use protocol::checkpoint::manifest::Segment;
+use protocol::checkpoint::manifest::{self, MergedIndex, Segment};
+use protocol::checkpoint::merged::{Merged, Stored};
+use protocol::checkpoint::name::CheckpointId;
 use protocol::checkpoint::segment::Encoding;
 use protocol::layout::Layout;
 use protocol::page::{PageRun, PageSet, SpaceId};
@@ -21,15 +23,13 @@ pub struct Need {
     pub extent: Extent,
     /// Which of the plan's parts are its.
     pub parts: Range<usize>,
-    /// Where the sums of their pages begin among the plan's, one behind the other, if they were kept.
-    sums: Option<usize>,
 }
 
 impl Need {
     /// Whether so few pages of it are needed that they are read alone, where that can be: less than seven of eight. Whole
     /// extents were read from half of their pages on before; restores of long chains were slower (docs/performance.md, "Restoring").
     pub fn is_few(&self, pages: u64) -> bool {
-        self.extent.encoding == Encoding::Raw && pages * 8 < u64::from(self.extent.pages) * 7
+        is_few(&self.extent, pages)
     }
 }
 
@@ -47,8 +47,47 @@ pub enum Sums {
 pub struct Part {
     /// Where the first of them stands in the extent.
     pub page: u16,
+    /// Where their sums are.
+    sums: SumsAt,
     /// Where they go.
     pub run: PageRun,
+}
+
+/// Where the sums of a part's pages stand, one behind the other: in the plan, in what a merged index has beside it, or nowhere.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct SumsAt(u32);
+
+/// The bit of a position that stands for the merged index.
+const MERGED: u32 = 1 << 31;
+
+impl SumsAt {
+    const NOWHERE: Self = Self(u32::MAX);
+
+    /// In the plan. Those behind 2^31 of them, of more than 8 TiB, are done without.
+    fn here(position: usize) -> Self {
+        u32::try_from(position).ok().filter(|position| *position < MERGED - 1).map_or(Self::NOWHERE, Self)
+    }
+
+    fn merged(position: u64) -> Self {
+        usize::try_from(position).map_or(Self::NOWHERE, Self::here).behind_merged()
+    }
+
+    fn behind_merged(self) -> Self {
+        Self(self.0 | MERGED)
+    }
+
+    /// The same, so many pages further on.
+    fn plus(self, pages: u64) -> Self {
+        match self {
+            Self::NOWHERE => self,
+            Self(at) if at & MERGED == 0 => Self::here(at as usize + pages as usize),
+            Self(at) => Self::merged(u64::from(at & !MERGED) + pages),
+        }
+    }
+
+    fn position(self) -> usize {
+        (self.0 & !MERGED) as usize
+    }
 }
 
 /// What must be read for a restore.
@@ -62,6 +101,8 @@ pub struct Plan {
     sums: Vec<u64>,
     /// Every page that has bytes, one set for each space. All others are zeros.
     pub data: Vec<PageSet>,
+    /// Where the sums are that only the merged index has: its checkpoint, how they are known, and how many.
+    pub merged_sums: Option<(CheckpointId, manifest::Part, u64)>,
 }
 
 impl Plan {
@@ -70,29 +111,29 @@ impl Plan {
         &self.parts[need.parts.clone()]
     }
 
-    /// The same, each with the sums of its pages, or none where they were not kept.
-    pub fn parts_and_sums(&self, need: &Need) -> impl Iterator<Item = (&Part, &[u64])> {
-        let mut rest = need.sums.and_then(|start| self.sums.get(start..)).unwrap_or_default();
-        self.parts(need).iter().map(move |part| {
-            let (sums, behind) = rest.split_at_checked(part.run.count as usize).unwrap_or_default();
-            rest = behind;
-            (part, sums)
-        })
+    /// The sums of a part's pages, if they are known; `merged` is what the merged index has of them.
+    pub fn sums<'a>(&'a self, part: &Part, merged: Option<&'a [u64]>) -> Option<&'a [u64]> {
+        let all = match part.sums {
+            SumsAt::NOWHERE => return None,
+            SumsAt(at) if at & MERGED == 0 => &self.sums,
+            SumsAt(_) => merged?,
+        };
+        let start = part.sums.position();
+        all.get(start..start.checked_add(part.run.count as usize)?)
+    }
+
+    /// Whether the merged index must be asked for the sums of a part's pages.
+    pub fn needs_merged_sums(part: &Part) -> bool {
+        part.sums != SumsAt::NOWHERE && part.sums.0 & MERGED != 0
     }
 
     /// One need for those that several links have of one extent.
     fn joined(&mut self, first: &Need, same: &[Need]) -> Need {
-        let pairs = same.iter().flat_map(|need| self.parts_and_sums(need));
-        let mut pairs: Vec<_> = pairs.map(|(part, sums)| (*part, sums.to_vec())).collect();
-        pairs.sort_by_key(|(part, _)| part.page);
-        let (parts, sums) = (self.parts.len(), self.sums.len());
-        for (part, its) in pairs {
-            self.parts.push(part);
-            self.sums.extend(its);
-        }
-        // Few of all of them are few of each.
-        let sums = same.iter().all(|need| need.sums.is_some()).then_some(sums);
-        Need { parts: parts..self.parts.len(), sums, ..first.clone() }
+        let mut parts: Vec<_> = same.iter().flat_map(|need| self.parts(need)).copied().collect();
+        parts.sort_by_key(|part| part.page);
+        let begin = self.parts.len();
+        self.parts.extend(parts);
+        Need { parts: begin..self.parts.len(), ..first.clone() }
     }
 
     /// Pages of it that are needed.
@@ -181,29 +222,65 @@ impl Merge {
         let starts = index.sum_starts();
         let mut known = vec![None; segments.len()];
         for placed in index.runs() {
-            let space = usize::from(placed.run.space.0);
-            let Some((covered, data)) = self.covered.get_mut(space).zip(self.plan.data.get_mut(space)) else {
-                continue;
-            };
-            covered.insert_new(placed.run.first, u64::from(placed.run.count), |first, count| {
-                self.uncovered_pages -= count;
-                if let At::Extent { extent, page } = placed.at {
-                    data.insert(first, count);
-                    // It lies in an extent of at most 256 pages.
-                    let page = page + (first - placed.run.first) as u16;
-                    let run = PageRun { first, count: count as u32, ..placed.run };
-                    self.found.push((extent, Part { page, run }));
+            let (extent, page, sums) = match placed.at {
+                At::Zeros => (None, 0, SumsAt::NOWHERE),
+                At::Extent { extent, page } => {
+                    let start = starts.get(extent as usize).copied().unwrap_or(usize::MAX);
+                    (Some(extent), page, SumsAt::here(start.saturating_add(page.into())))
                 }
-            });
+            };
+            self.cover(extent, Part { page, sums, run: placed.run });
             if self.found.len() >= BATCH {
-                self.batch(segments, index, &starts, &mut known);
+                self.batch(segments, index, &mut known);
             }
         }
-        self.batch(segments, index, &starts, &mut known);
+        self.batch(segments, index, &mut known);
+    }
+
+    /// Adds what all links say from a checkpoint on down: the last that there is to add.
+    pub fn add_merged(&mut self, of: &MergedIndex, index: &Merged) {
+        let mut known = vec![None; index.segments.len()];
+        let mut sum = 0;
+        for stored in index.runs.chunk_by(|a, b| a.extent == b.extent) {
+            for Stored { run, extent, page } in stored {
+                self.cover(Some(*extent), Part { page: *page, sums: SumsAt::merged(sum), run: *run });
+                sum += u64::from(run.count);
+            }
+            let begin = self.plan.parts.len();
+            self.plan.parts.extend(self.found.drain(..).map(|(_, part)| part));
+            let parts = begin..self.plan.parts.len();
+            let extent = stored.first().and_then(|first| index.extents.get(first.extent as usize));
+            if let Some(extent) = extent.filter(|_| !parts.is_empty()) {
+                self.need(&index.segments, &mut known, extent, parts);
+            }
+        }
+        self.plan.merged_sums = Some((of.id, index.sums, sum));
+        // What it does not name is zeros.
+        self.uncovered_pages = 0;
+    }
+
+    /// Takes what newer links do not have of a run. Without an extent, it is zeros.
+    fn cover(&mut self, extent: Option<u32>, part: Part) {
+        let Part { page, sums, run } = part;
+        let space = usize::from(run.space.0);
+        let Some((covered, data)) = self.covered.get_mut(space).zip(self.plan.data.get_mut(space)) else {
+            return;
+        };
+        covered.insert_new(run.first, u64::from(run.count), |first, count| {
+            self.uncovered_pages -= count;
+            if let Some(extent) = extent {
+                data.insert(first, count);
+                let further = first - run.first;
+                // It lies in an extent of at most 256 pages.
+                let page = page + further as u16;
+                let run = PageRun { first, count: count as u32, ..run };
+                self.found.push((extent, Part { page, sums: sums.plus(further), run }));
+            }
+        });
     }
 
     /// Puts what was found in the order of the extents. Within one it comes by address, which is mostly how it lies there.
-    fn batch(&mut self, segments: &[Segment], index: &Rows<'_>, starts: &[usize], known: &mut [Option<u32>]) {
+    fn batch(&mut self, segments: &[Segment], index: &Rows<'_>, known: &mut [Option<u32>]) {
         let Some((_, any)) = self.found.first() else { return };
         let mut begin = self.plan.parts.len();
         self.plan.parts.resize(begin + self.found.len(), *any);
@@ -219,14 +296,13 @@ impl Merge {
             *at += 1;
         }
         self.found.clear();
-        for ((extent, start), end) in index.extents().iter().zip(starts).zip(ends) {
+        for (extent, end) in index.extents().iter().zip(ends) {
             let parts = std::mem::replace(&mut begin, end)..end;
-            let segment = segments.get(extent.segment as usize).zip(known.get_mut(extent.segment as usize));
-            let Some((segment, known)) = segment.filter(|_| !parts.is_empty()) else { continue };
-            let segment = *known.get_or_insert_with(|| self.segment(segment));
-            self.need(segment, extent, parts, |part| {
-                index.sums_from(start + usize::from(part.page), part.run.count as usize)
-            });
+            if parts.is_empty() {
+                continue;
+            }
+            self.need(segments, known, extent, parts.clone());
+            self.keep_sums(index, extent, parts);
         }
     }
 
@@ -271,27 +347,42 @@ impl Merge {
     }
 
     /// One extent of a link, and the parts of it that no newer link has.
-    fn need<S: Iterator<Item = u64>>(
+    fn need(
         &mut self,
-        segment: u32,
+        segments: &[Segment],
+        known: &mut [Option<u32>],
         extent: &Extent,
         parts: Range<usize>,
-        sums_of: impl Fn(&Part) -> S,
     ) {
+        let at = extent.segment as usize;
+        let Some((segment, known)) = segments.get(at).zip(known.get_mut(at)) else { return };
+        let segment = *known.get_or_insert_with(|| self.segment(segment));
+        self.plan.parts[parts.clone()].sort_unstable_by_key(|part| part.page);
+        self.plan.needs.push(Need { segment, extent: *extent, parts });
+    }
+
+    /// Takes the sums of an extent's parts out of the link's index, if they may be asked for, so that that need not stay.
+    fn keep_sums(&mut self, index: &Rows<'_>, extent: &Extent, parts: Range<usize>) {
         let plan = &mut self.plan;
-        let here = &mut plan.parts[parts.clone()];
-        here.sort_unstable_by_key(|part| part.page);
+        let here = &mut plan.parts[parts];
         let pages = here.iter().map(|part| u64::from(part.run.count)).sum();
-        let mut need = Need { segment, extent: *extent, parts, sums: None };
-        if self.kept == Sums::All || need.is_few(pages) {
-            need.sums = Some(plan.sums.len());
-            plan.sums.extend(here.iter().flat_map(sums_of));
+        let kept = self.kept == Sums::All || is_few(extent, pages);
+        for part in here {
+            let there = std::mem::replace(&mut part.sums, SumsAt::NOWHERE);
+            if kept && there != SumsAt::NOWHERE {
+                part.sums = SumsAt::here(plan.sums.len());
+                plan.sums.extend(index.sums_from(there.position(), part.run.count as usize));
+            }
         }
-        plan.needs.push(need);
     }
 }
 
-fn name(segment: &Segment) -> (protocol::checkpoint::name::CheckpointId, u32, u64) {
+/// See [`Need::is_few`].
+fn is_few(extent: &Extent, pages: u64) -> bool {
+    extent.encoding == Encoding::Raw && pages * 8 < u64::from(extent.pages) * 7
+}
+
+fn name(segment: &Segment) -> (CheckpointId, u32, u64) {
     (segment.checkpoint, segment.number, segment.bytes)
 }
 
@@ -452,9 +543,9 @@ pub(super) mod tests {
                 let (link, number) = (need.extent.digest[1], need.extent.digest[0]);
                 prop_assert_eq!(&plan.segments[need.segment as usize], &segment(need.extent.segment));
                 prop_assert!(plan.parts(need).is_sorted_by_key(|part| part.page));
-                prop_assert_eq!(plan.parts_and_sums(need).count(), plan.parts(need).len());
                 let kept = sums == Sums::All || need.is_few(plan.pages(need));
-                for (part, sums) in plan.parts_and_sums(need) {
+                for part in plan.parts(need) {
+                    let sums = plan.sums(part, None).unwrap_or_default();
                     let first = u64::from(link) << 32 | u64::from(number) << 16 | u64::from(part.page);
                     let right: Vec<_> = (first..).take(part.run.count as usize).collect();
                     prop_assert!(sums == right || !kept && sums.is_empty(), "{sums:?} {right:?}");

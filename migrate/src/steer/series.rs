@@ -77,7 +77,8 @@ impl SeriesBoard {
     /// One exists.
     pub fn taken(&self, report: &CheckpointReport) {
         let mut known = self.lock();
-        let stored_bytes = report.stored_bytes + report.index_bytes + report.state_bytes;
+        let stored_bytes =
+            report.stored_bytes + report.index_bytes + report.state_bytes + report.merged_bytes;
         let series = &mut known.series;
         series.taken += 1;
         series.stored_bytes = series.stored_bytes.saturating_add(stored_bytes);

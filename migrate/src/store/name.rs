@@ -62,11 +62,21 @@ mod tests {
             name::group(id),
             name::pruned(id),
             name::touched(id, u64::MAX),
+            name::merged_index(id),
+            name::merged_sums(id),
         ] {
             check(&name).unwrap();
         }
-        for prefix in [name::CHECKPOINTS, name::DATA, name::GROUPS, name::PRUNED, name::TOUCHED, "", "data/x"]
-        {
+        for prefix in [
+            name::CHECKPOINTS,
+            name::DATA,
+            name::GROUPS,
+            name::MERGED,
+            name::PRUNED,
+            name::TOUCHED,
+            "",
+            "data/x",
+        ] {
             check_prefix(prefix).unwrap();
         }
         for wrong in [

@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::store::{Lease, ObjectInfo};
 use crate::vault::{Committed, Listing, Vault};
 use protocol::checkpoint::manifest::{Group, Pruned};
-use protocol::checkpoint::name::{self, CHECKPOINTS, CheckpointId, DATA, GROUPS, PRUNED, TOUCHED};
+use protocol::checkpoint::name::{self, CHECKPOINTS, CheckpointId, DATA, GROUPS, MERGED, PRUNED, TOUCHED};
 use protocol::checkpoint::object::Kind;
 use serde::Serialize;
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -112,7 +112,7 @@ fn choose(found: &Found, now: SystemTime, grace: Duration) -> Vec<Removal> {
 
     let mut by_owner = BTreeMap::<CheckpointId, Vec<&ObjectInfo>>::new();
     for info in &found.objects {
-        let collected = [DATA, TOUCHED, PRUNED].iter().any(|folder| info.name.starts_with(folder));
+        let collected = [DATA, MERGED, TOUCHED, PRUNED].iter().any(|folder| info.name.starts_with(folder));
         if let Some(id) = owner(&info.name).filter(|id| collected && !live.contains(id)) {
             by_owner.entry(id).or_default().push(info);
         }

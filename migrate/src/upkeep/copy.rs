@@ -9,10 +9,13 @@ use crate::error::{Error, Result};
 use crate::store::{Lease, ObjectReader};
 use crate::vault::{Committed, SegmentReader, SegmentWriter, Unpacker, Vault};
 use protocol::checkpoint::index::{Extent, Index};
-use protocol::checkpoint::manifest::{Group, HexDigest, MAX_JSON_BYTES, Manifest, Parent, Segment};
+use protocol::checkpoint::manifest::{
+    Group, HexDigest, MAX_JSON_BYTES, Manifest, MergedIndex, Parent, Segment,
+};
 use protocol::checkpoint::name::{self, CheckpointId, DATA};
 use protocol::checkpoint::object::{self, Digest, Kind};
 use protocol::checkpoint::segment::Encoding;
+use protocol::layout::Layout;
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -90,6 +93,9 @@ pub fn copy_forecast(
         needed.extend(manifest.segments.iter().map(|part| name::segment(part.checkpoint, part.number)));
         needed.extend([name::index(manifest.id), name::state(manifest.id), name::manifest(manifest.id)]);
         needed.extend(manifest.group.map(name::group));
+        let as_it_is = manifest.merged.filter(|_| from.info().seal == to.info().seal);
+        let merged = |named: MergedIndex| [name::merged_sums(named.id), name::merged_index(named.id)];
+        needed.extend(as_it_is.into_iter().flat_map(merged));
     }
     for name in needed {
         if !to.store().contains(&name)? && from.store().contains(&name)? {
@@ -178,6 +184,11 @@ impl Copier<'_> {
         let id = manifest.id;
         self.object(Kind::Index, &name::index(id), manifest.index.bytes, manifest.index.digest.0)?;
         self.object(Kind::State, &name::state(id), manifest.state.bytes, manifest.state.digest.0)?;
+        if let Some(named) = &manifest.merged
+            && let Err(error) = self.merged(&manifest.layout, named)
+        {
+            tracing::info!(%error, "a merged index is not copied: its chain says the same");
+        }
         self.lease.check()?;
         self.object(Kind::Manifest, &name::manifest(id), MAX_JSON_BYTES as u64, link.digest)
     }
@@ -220,6 +231,17 @@ impl Copier<'_> {
         }
         self.report.bytes += writer.finish()?;
         Ok(())
+    }
+
+    /// Copies the merged index that a manifest names, with its sums first.
+    fn merged(&mut self, layout: &Layout, named: &MergedIndex) -> Result<()> {
+        let (index, sums) = (name::merged_index(named.id), name::merged_sums(named.id));
+        if self.to.store().contains(&index)? {
+            return Ok(());
+        }
+        let merged = self.from.merged(layout, named)?;
+        self.object(Kind::Sums, &sums, merged.sums.bytes, merged.sums.digest.0)?;
+        self.object(Kind::Merged, &index, named.index.bytes, named.index.digest.0)
     }
 
     /// Copies a short object that has this digest.
@@ -285,8 +307,10 @@ impl Copier<'_> {
         let (index, state) = (self.to.put_index(id, &index)?, self.to.put_state(id, &machine, &state)?);
         self.report.bytes += index.bytes + state.bytes;
         let parent = manifest.parent.as_ref().map(|parent| self.renamed(parent)).transpose()?;
-        let put =
-            self.to.commit(self.lease, Manifest { segments, index, state, parent, ..manifest.clone() })?;
+        let put = self.to.commit(
+            self.lease,
+            Manifest { segments, index, state, parent, merged: None, ..manifest.clone() },
+        )?;
         Ok(put.digest)
     }
 
@@ -363,6 +387,30 @@ mod tests {
         vault.put_json(Kind::Group, &name::group(group.id), &group).unwrap();
         let ids = links.iter().map(|link| link.manifest.id).chain([member.manifest.id]).collect();
         (vault, ids)
+    }
+
+    #[test]
+    fn a_merged_index_goes_with_the_manifest_that_names_it() {
+        let from = vault(&MemoryStore::new(), None);
+        let links = fixture::chain(&from, 3);
+        let of = &links[1];
+        crate::checkpoint::write_merged(&from, of, &crate::cancel::CancelFlag::default()).unwrap();
+        let newest = &links[3].manifest;
+        from.store().delete(&name::manifest(newest.id)).unwrap();
+        let merged = from.merged_of(of.manifest.id).unwrap();
+        let lease = from.store().lock("a test").unwrap();
+        from.commit(&*lease, Manifest { merged, ..newest.clone() }).unwrap();
+        let ids: Vec<_> = links.iter().map(|link| link.manifest.id).collect();
+        for (key, goes) in [(None, true), (Some(3), false)] {
+            let to = vault(&MemoryStore::new(), key);
+            let forecast = copy_forecast(&from, &to, &ids, &mut |_| Ok(())).unwrap();
+            let copied = copy_all(&from, &to, &ids).unwrap();
+            is_a_copy(&from, &to, &ids);
+            let there = to.merged_of(of.manifest.id).unwrap();
+            assert_eq!(there, merged.filter(|_| goes));
+            assert_eq!(to.manifest(newest.id).unwrap().manifest.merged, there);
+            assert!(key.is_some() || forecast.bytes == copied.bytes, "{forecast:?} {copied:?}");
+        }
     }
 
     fn copy_all(from: &Vault, to: &Vault, ids: &[CheckpointId]) -> Result<Copied> {

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::vault::{Committed, Listing, SegmentReader, Unpacker, Vault};
 use protocol::checkpoint::index::{Extent, Index};
 use protocol::checkpoint::manifest::Segment;
-use protocol::checkpoint::name::{self, CheckpointId, PRUNED, TOUCHED};
+use protocol::checkpoint::name::{self, CheckpointId, MERGED, PRUNED, TOUCHED};
 use protocol::checkpoint::object::{self, Kind};
 use protocol::control::MAX_BLOB_BYTES;
 use protocol::page::PAGE_SIZE;
@@ -119,10 +119,12 @@ fn broken_link(
     Some(Damage { object, checkpoints, what: format!("it stands on {}, {why}", parent.id) })
 }
 
-/// Notes of what was given up, and orders of first touches. No checkpoint needs them.
+/// Notes of what was given up, orders of first touches, merged indexes and their sums. No checkpoint needs them.
 fn notes(vault: &Vault, verified: &mut Verified) -> Result<()> {
-    for (folder, kind) in [(PRUNED, Kind::Pruned), (TOUCHED, Kind::Touched)] {
+    for (folder, kind) in [(PRUNED, Kind::Pruned), (TOUCHED, Kind::Touched), (MERGED, Kind::Merged)] {
         for found in vault.store().list(folder)? {
+            let is_sums = kind == Kind::Merged && found.name.ends_with("/sums");
+            let kind = if is_sums { Kind::Sums } else { kind };
             verified.objects += 1;
             if let Err(error) = note(vault, &found.name, kind) {
                 let what = error.to_string();
@@ -136,8 +138,14 @@ fn notes(vault: &Vault, verified: &mut Verified) -> Result<()> {
 fn note(vault: &Vault, name: &str, kind: Kind) -> Result<()> {
     let reader = vault.store().open(name)?;
     let damaged = |why: &str| Error::Store(format!("object {name} of {} is damaged: {why}", vault.place()));
-    let length = usize::try_from(reader.bytes()).ok().filter(|bytes| *bytes as u64 <= MOST_SHORT_BYTES);
-    let mut bytes = vec![0; length.ok_or_else(|| damaged("it is longer than any of its kind"))?];
+    let is_short = matches!(kind, Kind::Pruned | Kind::Touched);
+    let most_bytes = if is_short { MOST_SHORT_BYTES } else { u64::MAX };
+    let length = usize::try_from(reader.bytes()).ok().filter(|bytes| *bytes as u64 <= most_bytes);
+    let length = length.ok_or_else(|| damaged("it is longer than any of its kind"))?;
+    let mut bytes = Vec::new();
+    let room = bytes.try_reserve_exact(length);
+    room.map_err(|_| Error::Host(format!("there is no memory for the {length} bytes of {name}")))?;
+    bytes.resize(length, 0);
     reader.read_at(0, &mut bytes)?;
     object::decode(&bytes, kind, "it").map(|_| ()).map_err(|error| damaged(&error.to_string()))
 }

@@ -145,9 +145,36 @@ impl Vault {
     /// # Errors
     /// As [`Vault::chain`].
     pub(crate) fn chain_of(&self, newest: Committed) -> Result<Vec<Committed>> {
+        self.links(newest, None)
+    }
+
+    /// The same down to the one that stands on `below`, which is not read.
+    ///
+    /// # Errors
+    /// As [`Vault::chain`], and when no link stands on it.
+    pub(crate) fn chain_above(&self, newest: Committed, below: CheckpointId) -> Result<Vec<Committed>> {
+        let id = newest.manifest.id;
+        let links = self.links(newest, Some(below))?;
+        let stands_on = links.last().and_then(|last| last.manifest.parent.as_ref());
+        if stands_on.is_some_and(|parent| parent.id == below) {
+            return Ok(links);
+        }
+        let name = name::manifest(id);
+        Err(self
+            .wrong(&name)
+            .damaged(&format!("it names a merged index of {below}, on which it does not stand")))
+    }
+
+    /// From a link down to the full one, or to the one that stands on `below`.
+    fn links(&self, newest: Committed, below: Option<CheckpointId>) -> Result<Vec<Committed>> {
         let mut links = vec![newest];
-        while let Some(below) = links.last().map(|link| self.below(&link.manifest)).transpose()?.flatten() {
-            links.push(below);
+        while let Some(last) = links.last() {
+            let stands_on = last.manifest.parent.as_ref().map(|parent| parent.id);
+            if below.is_some() && stands_on == below {
+                break;
+            }
+            let Some(next) = self.below(&last.manifest)? else { break };
+            links.push(next);
         }
         Ok(links)
     }

@@ -145,6 +145,7 @@ impl Memory {
             shared_pages: 0,
             zero_pages,
             pause_us: 1234,
+            merged: None,
             group: None,
         };
         vault.commit(&*lease, manifest).unwrap()

@@ -3,7 +3,7 @@
 use crate::error::Error;
 use crate::store::Store;
 use protocol::ProtocolError;
-use protocol::checkpoint::name::{CHECKPOINTS, CheckpointId, DATA, GROUPS, PRUNED, TOUCHED};
+use protocol::checkpoint::name::{CHECKPOINTS, CheckpointId, DATA, GROUPS, MERGED, PRUNED, TOUCHED};
 use std::fmt::Display;
 
 /// An object with which something is wrong.
@@ -49,7 +49,7 @@ impl Wrong<'_> {
 
 /// The checkpoint that an object belongs to.
 pub(crate) fn checkpoint_of(object: &str) -> Option<CheckpointId> {
-    let rest =
-        [CHECKPOINTS, DATA, GROUPS, PRUNED, TOUCHED].iter().find_map(|folder| object.strip_prefix(folder))?;
+    let folders = [CHECKPOINTS, DATA, GROUPS, MERGED, PRUNED, TOUCHED];
+    let rest = folders.iter().find_map(|folder| object.strip_prefix(folder))?;
     rest.split('/').next()?.parse().ok()
 }

@@ -1,8 +1,9 @@
-//! Where the pages of a checkpoint lie, and in which order they are touched.
+//! Where the pages of a checkpoint and of its chain lie, and in which order they are touched.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
 use protocol::checkpoint::index::{At, Index};
+use protocol::checkpoint::merged::{Merged, Stored};
 use protocol::checkpoint::object::HEADER_BYTES;
 use protocol::checkpoint::touched;
 use protocol::layout::{Layout, Space, SpaceKind};
@@ -33,6 +34,15 @@ fn judge(data: &[u8]) {
         for pair in index.runs.windows(2) {
             assert!((pair[0].run.space, pair[0].run.end()) <= (pair[1].run.space, pair[1].run.first));
         }
+    }
+    if let Ok(merged) = Merged::decode(&layout, data) {
+        assert_eq!(merged.encode(&layout), data);
+        for Stored { run, extent, page } in &merged.runs {
+            layout.check(run).expect("a run lies in the layout");
+            let pages = merged.extents[*extent as usize].pages;
+            assert!(u32::from(*page) + run.count <= u32::from(pages));
+        }
+        assert!(merged.runs.is_sorted_by_key(|stored| (stored.extent, stored.page)));
     }
     if let Ok(runs) = touched::decode(&layout, data) {
         assert_eq!(touched::encode(&runs), data);

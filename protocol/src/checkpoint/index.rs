@@ -23,7 +23,7 @@ use crate::page::{PageRun, SpaceId};
 /// In place of an extent: the pages are zeros.
 pub const ZEROS: u32 = u32::MAX;
 
-const EXTENT_BYTES: usize = 56;
+pub(super) const EXTENT_BYTES: usize = 56;
 const RUN_BYTES: usize = 24;
 
 /// Some pages in a segment.
@@ -100,12 +100,7 @@ impl Index {
         bytes.extend_from_slice(&(self.extents.len() as u32).to_le_bytes());
         bytes.extend_from_slice(&(self.runs.len() as u32).to_le_bytes());
         for extent in &self.extents {
-            bytes.extend_from_slice(&extent.segment.to_le_bytes());
-            bytes.extend_from_slice(&extent.stored_bytes.to_le_bytes());
-            bytes.extend_from_slice(&extent.offset.to_le_bytes());
-            bytes.extend_from_slice(&extent.pages.to_le_bytes());
-            bytes.extend_from_slice(&[extent.encoding as u8, 0, 0, 0, 0, 0]);
-            bytes.extend_from_slice(&extent.digest);
+            encode_extent(&mut bytes, extent);
         }
         for Placed { run, at } in &self.runs {
             let (extent, page) = match *at {
@@ -174,7 +169,7 @@ impl<'a> Rows<'a> {
             .as_chunks::<EXTENT_BYTES>()
             .0
             .iter()
-            .map(|bytes| extent(bytes, segments))
+            .map(|row| decode_extent(row, segments))
             .collect::<Result<Vec<_>>>()?;
         let pages: u64 = extents.iter().map(|extent| u64::from(extent.pages)).sum();
         if sum_table.len() as u64 != pages * 8 {
@@ -241,7 +236,18 @@ fn number(row: &[u8], at: usize, bytes: usize) -> u64 {
     row[at..at + bytes].iter().rev().fold(0, |sum, byte| sum << 8 | u64::from(*byte))
 }
 
-fn extent(row: &[u8; EXTENT_BYTES], segments: u32) -> Result<Extent> {
+/// A row of the table of extents.
+pub(super) fn encode_extent(bytes: &mut Vec<u8>, extent: &Extent) {
+    bytes.extend_from_slice(&extent.segment.to_le_bytes());
+    bytes.extend_from_slice(&extent.stored_bytes.to_le_bytes());
+    bytes.extend_from_slice(&extent.offset.to_le_bytes());
+    bytes.extend_from_slice(&extent.pages.to_le_bytes());
+    bytes.extend_from_slice(&[extent.encoding as u8, 0, 0, 0, 0, 0]);
+    bytes.extend_from_slice(&extent.digest);
+}
+
+/// Reads a row of the table of extents, where there are so many segments.
+pub(super) fn decode_extent(row: &[u8; EXTENT_BYTES], segments: u32) -> Result<Extent> {
     let (code, zero) = (row[18], number(row, 19, 5));
     let mut digest = Digest::default();
     digest.copy_from_slice(&row[EXTENT_BYTES - 32..]);

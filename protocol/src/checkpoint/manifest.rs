@@ -125,9 +125,21 @@ pub struct Manifest {
     pub zero_pages: u64,
     /// How long the workload stood still for it, in microseconds.
     pub pause_us: u64,
+    /// Where all pages of this checkpoint or of one that it stands on lie: the nearest of which that was written down.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub merged: Option<MergedIndex>,
     /// The group without which it does not exist.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group: Option<CheckpointId>,
+}
+
+/// Which checkpoint of a chain has a merged index: whoever reads the chain may read it instead of everything from there on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MergedIndex {
+    /// The checkpoint.
+    pub id: CheckpointId,
+    /// Its merged index.
+    pub index: Part,
 }
 
 /// What a delta stands on.

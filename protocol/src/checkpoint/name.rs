@@ -27,6 +27,11 @@ impl CheckpointId {
     pub fn unix_s(&self) -> u64 {
         self.unix_s
     }
+
+    /// What tells it from others of that second.
+    pub fn random(&self) -> u32 {
+        self.random
+    }
 }
 
 /// Year, month and day of a day counted from 1970-01-01 on, in the Gregorian calendar: years are counted from March on, so that
@@ -125,6 +130,9 @@ pub const PRUNED: &str = "pruned/";
 /// Where orders of first touches lie.
 pub const TOUCHED: &str = "touched/";
 
+/// Where merged indexes lie.
+pub const MERGED: &str = "merged/";
+
 /// The manifest of a checkpoint.
 pub fn manifest(id: CheckpointId) -> String {
     format!("{CHECKPOINTS}{id}")
@@ -158,6 +166,16 @@ pub fn pruned(id: CheckpointId) -> String {
 /// One order of first touches of a checkpoint.
 pub fn touched(id: CheckpointId, random: u64) -> String {
     format!("{TOUCHED}{id}/{random:016x}")
+}
+
+/// Where all of a checkpoint's pages lie, its chain merged.
+pub fn merged_index(id: CheckpointId) -> String {
+    format!("{MERGED}{id}/index")
+}
+
+/// The sums of these pages.
+pub fn merged_sums(id: CheckpointId) -> String {
+    format!("{MERGED}{id}/sums")
 }
 
 #[cfg(test)]

@@ -42,13 +42,27 @@ pub enum Kind {
     Pruned = 6,
     /// An order of first touches.
     Touched = 7,
+    /// Where all of a checkpoint's pages lie, its chain merged.
+    Merged = 8,
+    /// The sums of these pages.
+    Sums = 9,
 }
 
 impl Kind {
     fn from_byte(byte: u8) -> Option<Self> {
-        [Self::Store, Self::Manifest, Self::Index, Self::State, Self::Group, Self::Pruned, Self::Touched]
-            .into_iter()
-            .find(|kind| *kind as u8 == byte)
+        [
+            Self::Store,
+            Self::Manifest,
+            Self::Index,
+            Self::State,
+            Self::Group,
+            Self::Pruned,
+            Self::Touched,
+            Self::Merged,
+            Self::Sums,
+        ]
+        .into_iter()
+        .find(|kind| *kind as u8 == byte)
     }
 }
 

@@ -3,8 +3,9 @@
 use super::samples;
 use protocol::checkpoint::index::{At, Extent, Index, Placed};
 use protocol::checkpoint::manifest::{
-    Group, HexDigest, Manifest, Parent, Part, Pruned, Seal, Segment, StoreInfo, to_json,
+    Group, HexDigest, Manifest, MergedIndex, Parent, Part, Pruned, Seal, Segment, StoreInfo, to_json,
 };
+use protocol::checkpoint::merged::{self, Merged, Stored};
 use protocol::checkpoint::name::CheckpointId;
 use protocol::checkpoint::object::{self, Kind};
 use protocol::checkpoint::segment::{self, Encoding};
@@ -67,8 +68,54 @@ pub(crate) fn manifest() -> Manifest {
         shared_pages: 0,
         zero_pages: 256,
         pause_us: 3120,
+        merged: None,
         group: Some(CheckpointId::new(1_795_463_310, 0xabcd_ef01)),
     }
+}
+
+/// A delta behind one that has a merged index.
+pub(crate) fn manifest_behind() -> Manifest {
+    let (bytes, digest) = object::encode(Kind::Merged, false, &merged().encode(&samples::layout()));
+    let index = Part { bytes: bytes.len() as u64, digest: HexDigest(digest) };
+    Manifest { merged: Some(MergedIndex { id: earlier(), index }), group: None, ..manifest() }
+}
+
+/// Extents of which some pages are named, in two spaces; numbers of one byte and of more.
+pub(crate) fn merged() -> Merged {
+    let segment = |checkpoint, number, bytes| Segment { checkpoint, number, bytes };
+    let extent = |segment, offset, stored_bytes, pages, encoding, byte| Extent {
+        segment,
+        offset,
+        stored_bytes,
+        pages,
+        encoding,
+        digest: [byte; 32],
+    };
+    let stored = |space, first, count, extent, page| Stored {
+        run: PageRun { space: SpaceId(space), first, count },
+        extent,
+        page,
+    };
+    let (bytes, digest) = object::encode(Kind::Sums, false, &merged::encode_sums(&merged_sums()));
+    Merged {
+        sums: Part { bytes: bytes.len() as u64, digest: HexDigest(digest) },
+        segments: vec![segment(earlier(), 3, 67_108_864), segment(id(), 0, 21_496)],
+        extents: vec![
+            extent(0, 16, 1_048_576, 256, Encoding::Raw, 0xb1),
+            extent(1, 4112, 16_384, 4, Encoding::Raw, 0xa2),
+        ],
+        runs: vec![
+            stored(1, 7, 200, 0, 56),
+            stored(0, 786_431, 1, 1, 0),
+            stored(0, 2, 2, 1, 2),
+            stored(0, 9, 1, 1, 3),
+        ],
+    }
+}
+
+/// One for each of its pages.
+pub(crate) fn merged_sums() -> Vec<u64> {
+    (0..204).map(|page| 0xb100 + page).collect()
 }
 
 pub(crate) fn group() -> Group {
@@ -141,6 +188,9 @@ pub(crate) fn files() -> Vec<(&'static str, Vec<u8>)> {
         ("checkpoint/group.bin", json(Kind::Group, &group())),
         ("checkpoint/pruned.bin", json(Kind::Pruned, &pruned())),
         ("checkpoint/touched.bin", touched::encode(&touched_runs())),
+        ("checkpoint/manifest-behind.bin", json(Kind::Manifest, &manifest_behind())),
+        ("checkpoint/merged-index.bin", merged().encode(&samples::layout())),
+        ("checkpoint/merged-sums.bin", merged::encode_sums(&merged_sums())),
         ("checkpoint/sealed.bin", object::encode(Kind::State, true, b"salt and ciphertext").0),
         ("checkpoint/segment.bin", segment::header(false).to_vec()),
         ("checkpoint/segment-sealed.bin", segment::header(true).to_vec()),

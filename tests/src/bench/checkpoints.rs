@@ -98,6 +98,8 @@ fn judge(part: &str, cases: &[(String, Value)]) -> Vec<Value> {
                 add(format!("{case}: pause of a delta, by the guest"), "us", gap, Some(PAUSE_US), false);
                 let share = median(case, "written_by_dirty").map(|share| share * 1e3);
                 add(format!("{case}: bytes of a delta"), "per mille", share, Some(DELTA_SHARE * 1e3), false);
+                let all = median(case, "all_written_by_dirty").map(|share| share * 1e3);
+                add(format!("{case}: with merged indexes"), "per mille", all, Some(DELTA_SHARE * 1e3), false);
             }
             // A guest that writes as fast as it can wants every core there is; it is measured, and no bound is set.
             "checkpoint-every" if !case.contains("max") => {
@@ -177,9 +179,9 @@ mod tests {
 
     #[test]
     fn each_part_is_judged_by_its_bounds() {
-        let pause = |us: f64, share: f64| json!({"pause_guest_us": us, "written_by_dirty": share});
-        assert_eq!(verdicts("checkpoint-pause", "x", &pause(9_000.0, 1.06)), [true, false]);
-        assert_eq!(verdicts("checkpoint-pause", "x", &pause(11_000.0, 1.04)), [false, true]);
+        let pause = |us: f64, share: f64| json!({"pause_guest_us": us, "written_by_dirty": share, "all_written_by_dirty": share});
+        assert_eq!(verdicts("checkpoint-pause", "x", &pause(9_000.0, 1.06)), [true, false, false]);
+        assert_eq!(verdicts("checkpoint-pause", "x", &pause(11_000.0, 1.04)), [false, true, true]);
         let full = |rate: f64| json!({"store_bytes_per_s": rate, "dd_bytes_per_s": 100.0});
         assert_eq!(verdicts("checkpoint-full", "x", &full(79.0)), [false]);
         assert_eq!(verdicts("checkpoint-full", "x", &full(81.0)), [true]);

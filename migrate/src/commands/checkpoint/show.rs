@@ -47,6 +47,9 @@ fn text(report: &CheckpointReport) {
         show_bytes(report.state_bytes),
         show_rate(rate)
     ));
+    if report.merged_bytes > 0 {
+        say(&format!("merged    {} of an index for all of the chain", show_bytes(report.merged_bytes)));
+    }
     let after = if report.suspended { "; the VM has ended" } else { "" };
     say(&format!(
         "pause     {}, predicted {}, behind {} rounds{after}",

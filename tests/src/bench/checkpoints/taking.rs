@@ -37,18 +37,24 @@ pub(super) fn pauses(options: &Options) -> Vec<(String, Value)> {
         for case in cases {
             let scene = Scene::start(options, case, run + 1, Medium::Disk);
             scene.take(&[]);
+            let (mut all_dirty, mut all_written) = (0.0, 0.0);
             for _ in 0..deltas {
                 std::thread::sleep(BETWEEN);
                 let (report, wall_us, gap_us) = scene.take_watched(&[]);
                 let dirty = number(&report, "dirty_pages") * 4096.0;
                 let written =
                     ["stored_bytes", "index_bytes", "state_bytes"].map(|name| number(&report, name));
+                let written = written.iter().sum::<f64>();
+                all_dirty += dirty;
+                all_written += written + number(&report, "merged_bytes");
                 assert!(!report["parent"].is_null(), "not a delta: {report:#}");
                 let sample = json!({
                     "pause_guest_us": gap_us,
                     "pause_engine_us": report["pause_us"],
                     "dirty_bytes": dirty,
-                    "written_by_dirty": written.iter().sum::<f64>() / dirty,
+                    "written_by_dirty": written / dirty,
+                    // Of all deltas until now, with the merged indexes that were written behind some of them.
+                    "all_written_by_dirty": all_written / all_dirty,
                     "total_us": report["total_us"],
                     "wall_us": wall_us,
                 });
