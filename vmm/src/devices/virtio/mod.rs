@@ -13,7 +13,7 @@
 //!
 //! # Standing still
 //!
-//! [`Handle::pause`] comes behind the pause of the vCPUs. It waits for the one request that is being carried out, and leaves all
+//! A device's pause comes behind that of the vCPUs. It waits for the one request that is being carried out, and leaves all
 //! others in the rings, where the driver put them: so a saved state has no request in flight, and whoever serves the rings
 //! next, here or elsewhere, finds each of them once. Behind it no device writes to guest memory. What one wrote is marked in the
 //! mapping itself (`OwnWrites` of the memory), because KVM's log knows of vCPUs only.
