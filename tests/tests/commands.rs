@@ -78,6 +78,49 @@ fn keys_are_made_shown_trusted_listed_and_revoked() {
 }
 
 #[test]
+fn what_cannot_be_booted_is_refused_with_the_name_of_what_is_wrong() {
+    let host = Host::new(Path::new(PROGRAM));
+    let file = |name: &str, bytes: &[u8]| {
+        let path = host.path(name);
+        std::fs::write(&path, bytes).expect("a file");
+        path.to_str().expect("a path").to_owned()
+    };
+    let script = file("script", b"#!/bin/sh\n");
+    let mut arm = vec![0; 0x1000];
+    arm[0x38..0x3c].copy_from_slice(b"ARM\x64");
+    let arm = file("arm64", &arm);
+    let packed = file("vmlinux.gz", b"\x1f\x8b\x08");
+    let ledger = file("ledger", ledger::IMAGE);
+    let long = "x".repeat(4000);
+    for (arguments, says) in [
+        (&["--kernel", &script][..], "neither an ELF file nor a bzImage"),
+        (&["--kernel", "/nowhere/vmlinuz"], "/nowhere/vmlinuz: No such file"),
+        (&["--kernel", &arm], "made for AArch64, not for x86-64"),
+        (&["--kernel", &packed], "packed with gzip: unpack it first"),
+        (
+            &["--kernel", &ledger, "--initrd", "/nowhere/initrd"],
+            "its initramfs /nowhere/initrd: No such file",
+        ),
+        (&["--cmdline", &long], "the command line has 4000 bytes, at most 2047 fit"),
+        (&["--cpus", "300"], "300 vCPUs"),
+        (&["--cpus", "0"], "0 vCPUs"),
+        (&["--memory", "1MiB"], "memory of 1048576 bytes"),
+        (&["--kernel", &ledger, "--initrd", &ledger, "--memory", "2MiB"], "give the VM more memory"),
+    ] {
+        for detach in [&["--detach"][..], &[]] {
+            let mut line = vec!["vm", "run", "--name", "bad", "--serial", "none"];
+            line.extend_from_slice(arguments);
+            line.extend_from_slice(detach);
+            let refused = host.run(&line);
+            assert_eq!(refused.code, 2, "{arguments:?}: {refused:#?}");
+            assert!(refused.stderr.contains(says), "{arguments:?}: {refused:#?}");
+        }
+        assert!(host.vms().is_empty(), "{arguments:?}");
+        assert!(!host.runtime_dir().join("bad.sock").exists(), "{arguments:?}");
+    }
+}
+
+#[test]
 fn a_host_with_no_vms_lists_none() {
     let host = Host::new(Path::new(PROGRAM));
     assert!(host.vms().is_empty());

@@ -23,9 +23,11 @@ fn main() {
         name: "ledger".into(),
         memory_bytes: memory_mib << 20,
         vcpus: vcpus as u32,
-        kernel: KernelSource::Elf(Bytes::Inline(ledger::IMAGE.into())),
+        kernel: KernelSource::Kernel(Bytes::Inline(ledger::IMAGE.into())),
+        initramfs: None,
         cmdline,
         serial: SerialSink::None,
+        devices: Vec::new(),
         socket_path: Some(directory.path().join("0.sock")),
     });
     let mut reader = host.reader();

@@ -6,6 +6,8 @@
 //! 0x0000_c000_0000 .. the 32-bit hole: devices, local and I/O APICs, KVM's own pages
 //!     0xd000_0000          serial port, MMIO twin
 //!     0xd000_1000          pad
+//!     0xd010_0000          slots of devices, a page each
+//!     0xfec0_0000          I/O APIC, 0xfee0_0000 local APICs (in KVM)
 //! 0x0001_0000_0000 .. RAM, space 1, whatever is more than 3 GiB
 //! ```
 
@@ -25,6 +27,8 @@ pub const BOOT_IDT: u64 = 0x2000;
 pub const BOOT_TSS: u64 = 0x3000;
 /// PVH `hvm_start_info` (Xen's include/public/arch-x86/hvm/start_info.h).
 pub const PVH_START_INFO: u64 = 0x6000;
+/// PVH `hvm_modlist_entry` of the initramfs, in the start_info's page behind it.
+pub const PVH_MODULES: u64 = PVH_START_INFO + 0x100;
 /// PVH memory map, one page: at most 170 entries, we write four.
 pub const PVH_MEMMAP: u64 = 0x7000;
 /// Linux `boot_params`, one page (Documentation/arch/x86/zero-page.rst).
@@ -48,6 +52,11 @@ pub const BOOT_STACK_TOP: u64 = 0x8_0000;
 pub const BOOT_END: u64 = 0x8_0000;
 /// Where conventional memory ends: the extended BIOS data area of a PC. RAM, but not told to guests.
 pub const EBDA_START: u64 = 0x9_fc00;
+/// ACPI tables, first of all their root: guests without another hint look for it from 0xe0000 on (ACPI 6.5, 5.2.5.1). RAM, but
+/// not told to guests as such.
+pub const ACPI_START: u64 = 0xe_0000;
+/// One past the ACPI tables.
+pub const ACPI_END: u64 = 0x10_0000;
 /// Where RAM goes on for guests after the legacy video and BIOS area.
 pub const HIGH_MEMORY: u64 = 0x10_0000;
 
@@ -63,10 +72,23 @@ pub const SERIAL_LEN: u64 = 8;
 pub const PAD_MMIO: u64 = 0xd000_1000;
 /// Bytes of pad registers.
 pub const PAD_LEN: u64 = 0x18;
+/// Registers of the first slot; the others follow, a page each.
+pub const SLOT_MMIO: u64 = 0xd010_0000;
+/// Interrupt lines of the slots: those of the I/O APIC that no PC ever had, then those that PCs leave to add-in cards.
+pub const SLOT_GSIS: [u32; 13] = [16, 17, 18, 19, 20, 21, 22, 23, 5, 6, 7, 10, 11];
+/// The I/O APIC's registers, and its number of lines (KVM's arch/x86/kvm/ioapic.h).
+pub const IOAPIC_MMIO: u32 = 0xfec0_0000;
+/// The local APICs' registers (Intel SDM, volume 3, 11.4.1).
+pub const LAPIC_MMIO: u32 = 0xfee0_0000;
 /// The keyboard controller's command port: the byte 0xfe there resets a PC.
 pub const I8042_COMMAND_PORT: u16 = 0x64;
 /// The ACPI PM1a control port of QEMU's pc machine: 0x2000 | type there powers it off.
 pub const POWER_OFF_PORT: u16 = 0x604;
+
+/// The ACPI sleep control register of a hardware-reduced machine, one byte (ACPI 6.5, 4.8.3.7), beside the port above.
+pub const SLEEP_CONTROL_PORT: u16 = 0x600;
+/// The sleep status register (4.8.3.8), one byte, always 0 here: this machine never wakes up.
+pub const SLEEP_STATUS_PORT: u16 = 0x601;
 
 /// KVM's three-page TSS for VMX hosts that emulate real mode (KVM_SET_TSS_ADDR, kvm api.rst): must
 /// lie below 4 GiB in no slot.

@@ -3,8 +3,11 @@
 use std::path::PathBuf;
 
 use crate::{
-    boot::KernelSource,
-    devices::SerialSink,
+    boot::{Bytes, KernelSource},
+    devices::{
+        SerialSink,
+        virtio::{Allowed, DeviceConfig},
+    },
     error::{Error, Result},
 };
 
@@ -19,10 +22,14 @@ pub struct VmConfig {
     pub vcpus: u32,
     /// What to boot.
     pub kernel: KernelSource,
-    /// The kernel's command line; ` tsc_khz=N` is added to it.
+    /// The kernel's initramfs.
+    pub initramfs: Option<Bytes>,
+    /// The kernel's command line; ` tsc_khz=N` is added to it for guests other than Linux.
     pub cmdline: String,
     /// Where the serial port's output goes.
     pub serial: SerialSink,
+    /// Its disks and other virtio devices, in the order in which the guest finds them.
+    pub devices: Vec<DeviceConfig>,
     /// Where to serve the control protocol; nowhere if `None`.
     pub socket_path: Option<PathBuf>,
 }
@@ -36,6 +43,8 @@ pub struct IncomingConfig {
     pub max_memory_bytes: u64,
     /// Where the serial port's output goes.
     pub serial: SerialSink,
+    /// What it may have of this host.
+    pub allowed: Allowed,
     /// Where to serve the control protocol.
     pub socket_path: PathBuf,
 }

@@ -50,6 +50,8 @@ const LEAF_TOPOLOGY: u32 = 0xb;
 const LEAF_TOPOLOGY_V2: u32 = 0x1f;
 const LEAF_AMD_TOPOLOGY: u32 = 0x8000_001e;
 const ECX_TSC_DEADLINE: u32 = 1 << 24;
+/// A hypervisor is there: what guests go by before they look for KVM's own leaves (kvm api.rst leaves the bit to us).
+const ECX_HYPERVISOR: u32 = 1 << 31;
 const EDX_MULTITHREADING: u32 = 1 << 28;
 const TOPOLOGY_THREAD: u32 = 1;
 const TOPOLOGY_CORE: u32 = 2;
@@ -60,6 +62,7 @@ pub(crate) fn describe(host: &Host, vcpus: u32) -> Vec<Leaf> {
     let mut leaves: Vec<Leaf> = host.cpuid.as_slice().iter().map(Leaf::from).collect();
     for leaf in &mut leaves {
         if leaf.function == LEAF_FEATURES {
+            leaf.ecx |= ECX_HYPERVISOR;
             if host.tsc_deadline {
                 leaf.ecx |= ECX_TSC_DEADLINE;
             }
@@ -117,7 +120,7 @@ struct FeatureWord {
     index: u32,
     register: Register,
     name: &'static str,
-    /// Bits that tell a state, not a feature: OSXSAVE, OSPKE and multithreading.
+    /// Bits that tell a state, not a feature: OSXSAVE, OSPKE, multithreading, and that there is a hypervisor.
     ignored: u32,
     known: &'static [(u32, &'static str)],
 }
@@ -128,7 +131,7 @@ const FEATURE_WORDS: &[FeatureWord] = &[
         index: 0,
         register: Register::Ecx,
         name: "CPUID 1 ecx",
-        ignored: 1 << 27,
+        ignored: 1 << 27 | ECX_HYPERVISOR,
         known: &[
             (0, "sse3"),
             (1, "pclmulqdq"),
@@ -149,7 +152,6 @@ const FEATURE_WORDS: &[FeatureWord] = &[
             (28, "avx"),
             (29, "f16c"),
             (30, "rdrand"),
-            (31, "hypervisor"),
         ],
     },
     FeatureWord {
@@ -394,7 +396,7 @@ mod tests {
 
     #[test]
     fn bits_that_tell_a_state_do_not_count() {
-        assert!(missing_features(&[leaf(1, 1 << 27, 1 << 28)], &[]).is_empty());
+        assert!(missing_features(&[leaf(1, 1 << 27 | 1 << 31, 1 << 28)], &[]).is_empty());
     }
 
     #[test]

@@ -1,8 +1,54 @@
 //! What a device is, and what touching one can cause.
 
-use std::time::Duration;
+use std::{io, sync::Arc, time::Duration};
+
+use kvm_ioctls::VmFd;
 
 use crate::error::Result;
+
+/// One of the VM's interrupt lines, edge-triggered.
+///
+/// It goes up and down by KVM_IRQ_LINE and not through an irqfd: an irqfd's interrupt may wait in a queue of the host's
+/// kernel, and one that leaves it only after a freeze has read the interrupt controllers is lost in a move. When
+/// [`Interrupt::raise`] has returned, the interrupt stands in the controllers' state.
+#[derive(Clone)]
+pub struct Interrupt(Arc<dyn Fn() -> io::Result<()> + Send + Sync>);
+
+impl Interrupt {
+    /// The line with this number (KVM's GSI) of a VM that has its interrupt controllers.
+    pub fn line(vm: Arc<VmFd>, gsi: u32) -> Self {
+        Self::to(move || {
+            for active in [true, false] {
+                vm.set_irq_line(gsi, active).map_err(|errno| io::Error::from_raw_os_error(errno.errno()))?;
+            }
+            Ok(())
+        })
+    }
+
+    /// A line that leads to a function.
+    pub fn to(raise: impl Fn() -> io::Result<()> + Send + Sync + 'static) -> Self {
+        Self(Arc::new(raise))
+    }
+
+    /// A line that leads nowhere.
+    pub fn none() -> Self {
+        Self::to(|| Ok(()))
+    }
+
+    /// Interrupts the guest once.
+    ///
+    /// # Errors
+    /// What the host's kernel answers; a line of a living VM does not fail.
+    pub fn raise(&self) -> io::Result<()> {
+        (self.0)()
+    }
+}
+
+impl std::fmt::Debug for Interrupt {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Interrupt")
+    }
+}
 
 /// What a guest's access makes the vCPU or the VM do next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,7 +69,7 @@ pub enum Effect {
 /// ignores what makes no sense, and never fails. Reads of registers that do not exist give all ones.
 pub trait Device: Send {
     /// Its name, unique in a VM: also the name of its section in a saved state.
-    fn name(&self) -> &'static str;
+    fn name(&self) -> &str;
     /// Fills `data` from the register at `offset`.
     fn read(&mut self, offset: u64, data: &mut [u8]);
     /// Takes `data` into the register at `offset`.

@@ -138,9 +138,12 @@ impl Error {
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ImageError {
-    /// The first bytes are not those of an ELF file.
-    #[error("it is not an ELF file")]
-    NotElf,
+    /// The first bytes are neither those of an ELF file nor of a bzImage.
+    #[error("it is neither an ELF file nor a bzImage")]
+    NotKernel,
+    /// A kernel, but one that cannot run here.
+    #[error("{0}")]
+    Foreign(String),
     /// The file ends before what its headers promise.
     #[error("it is cut short: {0} lies beyond its end")]
     Truncated(&'static str),
@@ -148,7 +151,7 @@ pub enum ImageError {
     #[error("it is not a 64-bit little-endian ELF file")]
     WrongClass,
     /// Made for another processor.
-    #[error("it is made for machine {0}, not for x86-64 (62)")]
+    #[error("it is made for {}, not for x86-64", machine(*.0))]
     WrongMachine(u16),
     /// An object file or a core dump.
     #[error("it is an ELF file of type {0}, not an executable (2 or 3)")]
@@ -186,7 +189,38 @@ pub enum ImageError {
     /// The loader found something the checks above did not.
     #[error("{0}")]
     Loader(String),
+    /// The initramfs and the kernel do not fit into memory together.
+    #[error(
+        "its initramfs has {bytes} bytes, and memory has room for {room} behind it: give the VM more memory"
+    )]
+    InitramfsTooLarge {
+        /// The length of the initramfs.
+        bytes: u64,
+        /// What is left behind the kernel.
+        room: u64,
+    },
+    /// The initramfs file has no bytes.
+    #[error("its initramfs is empty")]
+    InitramfsEmpty,
+    /// A flat image starts with nothing but registers.
+    #[error("a flat image takes no initramfs")]
+    FlatWithInitramfs,
     /// The file could not be read.
     #[error("{0}")]
     Unreadable(String),
+}
+
+/// A processor by its number in ELF files (elf.h, EM_*).
+fn machine(number: u16) -> String {
+    let name = match number {
+        3 => "32-bit x86",
+        20 | 21 => "PowerPC",
+        22 => "s390",
+        40 => "32-bit ARM",
+        183 => "AArch64",
+        243 => "RISC-V",
+        258 => "LoongArch",
+        _ => return format!("machine {number}"),
+    };
+    name.to_owned()
 }

@@ -45,7 +45,7 @@ mod test_images;
 #[cfg(test)]
 mod vm_tests;
 
-pub use boot::{Bytes, KernelSource, Ring};
+pub use boot::{Bytes, Images, KernelSource, Ring};
 pub use client::{Client, Description, PageFaults, Tracking};
 pub use config::{ExitReason, IncomingConfig, VmConfig, check_name};
 pub use devices::SerialSink;

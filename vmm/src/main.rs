@@ -4,7 +4,10 @@ use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
-use vmm::{Bytes, ExitReason, IncomingConfig, KernelSource, Result, Ring, SerialSink, VmConfig};
+use vmm::{
+    Bytes, ExitReason, IncomingConfig, KernelSource, Result, Ring, SerialSink, VmConfig,
+    devices::virtio::Allowed,
+};
 
 /// Runs one virtual machine that other processes can move away while it runs.
 ///
@@ -33,7 +36,7 @@ struct Common {
     /// What to call the VM.
     #[arg(long, default_value = "vm")]
     name: String,
-    /// Where the serial port goes: `stdout`, `none`, or a file to append to.
+    /// Where the serial port goes: `stdout`, `stdio`, `none`, `socket:PATH`, or a file to append to.
     #[arg(long, default_value = "stdout", value_name = "WHERE")]
     serial: String,
 }
@@ -42,7 +45,7 @@ struct Common {
 struct Run {
     #[command(flatten)]
     common: Common,
-    /// The kernel: an ELF file with a PVH note or a 64-bit entry.
+    /// The kernel: a bzImage, or an ELF file with a PVH note or a 64-bit entry.
     #[arg(long, value_name = "FILE", required_unless_present = "flat")]
     kernel: Option<PathBuf>,
     /// A flat image instead, loaded at 1 MiB and started there in 64-bit mode.
@@ -51,6 +54,9 @@ struct Run {
     /// Start the flat image at CPL 3.
     #[arg(long, requires = "flat")]
     user: bool,
+    /// The kernel's initramfs.
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    initrd: Option<PathBuf>,
     /// The kernel's command line.
     #[arg(long, default_value = "", value_name = "TEXT")]
     cmdline: String,
@@ -108,15 +114,17 @@ fn run(args: Run) -> Result<ExitReason> {
             entry: FLAT_ADDRESS,
             ring: if args.user { Ring::User } else { Ring::Kernel },
         },
-        (kernel, None) => KernelSource::Elf(Bytes::File(kernel.unwrap_or_default())),
+        (kernel, None) => KernelSource::Kernel(Bytes::File(kernel.unwrap_or_default())),
     };
     vmm::run(VmConfig {
         name: args.common.name,
         memory_bytes: args.memory_mib.saturating_mul(MIB),
         vcpus: args.vcpus,
         kernel,
+        initramfs: args.initrd.map(Bytes::File),
         cmdline: args.cmdline,
-        serial: sink(&args.common.serial)?,
+        serial: SerialSink::parse(&args.common.serial)?,
+        devices: Vec::new(),
         socket_path: Some(args.common.socket),
     })
 }
@@ -125,15 +133,8 @@ fn receive(args: Receive) -> Result<ExitReason> {
     vmm::run_incoming(IncomingConfig {
         name: args.common.name,
         max_memory_bytes: args.max_memory_mib.saturating_mul(MIB),
-        serial: sink(&args.common.serial)?,
+        serial: SerialSink::parse(&args.common.serial)?,
+        allowed: Allowed::default(),
         socket_path: args.common.socket,
     })
-}
-
-fn sink(serial: &str) -> Result<SerialSink> {
-    match serial {
-        "stdout" => Ok(SerialSink::Stdout),
-        "none" => Ok(SerialSink::None),
-        path => SerialSink::append_to(path.as_ref()),
-    }
 }

@@ -14,7 +14,10 @@ use std::{
 };
 
 use rustix::fs::{MemfdFlags, SealFlags};
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, MmapRegion,
+    bitmap::{Bitmap, NewBitmap, RefSlice, WithBitmapSlice},
+};
 
 use crate::{
     addresses::{HOLE_END, HOLE_START, PAGE_SIZE},
@@ -59,16 +62,76 @@ pub fn spaces_for(memory_bytes: u64) -> Result<Vec<SpaceInfo>> {
     Ok(spaces)
 }
 
+/// Guest memory as it is mapped here.
+pub(crate) type Map = GuestMemoryMmap<OwnWrites>;
+
+/// One mapped space.
+pub(crate) type Region = GuestRegionMmap<OwnWrites>;
+
+/// One bit a page that the VMM itself wrote since the last harvest: KVM's log does not have those.
+///
+/// The mapping carries it, so that every write through it is marked, by a device's ring as by a loader. The mark comes after
+/// the bytes: a harvest in between misses neither, because it either sees the mark or leaves it for the next harvest, and the last
+/// one comes after everything that writes has stopped.
+#[derive(Debug, Default)]
+pub(crate) struct OwnWrites(Vec<AtomicU64>);
+
+impl NewBitmap for OwnWrites {
+    fn with_len(bytes: usize) -> Self {
+        let words = (bytes as u64).div_ceil(PAGE_SIZE * 64);
+        Self((0..words).map(|_| AtomicU64::new(0)).collect())
+    }
+}
+
+impl<'a> WithBitmapSlice<'a> for OwnWrites {
+    type S = RefSlice<'a, Self>;
+}
+
+impl Bitmap for OwnWrites {
+    fn mark_dirty(&self, offset: usize, bytes: usize) {
+        let Some(last) = bytes.checked_sub(1) else { return };
+        let page_of = |byte: usize| byte as u64 / PAGE_SIZE;
+        for page in page_of(offset)..=page_of(offset.saturating_add(last)) {
+            let Some(word) = self.word(page) else { return };
+            // Always, not only where the bit is not set: looking first would need a fence behind the bytes.
+            word.fetch_or(1 << (page % 64), Ordering::AcqRel);
+        }
+    }
+
+    fn dirty_at(&self, offset: usize) -> bool {
+        let page = offset as u64 / PAGE_SIZE;
+        self.word(page).is_some_and(|word| word.load(Ordering::Acquire) & (1 << (page % 64)) != 0)
+    }
+
+    fn slice_at(&self, offset: usize) -> RefSlice<'_, Self> {
+        RefSlice::new(self, offset)
+    }
+}
+
+impl OwnWrites {
+    fn word(&self, page: u64) -> Option<&AtomicU64> {
+        self.0.get(usize::try_from(page / 64).ok()?)
+    }
+
+    /// Moves the marks into `bits`.
+    fn drain(&self, bits: &mut [u64]) {
+        for (word, own) in bits.iter_mut().zip(&self.0) {
+            // Most words are zero; a load is far cheaper than an exchange.
+            if own.load(Ordering::Acquire) != 0 {
+                *word |= own.swap(0, Ordering::AcqRel);
+            }
+        }
+    }
+}
+
 struct Space {
     info: SpaceInfo,
     file: Arc<File>,
-    /// One bit a page that the VMM itself wrote since the last harvest.
-    own_writes: Vec<AtomicU64>,
 }
 
 /// All memory of one guest.
 pub struct GuestMemory {
-    map: GuestMemoryMmap,
+    map: Map,
     spaces: Vec<Space>,
 }
 
@@ -90,7 +153,7 @@ impl GuestMemory {
             let file = Arc::new(create_memfd(index, info.pages * PAGE_SIZE)?);
             let length = usize::try_from(info.pages * PAGE_SIZE)
                 .map_err(|_| Error::Config(format!("{memory_bytes} bytes cannot be mapped")))?;
-            let region = GuestRegionMmap::from_range(
+            let region = Region::from_range(
                 GuestAddress(info.base),
                 length,
                 Some(FileOffset::from_arc(Arc::clone(&file), 0)),
@@ -102,11 +165,10 @@ impl GuestMemory {
             if let Err(error) = sys::ask_huge_pages(&region) {
                 tracing::debug!(%error, space = index, "no transparent huge pages for guest memory");
             }
-            let words = usize::try_from(info.pages.div_ceil(64)).unwrap_or(usize::MAX);
-            spaces.push(Space { info, file, own_writes: (0..words).map(|_| AtomicU64::new(0)).collect() });
+            spaces.push(Space { info, file });
             regions.push(region);
         }
-        let map = GuestMemoryMmap::from_regions(regions)
+        let map = Map::from_regions(regions)
             .map_err(|error| Error::Config(format!("guest memory cannot be laid out: {error}")))?;
         Ok(Self { map, spaces })
     }
@@ -140,17 +202,14 @@ impl GuestMemory {
         found.ok_or_else(|| Error::Config(format!("there is no space {space}")))
     }
 
-    /// Writes to guest memory on the VMM's behalf, and marks the pages dirty.
-    ///
-    /// The mark comes after the bytes: a harvest in between misses neither, because it either sees the
-    /// mark or leaves it for the next harvest, which comes after everything that writes has stopped.
+    /// Writes to guest memory on the VMM's behalf; the pages are dirty then.
     ///
     /// # Errors
     /// [`Error::Config`] when the range is not all RAM; part of it may have been written then.
     pub fn write(&self, address: u64, bytes: &[u8]) -> Result<()> {
-        let outcome = self.map.write_slice(bytes, GuestAddress(address));
-        self.mark_own(address, bytes.len() as u64);
-        outcome.map_err(|error| Error::Config(format!("guest address {address:#x}: {error}")))
+        self.map
+            .write_slice(bytes, GuestAddress(address))
+            .map_err(|error| Error::Config(format!("guest address {address:#x}: {error}")))
     }
 
     /// Reads guest memory; a live guest may be writing it meanwhile.
@@ -171,43 +230,20 @@ impl GuestMemory {
 
     /// Moves the VMM's own writes of one space into `bits`, one bit a page.
     pub(crate) fn drain_own_writes(&self, space: usize, bits: &mut [u64]) {
-        let Some(space) = self.spaces.get(space) else { return };
-        for (word, own) in bits.iter_mut().zip(&space.own_writes) {
-            // Most words are zero; a load is far cheaper than an exchange.
-            if own.load(Ordering::Acquire) != 0 {
-                *word |= own.swap(0, Ordering::AcqRel);
-            }
+        if let Some(region) = self.regions().nth(space) {
+            let mapping: &MmapRegion<OwnWrites> = region;
+            mapping.bitmap().drain(bits);
         }
     }
 
-    /// The mapping, for loaders that fill it before the guest starts: what they write is not marked.
-    pub(crate) fn map(&self) -> &GuestMemoryMmap {
+    /// The mapping. What is written through it is marked as this process's own write.
+    pub(crate) fn map(&self) -> &Map {
         &self.map
     }
 
     /// The mapped regions, in the order of the spaces.
-    pub(crate) fn regions(&self) -> impl Iterator<Item = &GuestRegionMmap> {
+    pub(crate) fn regions(&self) -> impl Iterator<Item = &Region> {
         self.map.iter()
-    }
-
-    fn mark_own(&self, address: u64, length: u64) {
-        let end = address.saturating_add(length);
-        for space in &self.spaces {
-            let space_end = space.info.base + space.info.pages * PAGE_SIZE;
-            let (start, end) = (address.max(space.info.base), end.min(space_end));
-            if start >= end {
-                continue;
-            }
-            let first = (start - space.info.base) / PAGE_SIZE;
-            let last = (end - 1 - space.info.base) / PAGE_SIZE;
-            for page in first..=last {
-                if let Some(word) =
-                    usize::try_from(page / 64).ok().and_then(|word| space.own_writes.get(word))
-                {
-                    word.fetch_or(1 << (page % 64), Ordering::AcqRel);
-                }
-            }
-        }
     }
 }
 

@@ -9,11 +9,14 @@ use std::{
 };
 
 use crate::{
+    boot::Images,
     config::{ExitReason, IncomingConfig, VmConfig, check_name},
     error::Result,
     host::Host,
     instance::{Expectation, Instance},
+    memory::spaces_for,
     server::{Server, Shared, Socket},
+    state::check_vcpus,
     vcpu::{Ending, Event},
     vm::Vm,
 };
@@ -24,20 +27,18 @@ use crate::{
 /// [`crate::Error`] when it could not be built. Once it runs, every end is an [`ExitReason`].
 pub fn run(config: VmConfig) -> Result<ExitReason> {
     check_name(&config.name)?;
+    let images = Images::read(&config.kernel, config.initramfs.as_ref(), &config.cmdline)?;
+    spaces_for(config.memory_bytes)?;
     let host = Host::open()?;
+    check_vcpus(config.vcpus, &host)?;
     // Before anything expensive: the socket is also what keeps two VMs of one name apart.
     let socket = config.socket_path.as_deref().map(Socket::bind).transpose()?;
     let (sender, events) = channel();
     let serial = config.serial.describe();
-    let vm = Vm::boot(
-        &host,
-        config.memory_bytes,
-        config.vcpus,
-        &config.kernel,
-        &config.cmdline,
-        config.serial,
-        &sender,
-    )?;
+    let (memory_bytes, vcpus) = (config.memory_bytes, config.vcpus);
+    let vm = Vm::boot(&host, memory_bytes, vcpus, &images, config.serial, &config.devices, &sender)?;
+    // Tens of megabytes that nobody needs any more.
+    drop(images);
     tracing::info!(name = %config.name, memory_bytes = config.memory_bytes, vcpus = config.vcpus, "running");
     let shared = Shared::new(Instance::booted(config.name, vm, serial, sender));
     shared.instance().run();
@@ -53,7 +54,12 @@ pub fn run_incoming(config: IncomingConfig) -> Result<ExitReason> {
     let host = Host::open()?;
     let socket = Socket::bind(&config.socket_path)?;
     let (sender, events) = channel();
-    let expectation = Expectation { host, max_memory_bytes: config.max_memory_bytes, serial: config.serial };
+    let expectation = Expectation {
+        host,
+        max_memory_bytes: config.max_memory_bytes,
+        serial: config.serial,
+        allowed: config.allowed,
+    };
     let shared = Shared::new(Instance::incoming(config.name, expectation, sender));
     serve(Some(socket), &shared, &events)
 }

@@ -1,19 +1,21 @@
 //! The system calls that no crate wraps safely for us. All of this crate's `unsafe` is here and in
 //! [`crate::vcpu::kick`](crate::vcpu).
 
+use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use kvm_bindings::{KVMIO, Xsave, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1};
 use kvm_bindings::{kvm_dirty_log, kvm_dirty_log__bindgen_ty_1};
 use kvm_bindings::{kvm_userspace_memory_region, kvm_xsave};
 use kvm_ioctls::{VcpuFd, VmFd};
 use rustix::mm::UserfaultfdFlags;
-use vm_memory::{GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress};
+use vm_memory::{GuestMemoryRegion, MemoryRegionAddress, bitmap::Bitmap};
+use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 use vmm_sys_util::{ioctl_io_nr, ioctl_ior_nr, ioctl_iow_nr, ioctl_iowr_nr};
 
-use crate::error::Error;
+use crate::{devices::virtio::Slice, error::Error, memory::Region};
 
 // KVM_CLEAR_DIRTY_LOG of include/uapi/linux/kvm.h; kvm-ioctls 0.25 does not have it.
 ioctl_iowr_nr!(kvm_clear_dirty_log_nr, KVMIO, 0xc0, kvm_clear_dirty_log);
@@ -24,7 +26,7 @@ ioctl_iow_nr!(kvm_get_dirty_log_nr, KVMIO, 0x42, kvm_dirty_log);
 ///
 /// The caller keeps `region` mapped for as long as a vCPU of `vm` may run; [`crate::vm::Vm`] does so by
 /// owning the memory and joining its vCPU threads before it lets go of it.
-pub(crate) fn set_memory_slot(vm: &VmFd, slot: u32, region: &GuestRegionMmap, flags: u32) -> io::Result<()> {
+pub(crate) fn set_memory_slot(vm: &VmFd, slot: u32, region: &Region, flags: u32) -> io::Result<()> {
     let userspace_addr =
         region.get_host_address(MemoryRegionAddress(0)).map_err(io::Error::other)?.addr() as u64;
     let description = kvm_userspace_memory_region {
@@ -44,12 +46,7 @@ pub(crate) fn set_memory_slot(vm: &VmFd, slot: u32, region: &GuestRegionMmap, fl
 /// caller has already.
 ///
 /// `region` is what was made this slot with [`set_memory_slot`].
-pub(crate) fn get_dirty_log(
-    vm: &VmFd,
-    slot: u32,
-    region: &GuestRegionMmap,
-    bits: &mut [u64],
-) -> io::Result<()> {
+pub(crate) fn get_dirty_log(vm: &VmFd, slot: u32, region: &Region, bits: &mut [u64]) -> io::Result<()> {
     let words = region.len().div_ceil(crate::addresses::PAGE_SIZE).div_ceil(64);
     if (bits.len() as u64) < words {
         return Err(io::ErrorKind::InvalidInput.into());
@@ -92,7 +89,7 @@ pub(crate) fn clear_dirty_log(
 }
 
 /// Asks for transparent huge pages under a region (madvise(2), MADV_HUGEPAGE). A wish: hosts may refuse.
-pub(crate) fn ask_huge_pages(region: &GuestRegionMmap) -> io::Result<()> {
+pub(crate) fn ask_huge_pages(region: &Region) -> io::Result<()> {
     let start = region.get_host_address(MemoryRegionAddress(0)).map_err(io::Error::other)?;
     let length = usize::try_from(region.len()).map_err(io::Error::other)?;
     // SAFETY: the range is exactly one live mapping, and this advice changes no contents.
@@ -198,16 +195,16 @@ fn from_device(flags: UserfaultfdFlags) -> io::Result<OwnedFd> {
 }
 
 /// Where a region is mapped in this process.
-pub(crate) fn address_of(region: &GuestRegionMmap) -> io::Result<u64> {
+pub(crate) fn address_of(region: &Region) -> io::Result<u64> {
     Ok(region.get_host_address(MemoryRegionAddress(0)).map_err(io::Error::other)?.addr() as u64)
 }
 
-fn range_of(region: &GuestRegionMmap) -> io::Result<UffdioRange> {
+fn range_of(region: &Region) -> io::Result<UffdioRange> {
     Ok(UffdioRange { start: address_of(region)?, len: region.len() })
 }
 
 /// Lets whoever touches a hole of a mapped region wait (UFFDIO_REGISTER, for missing pages).
-pub(crate) fn register_missing(descriptor: &OwnedFd, region: &GuestRegionMmap) -> io::Result<()> {
+pub(crate) fn register_missing(descriptor: &OwnedFd, region: &Region) -> io::Result<()> {
     let range = range_of(region)?;
     let mut request = UffdioRegister { range, mode: UFFDIO_REGISTER_MODE_MISSING, ioctls: 0 };
     // SAFETY: the kernel reads and writes one `uffdio_register`, which is alive; the range is exactly one live mapping
@@ -217,7 +214,7 @@ pub(crate) fn register_missing(descriptor: &OwnedFd, region: &GuestRegionMmap) -
 }
 
 /// Undoes [`register_missing`]; whoever waits goes on (UFFDIO_UNREGISTER).
-pub(crate) fn unregister(descriptor: &OwnedFd, region: &GuestRegionMmap) -> io::Result<()> {
+pub(crate) fn unregister(descriptor: &OwnedFd, region: &Region) -> io::Result<()> {
     let range = range_of(region)?;
     // SAFETY: the kernel reads one `uffdio_range`, which is alive, and changes no contents of memory.
     let answer = unsafe { ioctl_with_ref(descriptor, uffdio_unregister_nr(), &range) };
@@ -225,9 +222,174 @@ pub(crate) fn unregister(descriptor: &OwnedFd, region: &GuestRegionMmap) -> io::
 }
 
 /// Lets whoever waits in a region try again (UFFDIO_WAKE).
-pub(crate) fn wake(descriptor: &OwnedFd, region: &GuestRegionMmap) -> io::Result<()> {
+pub(crate) fn wake(descriptor: &OwnedFd, region: &Region) -> io::Result<()> {
     let range = range_of(region)?;
     // SAFETY: the kernel reads one `uffdio_range`, which is alive, and changes no contents of memory.
     let answer = unsafe { ioctl_with_ref(descriptor, uffdio_wake_nr(), &range) };
+    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// An event's descriptor.
+pub(crate) fn descriptor_of(event: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: the event owns the descriptor, and lives as long as what is returned.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
+}
+
+/// What a whole file is locked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum FileLock {
+    /// Nothing: the lock goes.
+    None,
+    /// Against those who want it exclusively.
+    Shared,
+    /// Against everybody.
+    Exclusive,
+}
+
+/// Changes the lock of an open file (fcntl(2), F_OFD_SETLK). `false`: somebody else holds one that is in the way.
+pub(crate) fn lock_file(file: &std::fs::File, kind: FileLock) -> io::Result<bool> {
+    let kind = match kind {
+        FileLock::None => libc::F_UNLCK,
+        FileLock::Shared => libc::F_RDLCK,
+        FileLock::Exclusive => libc::F_WRLCK,
+    };
+    let no_lock = |_| io::Error::from(io::ErrorKind::InvalidInput);
+    let request = libc::flock {
+        l_type: kind.try_into().map_err(no_lock)?,
+        l_whence: libc::SEEK_SET.try_into().map_err(no_lock)?,
+        // From the beginning to the end, wherever that will be.
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    // SAFETY: the kernel reads one `flock`, which is alive, and touches no other memory of ours.
+    let answer = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const request) };
+    if answer == 0 {
+        return Ok(true);
+    }
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        Some(libc::EAGAIN | libc::EACCES) => Ok(false),
+        _ => Err(error),
+    }
+}
+
+/// The most pieces of one call (IOV_MAX of limits.h).
+const MAX_PIECES: usize = 1024;
+
+/// Fills guest memory from a file, from byte `at` on, and marks it dirty.
+pub(crate) fn read_exactly(file: &std::fs::File, at: u64, slices: &[Slice<'_>]) -> io::Result<()> {
+    transfer(
+        at,
+        slices,
+        |pieces, offset| {
+            // SAFETY: each piece is a live mapping of guest memory of its length, which Rust code touches through volatile
+            // accesses only.
+            unsafe { libc::preadv(file.as_raw_fd(), pieces.as_ptr(), pieces_of(pieces), offset) }
+        },
+        |slice, bytes| slice.bitmap().mark_dirty(0, bytes),
+    )
+}
+
+/// Writes guest memory to a file, from byte `at` on.
+pub(crate) fn write_exactly(file: &std::fs::File, at: u64, slices: &[Slice<'_>]) -> io::Result<()> {
+    transfer(
+        at,
+        slices,
+        |pieces, offset| {
+            // SAFETY: as above; the kernel only reads the pieces.
+            unsafe { libc::pwritev(file.as_raw_fd(), pieces.as_ptr(), pieces_of(pieces), offset) }
+        },
+        |_, _| {},
+    )
+}
+
+fn pieces_of(pieces: &[libc::iovec]) -> libc::c_int {
+    pieces.len().try_into().unwrap_or(0)
+}
+
+/// Moves all bytes of the slices, however many calls that takes; `moved` is told what was of each slice.
+fn transfer(
+    mut at: u64,
+    slices: &[Slice<'_>],
+    call: impl Fn(&[libc::iovec], libc::off_t) -> isize,
+    moved: impl Fn(&Slice<'_>, usize),
+) -> io::Result<()> {
+    let mut waiting: VecDeque<Slice<'_>> = slices.iter().filter(|slice| !slice.is_empty()).cloned().collect();
+    while !waiting.is_empty() {
+        let pieces: Vec<libc::iovec> = waiting
+            .iter()
+            .take(MAX_PIECES)
+            .map(|slice| libc::iovec {
+                iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+                iov_len: slice.len(),
+            })
+            .collect();
+        let offset = at.try_into().map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        let mut bytes = match usize::try_from(call(&pieces, offset)) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(bytes) => bytes,
+            Err(_) => match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::Interrupted => continue,
+                error => return Err(error),
+            },
+        };
+        at += bytes as u64;
+        while bytes > 0
+            && let Some(slice) = waiting.pop_front()
+        {
+            let done = bytes.min(slice.len());
+            moved(&slice, done);
+            bytes -= done;
+            if done < slice.len() {
+                waiting.push_front(slice.offset(done).map_err(io::Error::other)?);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// `struct ifreq` of linux/if.h, as TUNSETIFF reads it: a name and flags.
+#[repr(C)]
+struct InterfaceRequest {
+    name: [u8; 16],
+    flags: u16,
+    _rest: [u8; 22],
+}
+
+// linux/if_tun.h.
+const TUN: u32 = b'T' as u32;
+const IFF_TAP: u16 = 0x0002;
+const IFF_NO_PI: u16 = 0x1000;
+const IFF_VNET_HDR: u16 = 0x4000;
+ioctl_iow_nr!(tunsetiff_nr, TUN, 202, libc::c_int);
+ioctl_iow_nr!(tunsetoffload_nr, TUN, 208, libc::c_uint);
+ioctl_iow_nr!(tunsetvnethdrsz_nr, TUN, 216, libc::c_int);
+
+/// Attaches an open /dev/net/tun to a tap (TUNSETIFF), whose frames have a virtio header of that many bytes.
+pub(crate) fn attach_tap(file: &std::fs::File, name: &str, header_bytes: usize) -> io::Result<()> {
+    let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
+    let mut request =
+        InterfaceRequest { name: [0; 16], flags: IFF_TAP | IFF_NO_PI | IFF_VNET_HDR, _rest: [0; 22] };
+    // The last byte stays a NUL.
+    if name.len() >= request.name.len() {
+        return Err(invalid());
+    }
+    request.name[..name.len()].copy_from_slice(name.as_bytes());
+    // SAFETY: the kernel reads and writes one `ifreq`, which is alive and of its size.
+    let answer = unsafe { ioctl_with_mut_ref(file, tunsetiff_nr(), &mut request) };
+    if answer < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let header = libc::c_int::try_from(header_bytes).map_err(|_| invalid())?;
+    // SAFETY: the kernel reads one int, which is alive.
+    let answer = unsafe { ioctl_with_ref(file, tunsetvnethdrsz_nr(), &header) };
+    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// What a tap may leave to its reader (TUNSETOFFLOAD).
+pub(crate) fn set_tap_offloads(file: &std::fs::File, offloads: u32) -> io::Result<()> {
+    // SAFETY: the argument is a number, and the kernel touches no memory of ours.
+    let answer = unsafe { ioctl_with_val(file, tunsetoffload_nr(), offloads.into()) };
     if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

@@ -8,13 +8,16 @@ use std::{
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, nested::KvmNestedStateBuffer};
 use kvm_ioctls::{VcpuFd, VmFd};
 use protocol::{checkpoint::name::CheckpointId, state::State};
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
     addresses::{KVM_IDENTITY_MAP, KVM_TSS, SERIAL_IRQ},
-    boot::{self, KernelSource, Start},
+    boot::{Images, Start},
     cpuid,
-    devices::{Devices, SerialSink},
+    device::Interrupt,
+    devices::{
+        Devices, Input, InputThread, SerialSink, Slot,
+        virtio::{self, DeviceConfig},
+    },
     dirty::{KvmLog, LogMode, Tracker},
     error::{Error, Result},
     host::Host,
@@ -29,11 +32,13 @@ use crate::{
 
 /// A virtual machine. It starts paused; whoever owns it says when it runs.
 ///
-/// The fields are dropped in their order: the throttle lets go of the vCPUs, the vCPU threads are joined before KVM lets go of the VM, and
+/// The fields are dropped in their order: input ends first; the throttle lets go of the vCPUs, the vCPU threads are joined before KVM lets go of the VM, and
 /// that before the memory is unmapped.
 pub(crate) struct Vm {
+    _input: Option<InputThread>,
     throttle: Option<Throttle>,
     vcpus: Arc<[Vcpu]>,
+    virtio: virtio::Set,
     tracker: Tracker,
     devices: Arc<Devices>,
     vm: Arc<VmFd>,
@@ -44,16 +49,17 @@ pub(crate) struct Vm {
 
 /// What a VM is built of, without what runs in it.
 struct Parts {
+    input: Option<Input>,
     vm: Arc<VmFd>,
     memory: Arc<GuestMemory>,
     devices: Arc<Devices>,
+    virtio: virtio::Set,
     fds: Vec<VcpuFd>,
     machine: Machine,
 }
 
 impl Vm {
-    /// Builds a VM and loads its kernel. ` tsc_khz=N` is added to the command line: a guest that cannot
-    /// measure its clock reads it there.
+    /// Builds a VM and loads its kernel.
     ///
     /// # Errors
     /// [`Error::Config`], [`Error::Image`] or [`Error::Host`].
@@ -61,20 +67,21 @@ impl Vm {
         host: &Host,
         memory_bytes: u64,
         vcpus: u32,
-        kernel: &KernelSource,
-        cmdline: &str,
+        images: &Images<'_>,
         serial: SerialSink,
+        devices: &[DeviceConfig],
         events: &Sender<Event>,
     ) -> Result<Self> {
         state::check_vcpus(vcpus, host)?;
+        let parts = virtio::build_all(devices)?;
         let leaves = cpuid::describe(host, vcpus);
         let xsave_words = u32::try_from(host.xsave_words).unwrap_or(u32::MAX);
         let machine = Machine { vcpus, tsc_khz: 0, xsave_words, cpuid: leaves };
-        let mut parts = Parts::build(host, memory_bytes, machine, serial)?;
+        let mut parts = Parts::build(host, memory_bytes, machine, serial, parts)?;
         let tsc_khz = parts.tsc_khz()?;
         parts.machine.tsc_khz = tsc_khz;
-        let cmdline = format!("{cmdline} tsc_khz={tsc_khz}");
-        let start = boot::load(&parts.memory, kernel, cmdline.trim_start())?;
+        let slots: Vec<Slot> = parts.devices.slots().collect();
+        let start = images.load(&parts.memory, vcpus, &slots, tsc_khz)?;
         for (index, fd) in (0_u32..).zip(&parts.fds) {
             parts.start_registers(index, fd, start)?;
         }
@@ -90,10 +97,11 @@ impl Vm {
         memory_bytes: u64,
         machine: Machine,
         serial: SerialSink,
+        devices: Vec<virtio::Part>,
         events: &Sender<Event>,
     ) -> Result<Self> {
         machine.check(host)?;
-        let parts = Parts::build(host, memory_bytes, machine, serial)?;
+        let parts = Parts::build(host, memory_bytes, machine, serial, devices)?;
         if parts.machine.tsc_must_be_set(parts.tsc_khz()?, host.tsc_scaling)? {
             for fd in &parts.fds {
                 fd.set_tsc_khz(parts.machine.tsc_khz).map_err(Error::kvm("scale a vCPU's TSC"))?;
@@ -105,6 +113,34 @@ impl Vm {
     /// The machine as the guest sees it.
     pub(crate) fn machine(&self) -> &Machine {
         &self.machine
+    }
+
+    /// What a destination must know before the first page, see [`Machine::encode`].
+    ///
+    /// # Errors
+    /// [`Error::State`] when it cannot be encoded.
+    pub(crate) fn describe(&self) -> Result<Vec<u8>> {
+        self.machine.encode(self.virtio.descriptions())
+    }
+
+    /// Takes the disks and whatever else only one VM may have.
+    ///
+    /// # Errors
+    /// What names it, and why it is not to be had; nothing is taken then.
+    pub(crate) fn acquire(&self) -> Result<()> {
+        self.virtio.acquire()
+    }
+
+    /// Lets go of it, so that another VM may have it. The VM stands still.
+    ///
+    /// # Errors
+    /// When what was written could not be made safe; nothing is let go of then.
+    pub(crate) fn release(&self) -> Result<()> {
+        self.virtio.release().inspect_err(|_| {
+            if let Err(error) = self.virtio.acquire() {
+                tracing::error!(%error, "taking the devices back");
+            }
+        })
     }
 
     /// The memory.
@@ -129,8 +165,10 @@ impl Vm {
         self.tracker = Tracker::new(self.memory.clone(), Box::new(log));
     }
 
-    /// Lets all vCPUs run.
+    /// Lets all vCPUs and devices run.
     pub(crate) fn resume(&self) {
+        self.devices.open(true);
+        self.virtio.resume();
         for vcpu in self.vcpus.iter() {
             vcpu.resume();
         }
@@ -154,19 +192,22 @@ impl Vm {
         self.throttle.as_ref().map_or(0, Throttle::percent)
     }
 
-    /// Stops all vCPUs. When it returns, nothing writes to guest memory any more, and all registers are
+    /// Stops all vCPUs and devices. When it returns, nothing writes to guest memory any more, and all registers are
     /// the truth. Says how long it took.
     ///
     /// # Errors
     /// [`Error::GuestEnded`] when a vCPU ended meanwhile: there is nothing left to resume then.
     pub(crate) fn pause(&self) -> Result<Duration> {
         let started = Instant::now();
+        self.devices.open(false);
         // All are asked before any is waited for.
         let pending: Vec<_> = self.vcpus.iter().map(Vcpu::pause).collect();
         let mut alive = true;
         for answer in pending {
             alive &= answer.wait()?;
         }
+        // Behind the vCPUs, which could give the devices work again.
+        self.virtio.pause();
         if alive { Ok(started.elapsed()) } else { Err(Error::GuestEnded("it powered off or crashed".into())) }
     }
 
@@ -233,7 +274,13 @@ impl Vm {
 }
 
 impl Parts {
-    fn build(host: &Host, memory_bytes: u64, machine: Machine, serial: SerialSink) -> Result<Self> {
+    fn build(
+        host: &Host,
+        memory_bytes: u64,
+        machine: Machine,
+        serial: SerialSink,
+        virtio: Vec<virtio::Part>,
+    ) -> Result<Self> {
         let memory = Arc::new(GuestMemory::create(memory_bytes)?);
         let vm = Arc::new(host.kvm.create_vm().map_err(Error::kvm("create a VM"))?);
         vm.set_identity_map_address(KVM_IDENTITY_MAP).map_err(Error::kvm("place the identity-map page"))?;
@@ -245,11 +292,10 @@ impl Parts {
         for (slot, region) in (0_u32..).zip(memory.regions()) {
             sys::set_memory_slot(&vm, slot, region, 0).map_err(Error::host("take the guest's memory"))?;
         }
-        let interrupt = EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK)
-            .map_err(Error::host("create the serial port's interrupt"))?;
-        vm.register_irqfd(&interrupt, SERIAL_IRQ)
-            .map_err(Error::kvm("connect the serial port's interrupt"))?;
-        let devices = Arc::new(Devices::new(serial, interrupt));
+        let input = serial.input();
+        let mut devices = Devices::new(serial, Interrupt::line(vm.clone(), SERIAL_IRQ));
+        let virtio = virtio::Set::plug(virtio, &vm, &memory, &mut devices)?;
+        let devices = Arc::new(devices);
         let mut fds = Vec::new();
         for index in 0..machine.vcpus {
             let fd = vm.create_vcpu(index.into()).map_err(Error::kvm("create a vCPU"))?;
@@ -257,7 +303,7 @@ impl Parts {
                 .map_err(Error::kvm("take a vCPU's CPUID"))?;
             fds.push(fd);
         }
-        Ok(Self { vm, memory, devices, fds, machine })
+        Ok(Self { input, vm, memory, devices, virtio, fds, machine })
     }
 
     fn tsc_khz(&self) -> Result<u32> {
@@ -278,7 +324,7 @@ impl Parts {
     }
 
     fn finish(self, host: &Host, events: &Sender<Event>) -> Result<Vm> {
-        let Self { vm, memory, devices, fds, machine } = self;
+        let Self { input, vm, memory, devices, virtio, fds, machine } = self;
         let first = fds.first().ok_or_else(|| Error::Config("a VM needs a vCPU".into()))?;
         let context = VcpuContext {
             msrs: state::readable_msrs(first, &host.msrs)?.into(),
@@ -293,8 +339,10 @@ impl Parts {
         let log = KvmLog::new(vm.clone(), memory.clone(), LogMode::ManualInitiallySet);
         let tracker = Tracker::new(memory.clone(), Box::new(log));
         Ok(Vm {
+            _input: input.map(|input| InputThread::start(input, devices.clone())).transpose()?,
             throttle: None,
             vcpus,
+            virtio,
             tracker,
             devices,
             vm,

@@ -13,7 +13,7 @@ use protocol::checkpoint::name::CheckpointId;
 
 use crate::{
     addresses::BOOT_END,
-    boot::{Bytes, KernelSource, Ring},
+    boot::{Bytes, Images, KernelSource, Ring},
     devices::SerialSink,
     dirty::LogMode,
     host::Host,
@@ -60,7 +60,9 @@ fn flat(image: Vec<u8>) -> KernelSource {
 
 fn boot(host: &Host, vcpus: u32, image: Vec<u8>, sink: SerialSink) -> (Vm, Receiver<Event>) {
     let (sender, events) = channel();
-    (Vm::boot(host, MEMORY, vcpus, &flat(image), "", sink, &sender).unwrap(), events)
+    let source = flat(image);
+    let images = Images::read(&source, None, "").unwrap();
+    (Vm::boot(host, MEMORY, vcpus, &images, sink, &[], &sender).unwrap(), events)
 }
 
 fn word(vm: &Vm, address: u64) -> u64 {
@@ -134,8 +136,8 @@ fn no_kick_is_lost_in_hundreds_of_pauses() {
 /// Copies the memory and state of a paused VM into a new one.
 fn move_to_new(host: &Host, source: &Vm) -> (Vm, Receiver<Event>) {
     let (sender, events) = channel();
-    let machine = crate::state::Machine::decode(&source.machine().encode().unwrap()).unwrap();
-    let target = Vm::prepare(host, MEMORY, machine, SerialSink::None, &sender).unwrap();
+    let (machine, _) = crate::state::Machine::decode(&source.describe().unwrap()).unwrap();
+    let target = Vm::prepare(host, MEMORY, machine, SerialSink::None, Vec::new(), &sender).unwrap();
     let mut bytes = vec![0; MEMORY as usize];
     source.memory().read(0, &mut bytes).unwrap();
     target.memory().write(0, &bytes).unwrap();
@@ -190,8 +192,15 @@ fn too_many_vcpus_are_refused_in_words() {
     let Some(host) = host() else { return };
     let (sender, _events) = channel();
     for vcpus in [0, 100_000] {
-        let outcome =
-            Vm::boot(&host, MEMORY, vcpus, &flat(test_images::counter()), "", SerialSink::None, &sender);
+        let outcome = Vm::boot(
+            &host,
+            MEMORY,
+            vcpus,
+            &Images::read(&flat(test_images::counter()), None, "").unwrap(),
+            SerialSink::None,
+            &[],
+            &sender,
+        );
         assert!(outcome.is_err_and(|error| error.to_string().contains("vCPUs")));
     }
 }

@@ -27,9 +27,11 @@ fn boot(directory: &tempfile::TempDir, image: &[u8], memory_bytes: u64, vcpus: u
         name: "ledger".into(),
         memory_bytes,
         vcpus,
-        kernel: KernelSource::Elf(Bytes::Inline(image.into())),
+        kernel: KernelSource::Kernel(Bytes::Inline(image.into())),
+        initramfs: None,
         cmdline: "fill=32M ws=8M rate=20 tick_us=1000 scrub=16".into(),
         serial: SerialSink::None,
+        devices: Vec::new(),
         socket_path: Some(directory.path().join("0.sock")),
     })
 }

@@ -30,6 +30,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use vmm::devices::virtio::Allowed;
 
 /// How often a receiver that waits looks whether it was interrupted.
 const LOOK: Duration = Duration::from_millis(200);
@@ -66,9 +67,15 @@ pub struct Args {
     /// The most memory that VMs which arrive may have together [default: what this host has available].
     #[arg(long, value_name = "SIZE", value_parser = units::size)]
     max_memory: Option<u64>,
-    /// Where the VM's serial port goes: none, or a file [default: a file in the runtime directory].
+    /// Where the VM's serial port goes: none, socket:PATH (with input), or a file [default: a file in the runtime directory].
     #[arg(long, value_name = "WHERE")]
     serial: Option<String>,
+    /// A folder in which the disks of a VM that arrives may lie; without it no VM with disks is taken. May be given several times.
+    #[arg(long, value_name = "FOLDER")]
+    disks: Vec<PathBuf>,
+    /// A tap that a network card of a VM that arrives may use. May be given several times.
+    #[arg(long, value_name = "NAME")]
+    taps: Vec<String>,
     /// End after the first attempt, whatever came of it.
     #[arg(long)]
     once: bool,
@@ -153,6 +160,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
             runtime: runtime.clone(),
             name: args.name.clone(),
             serial: args.serial.clone(),
+            allowed: Allowed { disk_folders: args.disks.clone(), taps: args.taps.clone() },
             holder: "migrate receive",
         },
         options,

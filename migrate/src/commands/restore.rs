@@ -12,7 +12,9 @@ use crate::progress;
 use crate::restore::report::{Event, Report};
 use crate::restore::{self, Options};
 use crate::units;
+use std::path::PathBuf;
 use std::process::ExitCode;
+use vmm::devices::virtio::Allowed;
 
 /// Which checkpoint, and as what.
 #[derive(Debug, clap::Args)]
@@ -44,9 +46,15 @@ pub struct Args {
     /// Go on with this VM, which was restored lazily and misses memory since its restore ended.
     #[arg(long, value_name = "VM", conflicts_with_all = ["name", "lazy", "serial"])]
     resume: Option<String>,
-    /// Where the VM's serial port goes: none, or a file [default: a file in the runtime directory].
+    /// Where the VM's serial port goes: none, socket:PATH (with input), or a file [default: a file in the runtime directory].
     #[arg(long, value_name = "WHERE")]
     serial: Option<String>,
+    /// A folder in which the VM's disks may lie; without it no VM with disks is restored. May be given several times.
+    #[arg(long, value_name = "FOLDER")]
+    disks: Vec<PathBuf>,
+    /// A tap that a network card of the VM may use. May be given several times.
+    #[arg(long, value_name = "NAME")]
+    taps: Vec<String>,
     /// The most memory the VM may have [default: what this host has available].
     #[arg(long, value_name = "SIZE", value_parser = units::size)]
     max_memory: Option<u64>,
@@ -70,11 +78,13 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         None => super::receive::available_memory_bytes()?,
     };
     let options = Options { lazy: args.lazy, ..Options::new(max_memory_bytes) };
+    let allowed = Allowed { disk_folders: args.disks.clone(), taps: args.taps.clone() };
     if let Some(group) = &args.group {
         let group = vault.resolve_group(group)?;
         let open = || {
-            let (program, runtime) = (program.clone(), runtime.clone());
-            let place = Place { program, runtime, name: None, serial: None, holder: "migrate restore" };
+            let (program, runtime, allowed) = (program.clone(), runtime.clone(), allowed.clone());
+            let place =
+                Place { program, runtime, name: None, serial: None, allowed, holder: "migrate restore" };
             let destination: Box<dyn Destination> = Box::new(VmDestination::new(place));
             let observer: Box<dyn FnMut(&Event)> = Box::new(progress::restoring(common));
             (destination, observer)
@@ -89,6 +99,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         runtime: runtime.clone(),
         name: args.name.clone(),
         serial: args.serial.clone(),
+        allowed,
         holder: "migrate restore",
     };
     let destination = VmDestination::new(place);

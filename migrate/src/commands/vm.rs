@@ -17,6 +17,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
+use vmm::devices::virtio::{Allowed, DeviceConfig, DiskConfig, NetConfig};
 use vmm::{Bytes, ExitReason, KernelSource, Ring, SerialSink};
 
 /// How long a detached VM may take to come up: a large image is read, and memory is mapped, but not touched.
@@ -52,20 +53,40 @@ pub struct RunArgs {
     #[arg(long, default_value = "256MiB", value_parser = units::size)]
     memory: u64,
     /// Its number of vCPUs.
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, visible_alias = "cpus", default_value_t = 1)]
     vcpus: u32,
-    /// An ELF image with a PVH note or a 64-bit entry [default: the built-in ledger guest].
+    /// A Linux kernel as distributions ship it (bzImage), or an ELF image with a PVH note or a 64-bit entry [default: the
+    /// built-in ledger guest].
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
+    /// The kernel's initramfs.
+    #[arg(
+        long,
+        visible_alias = "initramfs",
+        value_name = "FILE",
+        requires = "kernel",
+        conflicts_with = "flat"
+    )]
+    initrd: Option<PathBuf>,
     /// Load the kernel file as a flat image at this address, in hexadecimal, and enter it there in 64-bit mode.
     #[arg(long, value_name = "ADDRESS", requires = "kernel", value_parser = hexadecimal)]
     flat: Option<u64>,
-    /// The guest's command line. For the ledger: seed= fill= ws= rate= pattern= content= and more.
+    /// The guest's command line. For Linux: console=ttyS0 and more. For the ledger: seed= fill= ws= rate= pattern= content= and more.
     #[arg(long, default_value = "")]
     cmdline: String,
-    /// Where the serial port goes: stdout, none, or a file [default: stdout, or a file when detached].
+    /// Where the serial port goes: stdout, stdio (with input), socket:PATH (with input), none, or a file [default: stdout, or a
+    /// file when detached].
     #[arg(long, value_name = "WHERE")]
     serial: Option<String>,
+    /// A disk: a raw image or a block device. May be given several times.
+    #[arg(long, value_name = "PATH[,readonly]")]
+    disk: Vec<DiskConfig>,
+    /// A network card on a tap that exists; its address is random if none is given. May be given several times.
+    #[arg(long, value_name = "tap=NAME[,mac=ADDRESS]")]
+    net: Vec<NetConfig>,
+    /// A source of random bytes for the guest.
+    #[arg(long)]
+    rng: bool,
     /// Where its control socket goes [default: NAME.sock in the runtime directory, where migrate vm list looks].
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
@@ -97,6 +118,21 @@ pub struct IncomingArgs {
     /// The most memory it may have, in bytes.
     #[arg(long, default_value_t = u64::MAX)]
     max_memory: u64,
+    /// Folders in which its disks may lie.
+    #[arg(long)]
+    disks: Vec<PathBuf>,
+    /// Taps that it may use.
+    #[arg(long)]
+    taps: Vec<String>,
+}
+
+impl RunArgs {
+    /// Its devices, in the order in which the guest finds them.
+    fn devices(&self) -> Vec<DeviceConfig> {
+        let disks = self.disk.iter().cloned().map(DeviceConfig::Disk);
+        let cards = self.net.iter().cloned().map(DeviceConfig::Net);
+        disks.chain(cards).chain(self.rng.then_some(DeviceConfig::Rng)).collect()
+    }
 }
 
 /// Runs the verb.
@@ -114,7 +150,8 @@ pub fn run(common: &Common, verb: Verb) -> Result<ExitCode> {
             let config = vmm::IncomingConfig {
                 name: args.name.clone(),
                 max_memory_bytes: args.max_memory,
-                serial: serial(&args.serial)?,
+                serial: SerialSink::parse(&args.serial)?,
+                allowed: Allowed { disk_folders: args.disks, taps: args.taps },
                 socket_path: runtime.socket(&args.name),
             };
             let reason = vmm::run_incoming(config)?;
@@ -145,9 +182,10 @@ fn run_here(runtime: &RuntimeDir, args: RunArgs) -> Result<ExitCode> {
         outlive_the_starter()?;
     }
     let target = check_free(runtime, &args)?;
+    let devices = args.devices();
     let image = args.kernel.map_or_else(|| Bytes::Inline(ledger::IMAGE.into()), Bytes::File);
     let kernel = match args.flat {
-        None => KernelSource::Elf(image),
+        None => KernelSource::Kernel(image),
         Some(address) => {
             KernelSource::Flat { image, load_address: address, entry: address, ring: Ring::User }
         }
@@ -157,20 +195,14 @@ fn run_here(runtime: &RuntimeDir, args: RunArgs) -> Result<ExitCode> {
         memory_bytes: args.memory,
         vcpus: args.vcpus,
         kernel,
+        initramfs: args.initrd.map(Bytes::File),
         cmdline: args.cmdline,
-        serial: serial(args.serial.as_deref().unwrap_or("stdout"))?,
+        serial: SerialSink::parse(args.serial.as_deref().unwrap_or("stdout"))?,
+        devices,
         socket_path: Some(target.socket().to_owned()),
     };
     let reason = vmm::run(config)?;
     Ok(report_exit(&args.name, &reason))
-}
-
-fn serial(text: &str) -> Result<SerialSink> {
-    match text {
-        "stdout" => Ok(SerialSink::Stdout),
-        "none" => Ok(SerialSink::None),
-        path => Ok(SerialSink::append_to(Path::new(path))?),
-    }
 }
 
 /// Says on stderr how a VM ended, and gives the exit code for it.
@@ -217,8 +249,18 @@ fn detach(common: &Common, runtime: &RuntimeDir, args: &RunArgs) -> Result<ExitC
     if args.socket.is_some() {
         command.arg("--socket").arg(target.socket());
     }
+    for disk in &args.disk {
+        command.arg("--disk").arg(disk.to_string());
+    }
+    for card in &args.net {
+        command.arg("--net").arg(card.to_string());
+    }
+    command.args(args.rng.then_some("--rng"));
     if let Some(kernel) = &args.kernel {
         command.arg("--kernel").arg(kernel);
+    }
+    if let Some(initrd) = &args.initrd {
+        command.arg("--initrd").arg(initrd);
     }
     if let Some(address) = args.flat {
         command.args(["--flat", &format!("{address:x}")]);

@@ -11,6 +11,7 @@ use protocol::control::{Offer, RefuseCode, WorkloadKind, check_name};
 use protocol::layout::Layout;
 use protocol::monitor::{ErrorCode, Role, Status};
 use protocol::page::PageSet;
+use std::ffi::OsStr;
 use std::fs::File;
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
@@ -18,6 +19,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vmm::Client;
+use vmm::devices::virtio::Allowed;
 
 /// How long the VMM may take for one answer; making the memory of a large VM takes seconds on a busy host.
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
@@ -36,6 +38,8 @@ pub struct Place {
     pub name: Option<String>,
     /// Where its serial port goes: `none`, or a file; by default one in the runtime directory.
     pub serial: Option<String>,
+    /// What it may have of this host: its disks and taps are those of its description.
+    pub allowed: Allowed,
     /// Who holds it until it is whole, for others who want it meanwhile.
     pub holder: &'static str,
 }
@@ -112,8 +116,11 @@ impl VmDestination {
             None => self.place.runtime.serial(name).to_string_lossy().into_owned(),
         };
         // A process group of its own: a Ctrl-C for this program must not reach a VM that arrived.
+        let Allowed { disk_folders, taps } = &self.place.allowed;
         Command::new(&self.place.program)
             .args(["vm", "incoming", "--name", name, "--serial", &serial])
+            .args(disk_folders.iter().flat_map(|folder| [OsStr::new("--disks"), folder.as_os_str()]))
+            .args(taps.iter().flat_map(|tap| ["--taps", tap]))
             .arg("--runtime-dir")
             .arg(self.place.runtime.path())
             .stdin(Stdio::null())

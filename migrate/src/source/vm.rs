@@ -13,6 +13,7 @@ use protocol::page::{PageRun, PageSet, SpaceId};
 use std::path::Path;
 use std::time::Duration;
 use vmm::Client;
+use vmm::devices::virtio::Description;
 
 /// How long the VMM may take for one answer. Stopping its vCPUs takes well under a millisecond; a host that swaps may
 /// take seconds.
@@ -54,9 +55,17 @@ impl VmSource {
     /// Takes hold of the VM to write it down, not to move it.
     ///
     /// # Errors
-    /// As [`VmSource::connect`].
+    /// As [`VmSource::connect`]; and `Workload` for a VM that writes to disks, of which a checkpoint has no copy.
     pub fn checkpoint(name: &str, socket: &Path) -> Result<Self> {
-        Self::hold(name, socket, "", "migrate checkpoint")
+        let source = Self::hold(name, socket, "", "migrate checkpoint")?;
+        let (_, devices) = vmm::state::Machine::decode(&source.workload.machine)?;
+        match devices.iter().find_map(Description::writable_disk) {
+            None => Ok(source),
+            Some(disk) => Err(Error::Workload(format!(
+                "{name} cannot be written down: a checkpoint has no copy of its disk {disk}, which would be newer than the \
+                 memory when it is restored; move it with migrate send, or run it with ,readonly disks"
+            ))),
+        }
     }
 
     /// A look at how fast the guest is, if it says so itself.

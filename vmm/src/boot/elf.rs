@@ -6,6 +6,7 @@ use linux_loader::loader::{KernelLoader, elf::PvhBootCapability};
 
 use super::check_place;
 use crate::{
+    addresses::HIGH_MEMORY,
     error::{ImageError, Result},
     memory::GuestMemory,
 };
@@ -39,6 +40,7 @@ const TYPE_SHARED: u16 = 3;
 const MACHINE_X86_64: u16 = 62;
 const PT_LOAD: u32 = 1;
 const PT_NOTE: u32 = 4;
+const LINUX_OWNER: &[u8] = b"Linux\0";
 
 /// The longest note segment that is looked through, in bytes: vmlinux has a few hundred.
 const MAX_NOTES_BYTES: u64 = 64 << 10;
@@ -49,7 +51,7 @@ const MAX_NOTES_BYTES: u64 = 64 << 10;
 /// An [`ImageError`] that names what is wrong.
 pub fn check(image: &[u8]) -> Result<Vec<Segment>, ImageError> {
     if !image.starts_with(MAGIC) {
-        return Err(ImageError::NotElf);
+        return Err(ImageError::NotKernel);
     }
     let header = image.get(..HEADER_BYTES).ok_or(ImageError::Truncated("the file header"))?;
     if header[4] != CLASS_64 || header[5] != LITTLE_ENDIAN {
@@ -107,13 +109,38 @@ fn check_segment(entry: &[u8], file_bytes: u64) -> Result<Option<Segment>, Image
     Ok((in_memory > 0).then_some(Segment { address, length: in_memory }))
 }
 
+/// Whether a checked image is a Linux kernel: each has a note of this owner (include/linux/elfnote.h and build-salt.h).
+pub(super) fn is_linux(image: &[u8]) -> bool {
+    notes(image).is_some_and(|notes| notes.windows(LINUX_OWNER.len()).any(|owner| owner == LINUX_OWNER))
+}
+
+fn notes(image: &[u8]) -> Option<&[u8]> {
+    let table = usize::try_from(u64_at(image, 32)).ok()?;
+    let entries = image.get(table..)?.chunks_exact(PROGRAM_HEADER_BYTES).take(usize::from(u16_at(image, 56)));
+    let entry = entries.into_iter().find(|entry| u32_at(entry, 0) == PT_NOTE)?;
+    let start = usize::try_from(u64_at(entry, 8)).ok()?;
+    let length = usize::try_from(u64_at(entry, 32).min(MAX_NOTES_BYTES)).ok()?;
+    image.get(start..start.checked_add(length)?)
+}
+
+/// An image in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Loaded {
+    pub(super) entry: ElfEntry,
+    /// One past its last segment.
+    pub(super) end: u64,
+}
+
 /// Loads a checked image into fresh memory, whose zeros are the image's too.
 ///
 /// # Errors
 /// [`crate::Error::Image`] that names what is wrong.
-pub(super) fn load(memory: &GuestMemory, image: &[u8]) -> Result<ElfEntry> {
+pub(super) fn load(memory: &GuestMemory, image: &[u8]) -> Result<Loaded> {
+    let mut end = 0;
     for segment in check(image)? {
         check_place(memory, segment.address, segment.length)?;
+        check_above_tables(segment)?;
+        end = end.max(segment.address + segment.length);
     }
     let loaded = linux_loader::loader::Elf::load(memory.map(), None, &mut Cursor::new(image), None)
         .map_err(|error| ImageError::Loader(error.to_string()))?;
@@ -130,7 +157,19 @@ pub(super) fn load(memory: &GuestMemory, image: &[u8]) -> Result<ElfEntry> {
     if !memory.contains(address, 1) {
         return Err(ImageError::OutsideMemory { start: address, end: address.saturating_add(1) }.into());
     }
-    Ok(entry)
+    Ok(Loaded { entry, end })
+}
+
+/// Below 1 MiB lie what the boot protocols put there and ACPI tables; see [`crate::addresses`].
+fn check_above_tables(Segment { address, length }: Segment) -> Result<(), ImageError> {
+    if address < HIGH_MEMORY {
+        return Err(ImageError::OverlapsBoot {
+            start: address,
+            end: address.saturating_add(length),
+            limit: HIGH_MEMORY,
+        });
+    }
+    Ok(())
 }
 
 fn u16_at(bytes: &[u8], at: usize) -> u16 {
@@ -196,9 +235,9 @@ mod tests {
     fn a_pvh_note_wins_over_the_header() {
         let memory = GuestMemory::create(4 << 20).unwrap();
         let entry = load(&memory, &elf(0x10_0000, &[0x90; 100], Some(0x10_0010))).unwrap();
-        assert_eq!(entry, ElfEntry::Pvh(0x10_0010));
+        assert_eq!(entry, Loaded { entry: ElfEntry::Pvh(0x10_0010), end: 0x10_0064 });
         let entry = load(&memory, &elf(0x10_0000, &[0x90; 100], None)).unwrap();
-        assert_eq!(entry, ElfEntry::Long(0x10_0000));
+        assert_eq!(entry.entry, ElfEntry::Long(0x10_0000));
         let mut byte = [0];
         memory.read(0x10_0063, &mut byte).unwrap();
         assert_eq!(byte, [0x90]);
@@ -212,8 +251,8 @@ mod tests {
             file[at] = byte;
             check(&file).unwrap_err()
         };
-        assert_eq!(check(b"#!/bin/sh").unwrap_err(), ImageError::NotElf);
-        assert_eq!(check(&[]).unwrap_err(), ImageError::NotElf);
+        assert_eq!(check(b"#!/bin/sh").unwrap_err(), ImageError::NotKernel);
+        assert_eq!(check(&[]).unwrap_err(), ImageError::NotKernel);
         assert_eq!(check(&good[..63]).unwrap_err(), ImageError::Truncated("the file header"));
         assert_eq!(check(&good[..good.len() - 1]).unwrap_err(), ImageError::Truncated("a segment"));
         assert_eq!(with(4, 1), ImageError::WrongClass);
@@ -228,9 +267,23 @@ mod tests {
     }
 
     #[test]
+    fn a_linux_kernel_is_known_by_its_notes() {
+        let mut file = elf(0x10_0000, &[0x90; 100], Some(0x10_0000));
+        assert!(!is_linux(&file));
+        let end = file.len();
+        file[end - 8..end - 2].copy_from_slice(b"Linux\0");
+        assert!(is_linux(&file));
+        assert!(!is_linux(&elf(0x10_0000, b"Linux\0", None)));
+        for cut in 0..file.len() {
+            is_linux(&file[..cut]);
+        }
+    }
+
+    #[test]
     fn segments_must_lie_in_memory() {
         let memory = GuestMemory::create(2 << 20).unwrap();
-        for (address, fits) in [(0x10_0000, true), (0x1f_ffff, false), (u64::MAX - 8, false), (0x1000, false)]
+        for (address, fits) in
+            [(0x10_0000, true), (0x1f_ffff, false), (u64::MAX - 8, false), (0x1000, false), (0xe_0000, false)]
         {
             assert_eq!(load(&memory, &elf(address, &[0x90; 16], None)).is_ok(), fits, "{address:#x}");
         }

@@ -1,14 +1,16 @@
 //! What a guest is told in memory: the command line, the memory map, PVH's start_info, Linux's boot_params.
 
 use linux_loader::{
-    bootparam::{boot_e820_entry, boot_params},
-    loader::elf::start_info::{hvm_memmap_table_entry, hvm_start_info},
+    bootparam::{boot_e820_entry, boot_params, setup_header},
+    loader::elf::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info},
 };
 use vm_memory::ByteValued;
 
+use super::initramfs::Initramfs;
 use crate::{
     addresses::{
-        CMDLINE, CMDLINE_MAX, EBDA_START, HIGH_MEMORY, PAGE_SIZE, PVH_MEMMAP, PVH_START_INFO, ZERO_PAGE,
+        CMDLINE, CMDLINE_MAX, EBDA_START, HIGH_MEMORY, PAGE_SIZE, PVH_MEMMAP, PVH_MODULES, PVH_START_INFO,
+        ZERO_PAGE,
     },
     error::{ImageError, Result},
     memory::GuestMemory,
@@ -42,50 +44,90 @@ fn memory_map(memory: &GuestMemory) -> Vec<(u64, u64)> {
     map
 }
 
-/// Writes all of it. `cmdline` is what the guest gets, without a NUL at its end.
+/// What is told beside the memory map.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Info<'a> {
+    /// What the guest gets, without a NUL at its end; see `check_cmdline`.
+    pub(super) cmdline: &'a str,
+    /// Where the initramfs lies.
+    pub(super) initramfs: Option<Initramfs>,
+    /// Where the root of the ACPI tables lies.
+    pub(super) rsdp: Option<u64>,
+    /// The header of a bzImage, which its kernel wants to have back.
+    pub(super) setup: Option<setup_header>,
+}
+
+/// Checks a command line of a kernel that takes `most` bytes, beside what everybody is told.
 ///
 /// # Errors
 /// [`ImageError::CmdlineTooLong`] or [`ImageError::CmdlineNul`].
-pub(super) fn write(memory: &GuestMemory, cmdline: &str) -> Result<()> {
-    let length = cmdline.len();
-    if length >= CMDLINE_MAX {
-        return Err(ImageError::CmdlineTooLong(length, CMDLINE_MAX - 1).into());
+pub(super) fn check_cmdline(cmdline: &str, most: usize) -> Result<(), ImageError> {
+    let most = most.min(CMDLINE_MAX - 1);
+    if cmdline.len() > most {
+        return Err(ImageError::CmdlineTooLong(cmdline.len(), most));
     }
     if cmdline.as_bytes().contains(&0) {
-        return Err(ImageError::CmdlineNul.into());
+        return Err(ImageError::CmdlineNul);
     }
-    memory.write(CMDLINE, cmdline.as_bytes())?;
-    memory.write(CMDLINE + length as u64, &[0])?;
-    let map = memory_map(memory);
-    write_start_info(memory, &map)?;
-    write_zero_page(memory, &map, length)
+    Ok(())
 }
 
-fn write_start_info(memory: &GuestMemory, map: &[(u64, u64)]) -> Result<()> {
+/// Writes all of it.
+///
+/// # Errors
+/// As [`check_cmdline`].
+pub(super) fn write(memory: &GuestMemory, info: &Info<'_>) -> Result<()> {
+    check_cmdline(info.cmdline, CMDLINE_MAX)?;
+    memory.write(CMDLINE, info.cmdline.as_bytes())?;
+    memory.write(CMDLINE + info.cmdline.len() as u64, &[0])?;
+    let map = memory_map(memory);
+    write_start_info(memory, &map, info)?;
+    write_zero_page(memory, &map, info)
+}
+
+fn write_start_info(memory: &GuestMemory, map: &[(u64, u64)], told: &Info<'_>) -> Result<()> {
     let mut bytes = Vec::new();
     for (address, size) in map {
         let entry = hvm_memmap_table_entry { addr: *address, size: *size, type_: RAM, ..Default::default() };
         bytes.extend_from_slice(entry.as_slice());
     }
     memory.write(PVH_MEMMAP, &bytes)?;
-    let info = hvm_start_info {
+    let mut info = hvm_start_info {
         magic: START_INFO_MAGIC,
         version: 1,
         cmdline_paddr: CMDLINE,
         memmap_paddr: PVH_MEMMAP,
         memmap_entries: u32::try_from(map.len()).unwrap_or(0),
+        rsdp_paddr: told.rsdp.unwrap_or(0),
         ..Default::default()
     };
+    if let Some(Initramfs { address, bytes }) = told.initramfs {
+        let module = hvm_modlist_entry { paddr: address, size: bytes, ..Default::default() };
+        memory.write(PVH_MODULES, module.as_slice())?;
+        info.modlist_paddr = PVH_MODULES;
+        info.nr_modules = 1;
+    }
     memory.write(PVH_START_INFO, info.as_slice())
 }
 
-fn write_zero_page(memory: &GuestMemory, map: &[(u64, u64)], cmdline_bytes: usize) -> Result<()> {
+fn write_zero_page(memory: &GuestMemory, map: &[(u64, u64)], told: &Info<'_>) -> Result<()> {
     let mut params = boot_params::default();
+    match told.setup {
+        Some(setup) => params.hdr = setup,
+        None => {
+            params.hdr.boot_flag = BOOT_FLAG;
+            params.hdr.header = HEADER_MAGIC;
+            params.hdr.cmdline_size = u32::try_from(told.cmdline.len()).unwrap_or(0);
+        }
+    }
     params.hdr.type_of_loader = LOADER_UNDEFINED;
-    params.hdr.boot_flag = BOOT_FLAG;
-    params.hdr.header = HEADER_MAGIC;
     params.hdr.cmd_line_ptr = u32::try_from(CMDLINE).unwrap_or(0);
-    params.hdr.cmdline_size = u32::try_from(cmdline_bytes).unwrap_or(0);
+    if let Some(Initramfs { address, bytes }) = told.initramfs {
+        // Both are below 4 GiB: it lies in the first space.
+        params.hdr.ramdisk_image = u32::try_from(address).unwrap_or(0);
+        params.hdr.ramdisk_size = u32::try_from(bytes).unwrap_or(0);
+    }
+    params.acpi_rsdp_addr = told.rsdp.unwrap_or(0);
     for (slot, (address, size)) in params.e820_table.iter_mut().zip(map) {
         *slot = boot_e820_entry { addr: *address, size: *size, r#type: RAM };
     }
@@ -109,7 +151,7 @@ mod tests {
     #[test]
     fn start_info_points_to_the_command_line() {
         let memory = GuestMemory::create(4 << 20).unwrap();
-        write(&memory, "console=ttyS0").unwrap();
+        write(&memory, &Info { cmdline: "console=ttyS0", ..Info::default() }).unwrap();
         let mut info = [0; 56];
         memory.read(PVH_START_INFO, &mut info).unwrap();
         assert_eq!(info[..4], START_INFO_MAGIC.to_le_bytes());
@@ -122,9 +164,33 @@ mod tests {
     #[test]
     fn a_command_line_that_does_not_fit_is_refused() {
         let memory = GuestMemory::create(4 << 20).unwrap();
-        write(&memory, &"x".repeat(CMDLINE_MAX - 1)).unwrap();
-        let long = write(&memory, &"x".repeat(CMDLINE_MAX)).unwrap_err();
+        let with = |cmdline: &str| write(&memory, &Info { cmdline, ..Info::default() });
+        with(&"x".repeat(CMDLINE_MAX - 1)).unwrap();
+        let long = with(&"x".repeat(CMDLINE_MAX)).unwrap_err();
         assert!(matches!(long, Error::Image(ImageError::CmdlineTooLong(..))));
-        assert!(write(&memory, "a\0b").is_err());
+        assert!(with("a\0b").is_err());
+        assert_eq!(check_cmdline("abc", 2), Err(ImageError::CmdlineTooLong(3, 2)));
+    }
+
+    #[test]
+    fn both_protocols_tell_of_the_initramfs_and_of_acpi() {
+        let memory = GuestMemory::create(4 << 20).unwrap();
+        let initramfs = Some(Initramfs { address: 0x30_0000, bytes: 77 });
+        let setup = Some(setup_header { kernel_alignment: 0x20_0000, ..Default::default() });
+        write(&memory, &Info { cmdline: "", initramfs, rsdp: Some(0xe_0000), setup }).unwrap();
+        let word = |address| {
+            let mut bytes = [0; 8];
+            memory.read(address, &mut bytes).unwrap();
+            u64::from_le_bytes(bytes)
+        };
+        // hvm_start_info: nr_modules, modlist_paddr, rsdp_paddr; hvm_modlist_entry: paddr, size.
+        assert_eq!(word(PVH_START_INFO + 12) & 0xffff_ffff, 1);
+        assert_eq!((word(PVH_START_INFO + 16), word(PVH_START_INFO + 32)), (PVH_MODULES, 0xe_0000));
+        assert_eq!((word(PVH_MODULES), word(PVH_MODULES + 8)), (0x30_0000, 77));
+        // boot_params: acpi_rsdp_addr, ramdisk_image and _size, kernel_alignment (zero-page.rst, boot.rst).
+        assert_eq!(word(ZERO_PAGE + 0x70), 0xe_0000);
+        assert_eq!(word(ZERO_PAGE + 0x218), 77 << 32 | 0x30_0000);
+        assert_eq!(word(ZERO_PAGE + 0x230) & 0xffff_ffff, 0x20_0000);
+        assert_eq!(word(ZERO_PAGE + 0x1e8) & 0xff, 2);
     }
 }

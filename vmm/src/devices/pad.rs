@@ -36,7 +36,7 @@ pub struct Pad {
 }
 
 impl Device for Pad {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "pad"
     }
 

@@ -5,6 +5,7 @@ use std::{
     io::{self, Write},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use serde::{Deserialize, Serialize};
@@ -12,10 +13,10 @@ use vm_superio::{
     Trigger,
     serial::{NoEvents, Serial, SerialState},
 };
-use vmm_sys_util::eventfd::EventFd;
 
+use super::{ConsoleSocket, Input};
 use crate::{
-    device::{Device, Effect},
+    device::{Device, Effect, Interrupt},
     error::{Error, Result},
 };
 
@@ -30,6 +31,10 @@ pub enum SerialSink {
     None,
     /// To this process's standard output, flushed at each line's end.
     Stdout,
+    /// The same, and input comes from standard input.
+    Stdio,
+    /// To the client of a socket, from where input comes too.
+    Socket(Arc<ConsoleSocket>),
     /// To a file; the path is for people.
     File(File, PathBuf),
     /// To whatever the embedder wants. Called by vCPU threads: it should not block.
@@ -51,11 +56,38 @@ impl SerialSink {
         Ok(SerialSink::File(file, path.to_owned()))
     }
 
+    /// What a user calls it: `stdout`, `stdio`, `none`, `socket:PATH`, or the path of a file to append to.
+    ///
+    /// # Errors
+    /// [`Error::Config`] or [`Error::Socket`] that names the file.
+    pub fn parse(text: &str) -> Result<Self> {
+        match text.strip_prefix("socket:") {
+            Some(path) => Ok(SerialSink::Socket(ConsoleSocket::bind(Path::new(path))?)),
+            None => match text {
+                "stdout" => Ok(SerialSink::Stdout),
+                "stdio" => Ok(SerialSink::Stdio),
+                "none" => Ok(SerialSink::None),
+                path => Self::append_to(Path::new(path)),
+            },
+        }
+    }
+
+    /// Where input comes from, if it comes from anywhere.
+    pub(crate) fn input(&self) -> Option<Input> {
+        match self {
+            SerialSink::Stdio => Some(Input::Stdin),
+            SerialSink::Socket(socket) => Some(Input::Socket(Arc::clone(socket))),
+            SerialSink::None | SerialSink::Stdout | SerialSink::File(..) | SerialSink::Custom(_) => None,
+        }
+    }
+
     /// Where it goes, for people.
     pub fn describe(&self) -> String {
         match self {
             SerialSink::None => "none".into(),
             SerialSink::Stdout => "stdout".into(),
+            SerialSink::Stdio => "stdio".into(),
+            SerialSink::Socket(socket) => format!("socket {}", socket.path().display()),
             SerialSink::File(_, path) => format!("file {}", path.display()),
             SerialSink::Custom(_) => "the embedding process".into(),
         }
@@ -72,7 +104,11 @@ impl Write for SerialSink {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let written = match self {
             SerialSink::None => Ok(bytes.len()),
-            SerialSink::Stdout => io::stdout().write(bytes),
+            SerialSink::Stdout | SerialSink::Stdio => io::stdout().write(bytes),
+            SerialSink::Socket(socket) => {
+                socket.write(bytes);
+                Ok(bytes.len())
+            }
             SerialSink::File(file, _) => file.write(bytes),
             SerialSink::Custom(sink) => sink.write(bytes),
         };
@@ -85,26 +121,46 @@ impl Write for SerialSink {
     }
 }
 
-/// Raises the port's interrupt line through an event that KVM listens to.
-struct Line(EventFd);
-
-impl Trigger for Line {
+impl Trigger for Interrupt {
     type E = io::Error;
 
     fn trigger(&self) -> io::Result<()> {
-        self.0.write(1)
+        self.raise()
     }
 }
 
 /// The serial port.
 pub struct SerialPort {
-    port: Serial<Line, NoEvents, SerialSink>,
+    port: Serial<Interrupt, NoEvents, SerialSink>,
+    /// Input is taken only while the guest runs: what came behind a freeze would be in no saved state.
+    open: bool,
 }
 
 impl SerialPort {
-    /// A port as after power-on; `interrupt` is what KVM's irqfd listens to.
-    pub fn new(sink: SerialSink, interrupt: EventFd) -> Self {
-        Self { port: Serial::new(Line(interrupt), sink) }
+    /// A port as after power-on.
+    pub fn new(sink: SerialSink, interrupt: Interrupt) -> Self {
+        Self { port: Serial::new(interrupt, sink), open: false }
+    }
+
+    /// From now on input is taken, or is left to whoever brings it.
+    pub fn open(&mut self, open: bool) {
+        self.open = open;
+    }
+
+    /// Gives the guest as much of this as it has room for; answers how many bytes that were.
+    pub fn receive(&mut self, bytes: &[u8]) -> usize {
+        if !self.open {
+            return 0;
+        }
+        let fits = bytes.len().min(self.port.fifo_capacity());
+        match self.port.enqueue_raw_bytes(&bytes[..fits]) {
+            Ok(taken) => taken,
+            Err(error) => {
+                tracing::debug!(?error, "serial port");
+                // A guest that looped its port back takes nothing from outside: the input is lost, as on a wire.
+                fits
+            }
+        }
     }
 }
 
@@ -123,7 +179,7 @@ struct Saved {
 }
 
 impl Device for SerialPort {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "serial"
     }
 
@@ -184,14 +240,9 @@ impl Device for SerialPort {
             scratch: saved.scratch,
             in_buffer: saved.in_buffer,
         };
-        let interrupt = self
-            .port
-            .interrupt_evt()
-            .0
-            .try_clone()
-            .map_err(Error::host("duplicate the serial port's interrupt"))?;
+        let interrupt = self.port.interrupt_evt().clone();
         let sink = std::mem::replace(self.port.writer_mut(), SerialSink::None);
-        self.port = Serial::from_state(&state, Line(interrupt), NoEvents, sink)
+        self.port = Serial::from_state(&state, interrupt, NoEvents, sink)
             .map_err(|error| Error::State(format!("serial: {error:?}")))?;
         Ok(())
     }
@@ -199,7 +250,7 @@ impl Device for SerialPort {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Arc, Mutex};
+    use std::sync::Mutex;
 
     use super::*;
 
@@ -217,7 +268,7 @@ mod tests {
     }
 
     fn port(buffer: &Buffer) -> SerialPort {
-        SerialPort::new(SerialSink::Custom(Box::new(buffer.clone())), EventFd::new(0).unwrap())
+        SerialPort::new(SerialSink::Custom(Box::new(buffer.clone())), Interrupt::none())
     }
 
     #[test]
@@ -234,6 +285,45 @@ mod tests {
         second.read(7, &mut scratch);
         assert_eq!(scratch, [0x5a]);
         assert_eq!(*buffer.0.lock().unwrap(), b"ab");
+    }
+
+    #[test]
+    fn input_waits_for_a_running_guest_with_room_and_raises_one_interrupt() {
+        let raised = Arc::new(Mutex::new(0));
+        let count = raised.clone();
+        let line = Interrupt::to(move || {
+            *count.lock().unwrap() += 1;
+            Ok(())
+        });
+        let mut port = SerialPort::new(SerialSink::None, line);
+        port.write(1, &[1]); // "received data" interrupts, on
+        assert_eq!(port.receive(b"early"), 0);
+        port.open(true);
+        let long = [b'x'; IN_BUFFER_MAX + 6];
+        assert_eq!(port.receive(&long), IN_BUFFER_MAX);
+        assert_eq!(port.receive(&long), 0);
+        assert_eq!(*raised.lock().unwrap(), 1);
+        let mut byte = [0];
+        port.read(0, &mut byte);
+        assert_eq!(byte, [b'x']);
+        assert_eq!(port.receive(b"ab"), 1);
+        port.open(false);
+        port.read(0, &mut byte);
+        assert_eq!(port.receive(b"c"), 0);
+    }
+
+    #[test]
+    fn input_that_the_guest_has_not_read_moves_along() {
+        let mut first = port(&Buffer::default());
+        first.open(true);
+        assert_eq!(first.receive(b"ls"), 2);
+        let mut second = port(&Buffer::default());
+        second.restore(1, &first.save().unwrap()).unwrap();
+        let mut bytes = [0; 2];
+        for byte in &mut bytes {
+            second.read(0, std::slice::from_mut(byte));
+        }
+        assert_eq!(&bytes, b"ls");
     }
 
     #[test]

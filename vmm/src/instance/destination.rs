@@ -9,9 +9,10 @@ use protocol::{
     page::PageSet,
 };
 
-use super::{Answer, Instance, ending, layout_of};
+use super::{Answer, Expectation, Instance, ending, layout_of};
 use crate::{
     config::{ExitReason, check_name},
+    devices::virtio,
     error::{Error, Result},
     faults::Awaited,
     memory::spaces_for,
@@ -32,11 +33,13 @@ impl Instance {
         if *layout != layout_of(&spaces_for(memory_bytes)?) {
             return Err(Error::Config("this VMM lays out memory in another way than the source".into()));
         }
-        let machine = Machine::decode(blob)?;
+        let (machine, devices) = Machine::decode(blob)?;
         machine.check(&expectation.host)?;
+        let devices = virtio::rebuild_all(&devices, &expectation.allowed)?;
         // From here on only the host can refuse; the expectation is used up.
         let Some(expectation) = self.expectation.take() else { return Err(self.wrong("prepare")) };
-        let vm = Vm::prepare(&expectation.host, memory_bytes, machine, expectation.serial, &self.events)?;
+        let Expectation { host, serial, .. } = expectation;
+        let vm = Vm::prepare(&host, memory_bytes, machine, serial, devices, &self.events)?;
         self.name = name;
         self.vm = Some(vm);
         self.phase = Phase::Prepared;
@@ -52,7 +55,9 @@ impl Instance {
     }
 
     pub(super) fn start(&mut self, migration: MigrationId) -> Result<Answer> {
-        self.in_phase(Phase::Loaded, "start")?.resume();
+        let vm = self.in_phase(Phase::Loaded, "start")?;
+        vm.acquire()?;
+        vm.resume();
         self.phase = Phase::Running;
         self.arrived_by = Some(migration);
         Ok(Reply::Done.into())

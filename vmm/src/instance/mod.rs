@@ -47,7 +47,7 @@ use protocol::{
 
 use crate::{
     config::ExitReason,
-    devices::SerialSink,
+    devices::{SerialSink, virtio::Allowed},
     error::{Error, Result},
     faults::Awaited,
     host::Host,
@@ -75,6 +75,7 @@ pub(crate) struct Expectation {
     pub(crate) host: Host,
     pub(crate) max_memory_bytes: u64,
     pub(crate) serial: SerialSink,
+    pub(crate) allowed: Allowed,
 }
 
 /// What a request leads to.

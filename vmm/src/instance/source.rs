@@ -22,7 +22,7 @@ impl Instance {
         for index in 0..layout.spaces.len() {
             fds.extend(vm.memory().share(index)?);
         }
-        let blob = vm.machine().encode()?;
+        let blob = vm.describe()?;
         Ok(Answer { reply: Reply::Description { name: self.name.clone(), layout }, blob, fds, end: None })
     }
 
@@ -56,7 +56,8 @@ impl Instance {
     }
 
     pub(super) fn pledge(&mut self, migration: MigrationId, peer: &str) -> Result<Answer> {
-        self.in_phase(Phase::Frozen, "pledge")?;
+        // The destination takes the disks when it starts, which it may from now on.
+        self.in_phase(Phase::Frozen, "pledge")?.release()?;
         self.phase = Phase::Pledged;
         self.pledge = Some(Pledge { migration, peer: plain(peer) });
         Ok(Reply::Done.into())
@@ -72,6 +73,8 @@ impl Instance {
                     ));
                 };
                 self.check_pledge(migration)?;
+                // If somebody else has a disk by now, the VM stays as it is, and this can be tried again.
+                self.in_phase(Phase::Pledged, "resume")?.acquire()?;
                 self.go_on();
                 self.stop_tracking();
             }

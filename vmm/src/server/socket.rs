@@ -60,6 +60,11 @@ impl Socket {
         Ok(Self { path: path.to_owned(), listener: fd.into() })
     }
 
+    /// Where it listens.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// What listens.
     pub fn listener(&self) -> &UnixListener {
         &self.listener

@@ -5,9 +5,15 @@ use serde::{Deserialize, Serialize};
 use super::{MACHINE_SECTION, VERSION, decode, encode};
 use crate::{
     cpuid::{self, Leaf},
+    devices::virtio::{self, Description},
     error::{Error, Result},
     host::Host,
 };
+
+/// The section with the list of virtio devices, in a description that has [`WITH_DEVICES`].
+const DEVICES_SECTION: &str = "devices";
+/// Version of the section `machine` in a description whose other sections must be understood.
+const WITH_DEVICES: u16 = 2;
 
 /// How far apart two TSC rates may be without scaling, in parts per million: KVM's own tolerance
 /// (tsc_tolerance_ppm of arch/x86/kvm/x86.c).
@@ -27,13 +33,20 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// The description as bytes: a state container with the one section `machine`.
+    /// The description as bytes: a state container with the section `machine`, and `devices` if there are virtio devices.
     ///
     /// # Errors
     /// [`Error::State`] when it cannot be encoded.
-    pub fn encode(&self) -> Result<Vec<u8>> {
+    pub fn encode(&self, devices: &[Description]) -> Result<Vec<u8>> {
         let mut state = protocol::state::State::default();
-        state.push(MACHINE_SECTION, VERSION, encode(self)?);
+        if devices.is_empty() {
+            state.push(MACHINE_SECTION, VERSION, encode(self)?);
+        } else {
+            // A VMM that knows nothing of devices does not take this version, and so refuses before the first page.
+            state.push(MACHINE_SECTION, WITH_DEVICES, encode(self)?);
+            let (version, body) = virtio::encode(devices)?;
+            state.push(DEVICES_SECTION, version, body);
+        }
         state.encode().map_err(|error| Error::State(error.to_string()))
     }
 
@@ -41,9 +54,28 @@ impl Machine {
     ///
     /// # Errors
     /// [`Error::State`] that says what is wrong with it.
-    pub fn decode(bytes: &[u8]) -> Result<Self> {
-        let state = protocol::state::State::decode(bytes).map_err(|error| Error::State(error.to_string()))?;
-        decode(&state, MACHINE_SECTION)
+    pub fn decode(bytes: &[u8]) -> Result<(Self, Vec<Description>)> {
+        let mut state =
+            protocol::state::State::decode(bytes).map_err(|error| Error::State(error.to_string()))?;
+        let mut devices = Vec::new();
+        // The body is the same in both versions.
+        if let Some(machine) = state.sections.iter_mut().find(|section| section.name == MACHINE_SECTION)
+            && machine.version == WITH_DEVICES
+        {
+            machine.version = VERSION;
+            let list = state.section(DEVICES_SECTION).ok_or_else(|| {
+                Error::State("it says that it has a list of devices, and there is none".into())
+            })?;
+            devices = virtio::decode(list.version, &list.body)?;
+            if let Some(other) = state
+                .sections
+                .iter()
+                .find(|section| ![MACHINE_SECTION, DEVICES_SECTION].contains(&section.name.as_str()))
+            {
+                return Err(Error::State(format!("section {:?} is unknown here", other.name)));
+            }
+        }
+        Ok((decode(&state, MACHINE_SECTION)?, devices))
     }
 
     /// Checks that this host can be that machine.
@@ -105,11 +137,30 @@ mod tests {
 
     #[test]
     fn a_description_survives_and_a_damaged_one_is_refused() {
-        let bytes = machine(2_000_000).encode().unwrap();
-        assert_eq!(Machine::decode(&bytes).unwrap(), machine(2_000_000));
-        for cut in 0..bytes.len() {
-            assert!(Machine::decode(&bytes[..cut]).is_err());
+        let disk = Description::Block { path: "/a".into(), readonly: false, sectors: 8, features: 1 };
+        for devices in [Vec::new(), vec![disk, Description::Rng { features: 0 }]] {
+            let bytes = machine(2_000_000).encode(&devices).unwrap();
+            assert_eq!(Machine::decode(&bytes).unwrap(), (machine(2_000_000), devices));
+            for cut in 0..bytes.len() {
+                assert!(Machine::decode(&bytes[..cut]).is_err());
+            }
         }
+    }
+
+    #[test]
+    fn a_description_with_devices_is_nothing_for_who_does_not_know_of_them() {
+        let bytes = machine(1).encode(&[Description::Rng { features: 0 }]).unwrap();
+        let mut state = protocol::state::State::decode(&bytes).unwrap();
+        assert!(decode::<Machine>(&state, MACHINE_SECTION).unwrap_err().to_string().contains("version 2"));
+        state.sections.pop();
+        assert!(Machine::decode(&state.encode().unwrap()).is_err());
+        state.push(DEVICES_SECTION, 2, Vec::new());
+        assert!(Machine::decode(&state.encode().unwrap()).is_err());
+        state.sections.pop();
+        state.push(DEVICES_SECTION, 1, vec![1, 1, 0]);
+        assert_eq!(Machine::decode(&state.encode().unwrap()).unwrap().1, [Description::Rng { features: 0 }]);
+        state.push("more", 1, Vec::new());
+        assert!(Machine::decode(&state.encode().unwrap()).unwrap_err().to_string().contains("more"));
     }
 
     #[test]

@@ -32,6 +32,9 @@
 //! | `vcpu/N` | 1 | [`VcpuState`] |
 //! | `device/NAME` | per device | per device |
 //!
+//! A machine description has the section `machine` alone, or, for a VM with virtio devices, `machine` as version 2 (the same
+//! body) and `devices`, the list of [`crate::devices::virtio::Description`]: a VMM that does not know of devices refuses the version.
+//!
 //! Structures of the kernel's ABI are carried as their bytes (asm/kvm.h, little-endian).
 
 mod machine;

@@ -126,14 +126,19 @@ impl Thread {
     fn obey(&mut self, command: Command) {
         // An asker that is gone does not want the answer any more.
         match command {
-            Command::Run => self.running = !self.ended,
+            Command::Run => {
+                if !self.running && !self.ended {
+                    // Guests with kvmclock are told that they stood still, so that their watchdogs keep quiet: here and
+                    // not at the pause, because KVM writes it when it enters the guest, which may be on another
+                    // host or hours later. Guests without it answer EINVAL.
+                    let _ = self.target.fd().kvmclock_ctrl();
+                }
+                self.running = !self.ended;
+            }
             Command::Stand(until) => self.parked_until = self.running.then_some(until),
             Command::Pause(answer) => {
                 self.finish();
                 self.running = false;
-                // Guests with kvmclock are told that they were paused, so that their watchdogs keep
-                // quiet; those without it answer EINVAL.
-                let _ = self.target.fd().kvmclock_ctrl();
                 let _ = answer.send(!self.ended);
             }
             Command::Save(answer) => {

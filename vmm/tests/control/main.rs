@@ -4,6 +4,7 @@
 #[path = "../../src/test_images.rs"]
 mod test_images;
 mod baseline;
+mod disks;
 mod sparse;
 
 use std::{
@@ -24,7 +25,7 @@ use tempfile::TempDir;
 use test_images::{COUNTERS, LOAD};
 use vmm::{
     Bytes, Client, Error, ExitReason, IncomingConfig, KernelSource, Result, Ring, SerialSink, VmConfig,
-    host::Host,
+    devices::virtio::Allowed, host::Host,
 };
 
 const MEMORY: u64 = 16 << 20;
@@ -62,8 +63,10 @@ impl Running {
                 entry: LOAD,
                 ring: Ring::User,
             },
+            initramfs: None,
             cmdline: "quiet".into(),
             serial: SerialSink::None,
+            devices: Vec::new(),
             socket_path: Some(path.clone()),
         };
         Self::wait(path, std::thread::spawn(move || vmm::run(config)))
@@ -75,6 +78,7 @@ impl Running {
             name: name.into(),
             max_memory_bytes: MEMORY,
             serial: SerialSink::None,
+            allowed: Allowed::default(),
             socket_path: path.clone(),
         };
         Self::wait(path, std::thread::spawn(move || vmm::run_incoming(config)))
@@ -373,11 +377,11 @@ fn a_destination_refuses_what_it_cannot_be() {
     assert!(to.prepare("moved", &moved, &machine).is_err());
     assert!(to.prepare("../moved", &layout, &machine).is_err());
     assert!(to.prepare("moved", &layout, &[]).is_err());
-    let mut other = vmm::state::Machine::decode(&machine).unwrap();
+    let (mut other, _) = vmm::state::Machine::decode(&machine).unwrap();
     for leaf in other.cpuid.iter_mut().filter(|leaf| leaf.function == 7 && leaf.index == 0) {
         leaf.ebx |= 1 << 16;
     }
-    let error = to.prepare("moved", &layout, &other.encode().unwrap()).unwrap_err();
+    let error = to.prepare("moved", &layout, &other.encode(&[]).unwrap()).unwrap_err();
     assert!(matches!(error, Error::Refused { code: ErrorCode::Unsupported, .. }), "{error}");
     assert!(error.to_string().contains("avx512f"), "{error}");
     // None of this used the destination up, and loading garbage does not either.

@@ -14,7 +14,7 @@ use protocol::{
     monitor::Role,
     page::{PAGE_SIZE, PageRun, PageSet, SpaceId},
 };
-use vmm::{Client, ExitReason, IncomingConfig, Result, SerialSink, VmConfig};
+use vmm::{Client, ExitReason, IncomingConfig, Result, SerialSink, VmConfig, devices::virtio::Allowed};
 
 /// How long any call may take.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -66,6 +66,7 @@ impl Host {
             name: "incoming".into(),
             max_memory_bytes,
             serial: SerialSink::None,
+            allowed: Allowed::default(),
             socket_path: path.to_owned(),
         };
         Self::wait(path, std::thread::spawn(move || vmm::run_incoming(config)))

@@ -1,0 +1,253 @@
+//! The network device between the mock driver and a real tap of this host.
+
+use std::{net::UdpSocket, path::Path, process::Command, time::Duration};
+
+use super::{
+    MacAddress,
+    mock::{DATA, Driver, MEMORY, chain, memory, part},
+    net::Net,
+    tap::{HEADER, check},
+};
+use crate::device::Device;
+
+const MERGE: u64 = 1 << 15;
+const RECEIVE: u32 = 0;
+const TRANSMIT: u32 = 1;
+const MAC: [u8; 6] = [2, 0, 0, 0, 0, 7];
+
+/// A tap with an address, gone with the test. Its neighbour is the guest.
+struct Interface {
+    name: String,
+    host: String,
+    guest: [u8; 4],
+}
+
+fn ip(arguments: &str) {
+    let status = Command::new("ip").args(arguments.split(' ')).status().unwrap();
+    assert!(status.success(), "ip {arguments}");
+}
+
+impl Interface {
+    /// `None` where this process may not make one, and the test says so.
+    fn make(number: u8) -> Option<Self> {
+        let root = rustix::process::geteuid().is_root();
+        if !root || !Path::new("/dev/net/tun").exists() {
+            eprintln!("not tested: no tap can be made here");
+            return None;
+        }
+        let pid = std::process::id();
+        let name = format!("mig{pid}n{number}");
+        // Of 198.18.0.0/15, which is for tests (RFC 2544), four addresses by process and test.
+        let net = [18 + (pid >> 14 & 1) as u8, (pid >> 6) as u8, (pid << 2) as u8 & 0xf0 | number << 2];
+        let guest = [198, net[0], net[1], net[2] + 2];
+        let host = format!("198.{}.{}.{}", net[0], net[1], net[2] + 1);
+        ip(&format!("tuntap add {name} mode tap"));
+        let interface = Self { name, host, guest };
+        let name = &interface.name;
+        ip(&format!("addr add {}/30 dev {name}", interface.host));
+        ip(&format!("link set {name} up"));
+        let [a, b, c, d] = guest;
+        ip(&format!("neigh add {a}.{b}.{c}.{d} lladdr 02:00:00:00:00:07 dev {name} nud permanent"));
+        Some(interface)
+    }
+
+    fn driver(&self) -> Driver {
+        let net = Net::new("net0".into(), self.name.clone(), MacAddress(MAC));
+        Driver::new(memory(), Box::new(net))
+    }
+
+    fn socket(&self) -> UdpSocket {
+        let socket = UdpSocket::bind((self.host.as_str(), 0)).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        socket
+    }
+
+    fn mac(&self) -> [u8; 6] {
+        let text = std::fs::read_to_string(format!("/sys/class/net/{}/address", self.name)).unwrap();
+        text.trim().parse::<MacAddress>().unwrap().0
+    }
+
+    /// A datagram from the guest, with its virtio header.
+    fn frame(&self, port: u16, payload: &[u8]) -> Vec<u8> {
+        let mut frame = vec![0; HEADER];
+        frame.extend(self.mac());
+        frame.extend(MAC);
+        frame.extend([8, 0]);
+        let mut header = vec![0x45, 0];
+        header.extend((28 + payload.len() as u16).to_be_bytes());
+        header.extend([0, 0, 0, 0, 64, 17, 0, 0]);
+        header.extend(self.guest);
+        header.extend(self.host.split('.').map(|part| part.parse::<u8>().unwrap()));
+        let sum: u32 = header.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum();
+        let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
+        header[10..12].copy_from_slice(&sum.to_be_bytes());
+        frame.extend(header);
+        frame.extend(4000_u16.to_be_bytes());
+        frame.extend(port.to_be_bytes());
+        frame.extend((8 + payload.len() as u16).to_be_bytes());
+        frame.extend([0, 0]);
+        frame.extend(payload);
+        frame
+    }
+}
+
+impl Drop for Interface {
+    fn drop(&mut self) {
+        ip(&format!("tuntap del {} mode tap", self.name));
+    }
+}
+
+/// Where the datagram begins behind the headers of Ethernet, IPv4 and UDP.
+const PAYLOAD: usize = HEADER + 14 + 20 + 8;
+
+fn datagram(driver: &Driver, at: u64, bytes: u32) -> Option<Vec<u8>> {
+    let frame = driver.peek(at, bytes as usize);
+    (frame.get(HEADER + 12..HEADER + 14) == Some(&[8, 0]) && frame.get(HEADER + 23) == Some(&17))
+        .then(|| frame[PAYLOAD..].to_vec())
+}
+
+/// Waits for a datagram in one of the buffers, which lie one after another; others' frames are ignored.
+fn wait_for_datagram(driver: &mut Driver, buffer_bytes: u64) -> Vec<u8> {
+    let mut found = None;
+    driver.wait("a datagram", |driver| {
+        for (head, bytes) in driver.answers(RECEIVE) {
+            found = found.take().or_else(|| datagram(driver, DATA + u64::from(head) * buffer_bytes, bytes));
+        }
+        found.is_some()
+    });
+    found.unwrap()
+}
+
+fn offer_buffers(driver: &mut Driver, count: u16, bytes: u64) {
+    for head in 0..count {
+        driver.submit(RECEIVE, head, &chain(head, &[(DATA + u64::from(head) * bytes, bytes as u32, true)]));
+    }
+    driver.notify(RECEIVE);
+}
+
+#[test]
+fn frames_go_both_ways_and_are_marked() {
+    let Some(interface) = Interface::make(0) else { return };
+    let mut driver = interface.driver();
+    driver.handle.acquire().unwrap();
+    driver.handle.resume();
+    assert_eq!(driver.start(MERGE, true), 15);
+    let mut mac = [0; 6];
+    driver.device.read(0x100, &mut mac);
+    assert_eq!(mac, MAC);
+    let socket = interface.socket();
+    let frame = interface.frame(socket.local_addr().unwrap().port(), b"from the guest");
+    driver.poke(DATA + 0x10_0000, &frame);
+    let pieces = [(DATA + 0x10_0000, 12, false), (DATA + 0x10_000c, frame.len() as u32 - 12, false)];
+    driver.submit(TRANSMIT, 0, &chain(0, &pieces));
+    driver.notify(TRANSMIT);
+    let mut buffer = [0; 64];
+    let (bytes, from) = socket.recv_from(&mut buffer).unwrap();
+    assert_eq!(&buffer[..bytes], b"from the guest");
+    // Sent before there is room: it waits, in the tap or in the device.
+    socket.send_to(b"to the guest", from).unwrap();
+    std::thread::sleep(Duration::from_millis(5));
+    driver.marked();
+    offer_buffers(&mut driver, 8, 2048);
+    assert_eq!(wait_for_datagram(&mut driver, 2048), b"to the guest");
+    assert!(driver.marked().contains(&(DATA / 4096)) && part(0, 2) < DATA);
+}
+
+#[test]
+fn a_frame_is_spread_over_buffers_where_that_was_agreed_on() {
+    let Some(interface) = Interface::make(1) else { return };
+    let mut driver = interface.driver();
+    driver.handle.acquire().unwrap();
+    driver.handle.resume();
+    let socket = interface.socket();
+    let [a, b, c, d] = interface.guest;
+    let guest = format!("{a}.{b}.{c}.{d}:4000");
+    let payload: Vec<u8> = (0..1200_u32).map(|byte| byte as u8).collect();
+    for event_index in [false, true] {
+        driver.start(MERGE, event_index);
+        socket.send_to(&payload, &guest).unwrap();
+        // Five buffers are not enough for 1254 bytes; the sixth comes later.
+        offer_buffers(&mut driver, 5, 212);
+        std::thread::sleep(Duration::from_millis(10));
+        let mut got = Vec::new();
+        driver.submit(RECEIVE, 5, &chain(5, &[(DATA + 5 * 212, 212, true)]));
+        driver.notify(RECEIVE);
+        driver.wait("six buffers", |driver| {
+            got.extend(driver.answers(RECEIVE));
+            got.len() >= 6 || got.first().is_some_and(|(_, bytes)| *bytes < 212)
+        });
+        // The kernel may have sent a short frame of its own in between, and then the datagram had too little room.
+        if got.len() == 6 {
+            let all = driver.peek(DATA, 6 * 212);
+            assert_eq!(u16::from_le_bytes([all[10], all[11]]), 6);
+            assert_eq!(got.iter().map(|(_, bytes)| bytes).sum::<u32>() as usize, PAYLOAD + payload.len());
+            assert_eq!(all[PAYLOAD..PAYLOAD + payload.len()], payload);
+        }
+    }
+    // Without the agreement one buffer must do; what does not fit is lost, and the next one comes.
+    driver.start(0, true);
+    offer_buffers(&mut driver, 1, 100);
+    socket.send_to(&payload, &guest).unwrap();
+    socket.send_to(b"small", &guest).unwrap();
+    assert_eq!(wait_for_datagram(&mut driver, 100), b"small");
+}
+
+#[test]
+fn a_tap_is_handed_over_and_whoever_has_none_is_refused_by_name() {
+    let Some(interface) = Interface::make(2) else { return };
+    let (here, there) = (interface.driver(), interface.driver());
+    here.handle.acquire().unwrap();
+    let error = there.handle.acquire().unwrap_err().to_string();
+    assert!(error.contains("in use") && error.contains(&interface.name), "{error}");
+    here.handle.release().unwrap();
+    there.handle.acquire().unwrap();
+    for (name, says) in
+        [("nosuchtap", "does not exist"), ("lo", "no tap"), ("a/b", "no name"), ("", "no name")]
+    {
+        let error = check(name).unwrap_err().to_string();
+        assert!(error.contains(says), "{error}");
+    }
+}
+
+#[test]
+fn garbage_in_both_rings_breaks_the_device_and_not_the_host() {
+    let Some(interface) = Interface::make(3) else { return };
+    let mut driver = interface.driver();
+    driver.handle.acquire().unwrap();
+    driver.handle.resume();
+    for queue in [RECEIVE, TRANSMIT] {
+        driver.start(MERGE, false);
+        driver.submit(queue, 0, &[(MEMORY, 4096, 2, 0)]);
+        driver.notify(queue);
+        // A receive buffer is looked at when there is a frame for it.
+        let [a, b, c, d] = interface.guest;
+        interface.socket().send_to(b"x", format!("{a}.{b}.{c}.{d}:1")).unwrap();
+        driver.wait("a reset to be needed", |driver| driver.read(0x070) & 0x40 != 0);
+    }
+    // Frames too short, too long, or with a header that means nothing: all are taken, none is an error.
+    driver.start(MERGE, true);
+    driver.poke(DATA, &[0xff; 0x2_0000]);
+    for bytes in [0, 1, 12, 13, 14, 60, 2000, 0x1_ffff] {
+        driver.submit(TRANSMIT, 0, &chain(0, &[(DATA, bytes, false)]));
+        driver.notify(TRANSMIT);
+        driver.wait("the frame to be taken", |driver| !driver.answers(TRANSMIT).is_empty());
+    }
+    assert_eq!(driver.read(0x070), 15);
+}
+
+#[test]
+fn addresses_of_cards_are_read() {
+    assert_eq!("02:00:00:00:00:07".parse(), Ok(MacAddress(MAC)));
+    assert_eq!(MacAddress::random().unwrap().0[0] & 3, 2);
+    for bad in [
+        "",
+        "02:00:00:00:00",
+        "02:00:00:00:00:07:08",
+        "01:00:00:00:00:07",
+        "00:00:00:00:00:00",
+        "2:0:0:0:0:7",
+        "+2:00:00:00:00:07",
+    ] {
+        assert!(bad.parse::<MacAddress>().is_err(), "{bad}");
+    }
+}
