@@ -91,6 +91,7 @@ fn what_cannot_be_booted_is_refused_with_the_name_of_what_is_wrong() {
     let arm = file("arm64", &arm);
     let packed = file("vmlinux.gz", b"\x1f\x8b\x08");
     let ledger = file("ledger", ledger::IMAGE);
+    let large = file("large", &vec![1; 4 << 20]);
     let long = "x".repeat(4000);
     for (arguments, says) in [
         (&["--kernel", &script][..], "neither an ELF file nor a bzImage"),
@@ -105,7 +106,7 @@ fn what_cannot_be_booted_is_refused_with_the_name_of_what_is_wrong() {
         (&["--cpus", "300"], "300 vCPUs"),
         (&["--cpus", "0"], "0 vCPUs"),
         (&["--memory", "1MiB"], "memory of 1048576 bytes"),
-        (&["--kernel", &ledger, "--initrd", &ledger, "--memory", "2MiB"], "give the VM more memory"),
+        (&["--kernel", &ledger, "--initrd", &large, "--memory", "4MiB"], "give the VM more memory"),
     ] {
         for detach in [&["--detach"][..], &[]] {
             let mut line = vec!["vm", "run", "--name", "bad", "--serial", "none"];

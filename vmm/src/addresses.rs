@@ -56,7 +56,9 @@ pub const EBDA_START: u64 = 0x9_fc00;
 /// not told to guests as such.
 pub const ACPI_START: u64 = 0xe_0000;
 /// One past the ACPI tables.
-pub const ACPI_END: u64 = 0x10_0000;
+pub const ACPI_END: u64 = 0xf_0000;
+/// Where a PC's firmware begins in real mode, at f000:fff0: kernels jump there as their last way to reset a machine.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// Where RAM goes on for guests after the legacy video and BIOS area.
 pub const HIGH_MEMORY: u64 = 0x10_0000;
 

@@ -25,8 +25,8 @@ pub use elf::{ElfEntry, check as check_elf};
 pub use long_mode::Ring;
 
 use crate::{
-    addresses::{BOOT_END, CMDLINE_MAX},
-    devices::Slot,
+    addresses::{BOOT_END, CMDLINE_MAX, RESET_VECTOR},
+    devices::{I8042_RESET, Slot},
     error::{ImageError, Result},
     memory::GuestMemory,
 };
@@ -118,6 +118,11 @@ impl Start {
     }
 }
 
+/// What stands at [`RESET_VECTOR`] instead of firmware: `mov al, 0xfe; out 0x64, al`, the reset of the keyboard controller, then
+/// `hlt` for ever. On a hardware-reduced ACPI machine Linux asks EFI for a reset, and comes here where there is none
+/// (efi_reboot_required of arch/x86/platform/efi/quirks.c, machine_real_restart of arch/x86/kernel/reboot.c).
+const RESET_CODE: [u8; 7] = [0xb0, I8042_RESET, 0xe6, 0x64, 0xf4, 0xeb, 0xfd];
+
 /// What a VM boots: its files read, and checked as far as that goes without the VM.
 #[derive(Debug)]
 pub struct Images<'a> {
@@ -201,6 +206,7 @@ impl<'a> Images<'a> {
         }
         if !matches!(start, Start::Flat { .. }) {
             told.rsdp = Some(acpi::write(memory, vcpus, slots)?);
+            memory.write(RESET_VECTOR, &RESET_CODE)?;
         }
         let cmdline = match self.cmdline {
             text if is_linux => text.to_owned(),
@@ -332,6 +338,9 @@ mod tests {
         let mut rsdp = [0; 8];
         memory.read(crate::addresses::ACPI_START, &mut rsdp).unwrap();
         assert_eq!(&rsdp, b"RSD PTR ");
+        let mut vector = [0; 7];
+        memory.read(RESET_VECTOR, &mut vector).unwrap();
+        assert_eq!(vector, RESET_CODE);
     }
 
     #[test]
