@@ -18,6 +18,7 @@
 pub mod packages;
 pub mod cpio;
 pub mod image;
+mod clock;
 pub mod machine;
 pub mod switch;
 pub mod keeper;

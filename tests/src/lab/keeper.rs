@@ -7,7 +7,7 @@ use super::access::{HostAccess, Order, description};
 use super::image::{self, Program};
 use super::machine::{Files, Hardware, Machine};
 use super::packages::Packages;
-use super::{Context as _, Lab, Result, switch};
+use super::{Context as _, Lab, Result, clock, switch};
 use rustix::fs::FlockOperation;
 use std::fs::File;
 use std::io::{BufRead as _, Read as _, Write as _};
@@ -175,6 +175,7 @@ pub fn keep(folder: &Path, plan: &Plan) -> Result<()> {
     }
     let watch = Watch::start(plan.limit)?;
     let folder = Folder::take(folder, plan.discard)?;
+    let tsc = clock::Measurement::begin();
     let packages = Packages::ensure()?;
     let token = secret()?;
     let image_path = folder.path.join("image");
@@ -189,8 +190,15 @@ pub fn keep(folder: &Path, plan: &Plan) -> Result<()> {
     let socket = folder.path.join("switch");
     switch::start(&socket)?;
     let (kernel, logs) = (packages.kernel(), folder.path.join("logs"));
-    let files =
-        Files { kernel: &kernel, image: &image_path, switch: &socket, logs: &logs, folder: &folder.path };
+    let tsc_khz = tsc.finish();
+    let files = Files {
+        tsc_khz,
+        kernel: &kernel,
+        image: &image_path,
+        switch: &socket,
+        logs: &logs,
+        folder: &folder.path,
+    };
     let mut machines = Vec::new();
     for number in 1..=plan.hosts {
         machines.push(Machine::start(number, &plan.hardware, &files)?);

@@ -43,6 +43,8 @@ pub(super) struct Files<'a> {
     pub logs: &'a Path,
     /// For the monitor's socket.
     pub folder: &'a Path,
+    /// How fast its time-stamp counter runs.
+    pub tsc_khz: u64,
 }
 
 /// A running host, which ends when this is dropped.
@@ -82,10 +84,7 @@ impl Machine {
         command.args(["-accel", "tcg,thread=multi,tb-size=256", "-cpu", "max,+svm"]);
         command.args(["-smp", &vcpus.to_string(), "-m", &memory_mib.to_string()]);
         command.arg("-kernel").arg(files.kernel).arg("-initrd").arg(files.image);
-        command.args([
-            "-append",
-            &format!("console=ttyS0 quiet nokaslr mitigations=off panic=-1 lab.host={number}"),
-        ]);
+        command.args(["-append", &kernel_arguments(number, files.tsc_khz)]);
         command.arg("-serial").arg(format!("file:{}", console.display()));
         command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", monitor.display()));
         // Port 0 lets the kernel choose one; `restrict` keeps the host from everything but the forwarded port.
@@ -130,6 +129,16 @@ impl Machine {
         let console = std::fs::read(&self.console).unwrap_or_default();
         String::from_utf8_lossy(&console[console.len().saturating_sub(4000)..]).into_owned()
     }
+}
+
+/// The command line of a host's kernel. Debian's would take the counter of an AMD processor with several cores for
+/// unsynchronised and measure time by slower means; `reliable` says that it is not so, and without the two other clocks the
+/// kernel cannot correct the frequency that it is told (arch/x86/kernel/tsc.c).
+fn kernel_arguments(number: usize, tsc_khz: u64) -> String {
+    format!(
+        "console=ttyS0 quiet nokaslr mitigations=off panic=-1 lab.host={number} \
+         tsc_early_khz={tsc_khz} tsc=reliable hpet=disable pmtmr=0"
+    )
 }
 
 impl Drop for Machine {
