@@ -99,13 +99,13 @@ struct Wishes {
     #[arg(long, default_value_t = 2, value_name = "N")]
     hosts: usize,
     /// Virtual CPUs of each.
-    #[arg(long, default_value_t = 2, value_name = "N")]
+    #[arg(long, default_value_t = Hardware::default().vcpus, value_name = "N")]
     vcpus: u32,
     /// Memory of each, in MiB.
-    #[arg(long, default_value_t = 2048, value_name = "MIB")]
+    #[arg(long, default_value_t = Hardware::default().memory_mib, value_name = "MIB")]
     memory: u32,
-    /// The largest packet of the private network, in bytes.
-    #[arg(long, default_value_t = 1500, value_name = "BYTES")]
+    /// The largest packet of the private network, in bytes; small ones cost an emulated host the more.
+    #[arg(long, default_value_t = Hardware::default().mtu, value_name = "BYTES")]
     mtu: u32,
     /// Puts a program into /bin of each host, with its shared libraries; as often as wanted.
     #[arg(long, value_name = "[NAME=]PATH")]

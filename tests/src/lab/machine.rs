@@ -30,7 +30,7 @@ pub struct Hardware {
 
 impl Default for Hardware {
     fn default() -> Self {
-        Self { vcpus: 2, memory_mib: 2048, mtu: 1500 }
+        Self { vcpus: 2, memory_mib: 2048, mtu: 9000 }
     }
 }
 
