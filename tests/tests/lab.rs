@@ -41,6 +41,18 @@ const HOST_KVM: &str = "MIGRATE_TEST_HOST_KVM";
 struct Shared {
     _keeper: Child,
     lab: Lab,
+    /// Hosts that have keys and trust each other, and nothing else: to make keys takes an emulated host its time.
+    keys: [Host; 2],
+}
+
+/// The place of a machine.
+fn machine(lab: &Lab, index: usize) -> Place {
+    Place::Machine(Bench {
+        program: LAB.into(),
+        folder: lab.folder.clone(),
+        machine: lab.hosts[index].name.clone(),
+        ip: lab.hosts[index].ip.clone(),
+    })
 }
 
 /// A folder that nobody else may look into.
@@ -76,7 +88,10 @@ fn laboratory() -> &'static Shared {
         let ready = said.lines().map_while(Result::ok).any(|line| line == READY);
         assert!(ready, "the laboratory does not come up: {:?}", keeper.wait());
         println!("the laboratory was up after {:.1} s", begun.elapsed().as_secs_f64());
-        Shared { _keeper: keeper, lab: Lab::open(&folder).expect("it is up") }
+        let lab = Lab::open(&folder).expect("it is up");
+        let keys = [0, 1].map(|index| Host::new(Path::new(MIGRATE)).moved_to(machine(&lab, index)));
+        introduce(&keys[0], &keys[1]);
+        Shared { _keeper: keeper, lab, keys }
     })
 }
 
@@ -98,26 +113,19 @@ impl Pair {
             return None;
         }
         let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-        let host = |place| Host::new(Path::new(MIGRATE)).moved_to(place);
         let (a, b, cable) = if std::env::var_os(HOST_KVM).is_some() {
             let cable = Cable::new(1500);
-            let namespace = |name: &str, ip: &str| Place::Namespace { name: name.into(), ip: ip.into() };
-            let a = host(namespace(cable.near(), network::NEAR));
-            (a, host(namespace(cable.far(), network::FAR)), Some(cable))
+            let host = |name: &str, ip: &str| {
+                Host::new(Path::new(MIGRATE)).moved_to(Place::Namespace { name: name.into(), ip: ip.into() })
+            };
+            let (a, b) = (host(cable.near(), network::NEAR), host(cable.far(), network::FAR));
+            introduce(&a, &b);
+            (a, b, Some(cable))
         } else {
-            let lab = &laboratory().lab;
-            let [a, b] = [0, 1].map(|index| {
-                let machine = &lab.hosts[index];
-                host(Place::Machine(Bench {
-                    program: LAB.into(),
-                    folder: lab.folder.clone(),
-                    machine: machine.name.clone(),
-                    ip: machine.ip.clone(),
-                }))
-            });
+            let Shared { lab, keys, .. } = laboratory();
+            let [a, b] = [0, 1].map(|index| keys[index].anew_at(machine(lab, index)));
             (a, b, None)
         };
-        introduce(&a, &b);
         Some(Self { a, b, cable, _turn })
     }
 
