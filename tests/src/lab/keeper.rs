@@ -165,7 +165,7 @@ pub fn end(folder: &Path) -> Result<()> {
 }
 
 /// Makes a laboratory and holds it until there is a reason to end. Says [`READY`] on standard output when it can be used. Must
-/// be called on the main thread, as [`Machine::start`] says.
+/// be called on the main thread, because the kernel ends the machines together with the thread that started them.
 ///
 /// # Errors
 /// If it does not come up.
