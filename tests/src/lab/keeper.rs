@@ -29,6 +29,9 @@ const MAX_HOSTS: usize = 9;
 /// How long hosts may take to come up: twenty times what they took on two quiet cores in November 2026.
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
 
+/// How long an agent may take to answer before it is asked again; nothing ends the keeper meanwhile.
+const ATTEMPT: Duration = Duration::from_secs(2);
+
 /// How often it is looked whether there is a reason to end.
 const TICK: Duration = Duration::from_millis(50);
 
@@ -232,7 +235,7 @@ fn wait_until_up(
 ) -> Result<()> {
     let until = Instant::now() + BOOT_LIMIT;
     loop {
-        let order = Order { limit: Some(Duration::from_secs(10)), ..Order::new(&["true"]) };
+        let order = Order { limit: Some(ATTEMPT), ..Order::new(&["true"]) };
         match lab.run(host, &order, std::io::empty(), &mut std::io::sink(), &mut std::io::sink()) {
             Ok(0) => return Ok(()),
             Ok(_) | Err(_) => machine.check(logs)?,
