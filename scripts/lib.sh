@@ -42,6 +42,15 @@ need_rust() {
 
 usable_kvm() { [ -r /dev/kvm ] && [ -w /dev/kvm ]; }
 
+# need_lab: what the laboratory's hosts are made with; Debian's kernel for them is downloaded by the laboratory itself.
+need_lab() {
+  need_command cc build-essential
+  need_command qemu-system-x86_64 qemu-system-x86
+  need_command setpriv util-linux
+  need_command dpkg dpkg
+  need_command apt-get apt
+}
+
 # check_guest: formats and lints the bare guest, which is no cargo target because it is built by a build script.
 check_guest() {
   rustfmt --check --edition 2024 guest-images/ledger/guest/main.rs

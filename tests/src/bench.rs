@@ -15,7 +15,6 @@ mod account;
 mod pipe;
 mod ours;
 mod certificates;
-mod qmp;
 mod qemu;
 mod ceiling;
 mod harvest;

@@ -25,13 +25,55 @@ pub struct Host {
     mounted: bool,
 }
 
-/// Where on the network a host is.
+/// Where a host is.
 #[derive(Debug, Clone)]
-pub struct Place {
-    /// Its network namespace.
-    pub namespace: String,
+pub enum Place {
+    /// In a network namespace of this machine.
+    Namespace {
+        /// Its name.
+        name: String,
+        /// The address it listens at.
+        ip: String,
+    },
+    /// In a machine of a laboratory, in which `migrate` is in the search path. Its directory has the same name there.
+    Machine(Bench),
+}
+
+/// A machine of a laboratory, reached by the laboratory's program.
+#[derive(Debug, Clone)]
+pub struct Bench {
+    /// That program.
+    pub program: PathBuf,
+    /// The laboratory's folder.
+    pub folder: PathBuf,
+    /// The machine's name.
+    pub machine: String,
     /// The address it listens at.
     pub ip: String,
+}
+
+impl Place {
+    fn ip(&self) -> &str {
+        match self {
+            Self::Namespace { ip, .. } | Self::Machine(Bench { ip, .. }) => ip,
+        }
+    }
+}
+
+impl Bench {
+    /// The laboratory's program, with this verb.
+    fn verb(&self, verb: &str) -> Command {
+        let mut command = Command::new(&self.program);
+        command.arg("--folder").arg(&self.folder).args([verb, &self.machine]);
+        command
+    }
+
+    /// A command in the machine. It ends there when it is ended here.
+    fn inside(&self, program: &Path) -> Command {
+        let mut command = self.verb("run");
+        command.arg("--").arg(program);
+        command
+    }
 }
 
 impl Host {
@@ -92,8 +134,8 @@ impl Host {
     /// `migrate ARGS` on this host, with `--json`.
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = match &self.place {
-            Some(place) => network::inside(&place.namespace, &self.program),
-            None => Command::new(&self.program),
+            Some(Place::Machine(bench)) => bench.inside(Path::new("migrate")),
+            _ => self.there(&self.program),
         };
         command.args(args).arg("--json");
         // Most tests are about what a lost link means without another one; those of taking it up say how long.
@@ -110,6 +152,15 @@ impl Host {
             command.env_remove(name);
         }
         command
+    }
+
+    /// Any program, where this host is.
+    pub fn there(&self, program: &Path) -> Command {
+        match &self.place {
+            Some(Place::Machine(bench)) => bench.inside(program),
+            Some(Place::Namespace { name, .. }) => network::inside(name, program),
+            None => Command::new(program),
+        }
     }
 
     /// Starts `migrate ARGS`.
@@ -166,7 +217,7 @@ impl Host {
     /// # Panics
     /// If it does not listen in time.
     pub fn receive_with(&self, more: &[&str], variables: &[(&str, &str)]) -> (Running, String) {
-        let listen = format!("{}:0", self.place.as_ref().map_or("127.0.0.1", |place| place.ip.as_str()));
+        let listen = format!("{}:0", self.place.as_ref().map_or("127.0.0.1", Place::ip));
         let mut args = vec!["receive", "--listen", &listen];
         args.extend(more);
         let mut receiver = self.start_with(&args, variables);
@@ -221,8 +272,12 @@ impl Host {
 
     /// What the VMM of a detached VM and its guest said.
     pub fn log(&self, name: &str) -> String {
-        let read = |suffix| std::fs::read_to_string(self.runtime_dir().join(format!("{name}.{suffix}")));
-        format!("{}\n{}", read("log").unwrap_or_default(), read("serial").unwrap_or_default())
+        let read = |suffix| {
+            let path = self.runtime_dir().join(format!("{name}.{suffix}"));
+            let read = self.there(Path::new("cat")).arg(path).stdin(Stdio::null()).output();
+            read.map(|read| String::from_utf8_lossy(&read.stdout).into_owned()).unwrap_or_default()
+        };
+        format!("{}\n{}", read("log"), read("serial"))
     }
 
     /// Waits until the ledger of a VM has filled its memory and writes.
@@ -243,6 +298,36 @@ impl Host {
             );
             std::thread::sleep(Duration::from_millis(10));
         }
+    }
+
+    /// Copies one of this host's own directories (see [`Host::path`]) to another host, and says where it is there.
+    ///
+    /// # Panics
+    /// If it cannot be copied.
+    pub fn copy_to(&self, other: &Self, name: &str) -> PathBuf {
+        let run = |mut command: Command| {
+            let done = command.stdin(Stdio::null()).output().expect("it can be started");
+            assert!(done.status.success(), "{command:?}: {}", String::from_utf8_lossy(&done.stderr));
+        };
+        let (from, to) = (self.path(name), other.path(name));
+        // By way of this process: a machine's files are not to be seen here.
+        let between = tempfile::tempdir_in(self.dir.path()).expect("a directory");
+        let mut out = copy();
+        if let Some(Place::Machine(bench)) = &self.place {
+            out = bench.verb("get");
+        }
+        out.arg(&from).arg(between.path());
+        run(out);
+        let mut into = copy();
+        if let Some(Place::Machine(bench)) = &other.place {
+            let mut folder = bench.inside(Path::new("mkdir"));
+            folder.arg("-p").arg(other.dir.path());
+            run(folder);
+            into = bench.verb("put");
+        }
+        into.arg(between.path().join(name)).arg(other.dir.path());
+        run(into);
+        to
     }
 
     /// The guest's account of itself.
@@ -275,12 +360,32 @@ impl Drop for Host {
         // VMs outlive the program that started them, so they are ended by what their sockets say, or, where that is
         // not to be had, by their command line, which names this host's directory.
         let marker = self.dir.path().to_string_lossy().into_owned();
+        if let Some(Place::Machine(_)) = &self.place {
+            let mut command = self.there(Path::new("sh"));
+            command.args(["-c", END_ALL_OF, "end", &marker]).stdin(Stdio::null()).status().ok();
+            return;
+        }
         end_all_of(&marker);
         if self.mounted {
             // Lazily: those that were killed a moment ago may still have files there.
             Command::new("umount").arg("--lazy").arg(self.runtime_dir()).status().ok();
         }
     }
+}
+
+/// As [`end_all_of`], and the directory is removed, where a shell is all there is.
+const END_ALL_OF: &str = r#"
+for process in /proc/[0-9]*; do
+  pid=${process#/proc/}
+  [ "$pid" = $$ ] || ! grep -qF "$1" "$process/cmdline" 2>/dev/null || kill -KILL "$pid"
+done
+rm -r -f "$1""#;
+
+/// A command that copies directories on this machine.
+fn copy() -> Command {
+    let mut command = Command::new("cp");
+    command.arg("-r");
+    command
 }
 
 /// Kills all processes, but this one, on whose command line this text is.
@@ -332,12 +437,20 @@ pub(crate) fn sweep() {
 /// If their keys cannot be made.
 pub fn trusting_pair(program: &Path) -> (Host, Host) {
     let (a, b) = (Host::new(program), Host::new(program));
-    for host in [&a, &b] {
+    introduce(&a, &b);
+    (a, b)
+}
+
+/// Gives two hosts keys, and lets them trust each other.
+///
+/// # Panics
+/// If it does not work.
+pub fn introduce(a: &Host, b: &Host) {
+    for host in [a, b] {
         host.run(&["keys", "init"]).success();
     }
-    trust(&a, "b", &b);
-    trust(&b, "a", &a);
-    (a, b)
+    trust(a, "b", b);
+    trust(b, "a", a);
 }
 
 /// Lets `host` trust `other` under a name.

@@ -19,6 +19,8 @@ pub mod relay;
 pub mod host;
 pub mod guest;
 pub mod matrix;
+pub mod lab;
+mod qmp;
 pub mod bench;
 
 pub use host::{Host, trusting_pair};

@@ -27,8 +27,8 @@ impl Ours {
     pub(super) fn start(program: &Path, case: &Case, seed: u64, cable: Option<&Cable>) -> Self {
         let (mut a, mut b) = trusting_pair(program);
         if let Some(cable) = cable {
-            a = a.moved_to(Place { namespace: cable.near().into(), ip: NEAR.into() });
-            b = b.moved_to(Place { namespace: cable.far().into(), ip: FAR.into() });
+            a = a.moved_to(Place::Namespace { name: cable.near().into(), ip: NEAR.into() });
+            b = b.moved_to(Place::Namespace { name: cable.far().into(), ip: FAR.into() });
         }
         let cmdline = format!("{} seed={seed} report_ms=0", case.cmdline);
         a.run_ledger(VM, &format!("{}MiB", case.memory_mib), &cmdline, &["--serial", "none"]);

@@ -4,10 +4,10 @@ use super::account::{Before, SETTLE, await_tick, micros, stats, undisturbed, wai
 use super::cases::Case;
 use super::memory::touch;
 use super::ours::merge;
-use super::qmp::Monitor;
 use super::{certificates, peer};
 use crate::guest::Window;
 use crate::network::{self, Cable, FAR};
+use crate::qmp::Monitor;
 use serde_json::{Value, json};
 use std::io::Read as _;
 use std::path::Path;

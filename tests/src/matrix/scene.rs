@@ -74,7 +74,7 @@ impl<'a> Scene<'a> {
         cable.set_up(true);
         cable.set_rate(None);
         let host = |keys: &Host, namespace: &str, ip: &str, side| {
-            let host = keys.anew_at(Place { namespace: namespace.into(), ip: ip.into() });
+            let host = keys.anew_at(Place::Namespace { name: namespace.into(), ip: ip.into() });
             let small = case.fault == Fault::DiskFull(side);
             if small { host.with_small_disk(SMALL_DISK_BYTES) } else { host }
         };

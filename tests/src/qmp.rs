@@ -10,13 +10,13 @@ use std::time::{Duration, Instant};
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A connection to a monitor.
-pub(super) struct Monitor {
+pub(crate) struct Monitor {
     stream: BufReader<UnixStream>,
 }
 
 impl Monitor {
     /// Connects as soon as the socket is there.
-    pub(super) fn connect(path: &Path) -> std::io::Result<Self> {
+    pub(crate) fn connect(path: &Path) -> std::io::Result<Self> {
         let until = Instant::now() + PATIENCE;
         let stream = loop {
             match UnixStream::connect(path) {
@@ -33,7 +33,7 @@ impl Monitor {
     }
 
     /// Executes a command and gives what it returns. Events are passed over.
-    pub(super) fn ask(&mut self, command: &str, arguments: &Value) -> std::io::Result<Value> {
+    pub(crate) fn ask(&mut self, command: &str, arguments: &Value) -> std::io::Result<Value> {
         let request = json!({"execute": command, "arguments": arguments});
         self.stream.get_mut().write_all(format!("{request}\n").as_bytes())?;
         loop {
