@@ -83,6 +83,11 @@ impl CancelFlag {
             _ => Ok(()),
         }
     }
+
+    /// Takes the last look back: what was about to be decided is not, and setting it stops something again.
+    pub fn reopen(&self) {
+        let _ = self.gate.compare_exchange(PASSED, OPEN, Ordering::AcqRel, Ordering::Acquire);
+    }
 }
 
 fn interrupted() -> Error {
@@ -104,6 +109,10 @@ mod tests {
         flag.pass().unwrap();
         assert!(!flag.set() && !flag.is_set() && !flag.is_open());
         flag.pass().unwrap();
+        flag.reopen();
+        assert!(flag.is_open() && flag.set());
+        flag.reopen();
+        assert!(matches!(flag.pass(), Err(Error::Interrupted(_))), "a wish is not taken back");
     }
 
     #[test]

@@ -16,12 +16,15 @@ use std::time::Duration;
 
 /// A place where a workload can arrive.
 ///
-/// The engine calls `prepare` once, writes through [`Destination::memory`] from several threads, then `load`, and
+/// The engine calls `prepare`, writes through [`Destination::memory`] from several threads, then `load`, and
 /// exactly one of `start`, `start_incomplete` and `discard`. A destination that is dropped without a start discards itself.
 pub trait Destination {
     /// Makes room for the workload and checks everything that can be checked before the first page: memory, name,
     /// CPU, devices. Nothing is left behind when it refuses. Everything that takes time (vCPUs, devices) is made
     /// here and not in `load`.
+    ///
+    /// Called again before a start, it first forgets everything that arrived, and what was loaded; nobody may hold the memory of
+    /// before any more.
     ///
     /// # Errors
     /// [`Refusal`], which is what the sender is told.

@@ -3,7 +3,7 @@
 //! ```text
 //!                    Offer            State           Commit
 //! (desk) ─▶ (offer) ─▶ prepared, pages ─▶ loaded, Ready ─▶ started ─▶ settled (Done)
-//!              │             │               │               ▲ Ask: «Started»
+//!              │             │ ◀── Resume ── │               ▲ Ask: «Started»
 //!            refuse       discard        Ask, Cancel,        │
 //!                            │           nothing for long    │
 //!                            ▼               ▼               │
@@ -21,10 +21,11 @@
 //!
 //! # Why none runs only where that cannot be avoided
 //!
-//! A link that is lost in *loaded* is not the end: the sender may have committed and will ask. Discarding is always safe,
-//! as long as the answer is still there when it asks: the source stands still until then. So what was discarded is written
-//! into the [`Ledger`], *loaded* and *discarded* miss a lost link for [`Options::forget`] only, and whoever serves the next
-//! connection answers. *Started* waits for [`Options::linger`], longer than a sender asks, because the process may end behind it.
+//! A link that is lost in *loaded* is not the end: the sender may have committed and will ask, or may not have and comes
+//! back to its rounds (`Resume`), for which everything is made anew. So *loaded* misses a lost link for [`Options::keep`] where
+//! that can be. Discarding is always safe, as long as the answer is still there when it asks: the source stands still until
+//! then. So what was discarded is written into the [`Ledger`], *discarded* (and *loaded* of a sender that cannot come back)
+//! misses a lost link for [`Options::forget`] only, and whoever serves the next connection answers. *Started* waits for [`Options::linger`], longer than a sender asks, because the process may end behind it.
 //! Only if both ends cannot reach each other for all of that time, or the ledger dies, does the sender stay in doubt, with its
 //! workload frozen and whole.
 //!
@@ -84,7 +85,7 @@ pub struct Options {
     pub idle: Duration,
     /// How long to wait for `Commit`, and afterwards for the sender to know the outcome. Longer than a sender asks.
     pub linger: Duration,
-    /// How long to keep what has arrived when the link is lost in the rounds, for a sender that comes back: its memory stays
+    /// How long to keep what has arrived when the link is lost before `Commit`, for a sender that comes back: its memory stays
     /// taken for so long. Zero to discard at once.
     pub keep: Duration,
     /// How long to miss a link that is lost before anything was started. What is discarded then is in the ledger, so whoever
@@ -131,6 +132,8 @@ pub fn receive(
         talk: visitor.talk,
         key: visitor.key,
         keeps: !options.keep.is_zero() && visitor.capabilities.contains(&handshake::RESUME),
+        begins_anew: visitor.capabilities.contains(&handshake::ANEW),
+        is_anew: false,
         may_join: visitor.capabilities.contains(&handshake::CONNECTIONS),
         desk,
         visitors: None,
@@ -150,7 +153,7 @@ pub fn receive(
     };
     inbound.talk.allow_blobs(MAX_BLOB_BYTES);
     let begun = Instant::now();
-    let result = inbound.run(offer, &machine, destination);
+    let result = inbound.run(&offer, &machine, destination);
     let result = inbound.end(result, begun);
     // Only now: its memory has gone, or is a running workload's.
     drop(place);
@@ -202,6 +205,8 @@ pub fn take_up(
         observer,
         streams: Streams::none(),
         keeps: false,
+        begins_anew: false,
+        is_anew: false,
         may_join: false,
         verifies: false,
         came_back: None,
@@ -224,6 +229,10 @@ struct Inbound<'a> {
     key: Fingerprint,
     /// Whether a sender that loses its link in the rounds may take them up over another one.
     keeps: bool,
+    /// Whether one that loses it behind its state may, too, and sends everything anew.
+    begins_anew: bool,
+    /// All that had arrived is gone, and the sender may not know it yet.
+    is_anew: bool,
     /// Whether both ends can do several connections.
     may_join: bool,
     desk: &'a Desk,
@@ -264,37 +273,53 @@ enum Order {
     Start,
     /// `Ask`: the link was lost, and nobody knows whether `Commit` was on it.
     Answer,
+    /// `Resume`: the link was lost, and `Commit` was not on it.
+    BeginAnew(Box<Visitor>),
 }
 
 impl Inbound<'_> {
-    fn run(&mut self, offer: Offer, machine: &[u8], mut destination: Box<dyn Destination>) -> Result<()> {
+    fn run(&mut self, offer: &Offer, machine: &[u8], mut destination: Box<dyn Destination>) -> Result<()> {
         let migration = offer.migration;
-        if let Err(error) = self.until_ready(destination.as_mut(), offer, machine) {
-            return Err(self.fail(destination, error));
-        }
-        match self.phase(Phase::Commit, Self::commit) {
-            Ok(Order::Start) => self.start(destination, migration),
-            Ok(Order::Answer) => {
-                let error = Error::Link("it was lost before Commit arrived".into()).during(Phase::Commit);
-                let answer = Upstream::Outcome { migration, outcome: control::Outcome::Discarded };
-                Err(self.discard(destination, migration, error, &answer))
+        let mut course = match self.phase(Phase::Offer, |me| me.offer(destination.as_mut(), offer, machine)) {
+            Ok(course) => course,
+            Err(error) => return Err(self.fail(destination, error)),
+        };
+        loop {
+            if let Err(error) = self.until_ready(destination.as_mut(), &course) {
+                return Err(self.fail(destination, error));
             }
-            Err(error) => {
-                let word = Upstream::Failed { reason: clean(&error.to_string()) };
-                Err(self.discard(destination, migration, error, &word))
+            match self.phase(Phase::Commit, Self::commit) {
+                Ok(Order::Start) => return self.start(destination, migration),
+                Ok(Order::Answer) => {
+                    let error = Error::Link("it was lost before Commit arrived".into()).during(Phase::Commit);
+                    let answer = Upstream::Outcome { migration, outcome: control::Outcome::Discarded };
+                    return Err(self.discard(destination, migration, error, &answer));
+                }
+                Ok(Order::BeginAnew(visitor)) => {
+                    let anew = self.phase(Phase::Resume, |me| {
+                        me.begin_anew(destination.as_mut(), course, (offer, machine), *visitor)
+                    });
+                    match anew {
+                        Ok(anew) => course = anew,
+                        Err(error) => return Err(self.fail(destination, error)),
+                    }
+                }
+                Err(error) => {
+                    let word = Upstream::Failed { reason: clean(&error.to_string()) };
+                    return Err(self.discard(destination, migration, error, &word));
+                }
             }
         }
     }
 
-    /// Everything up to `Ready`. An error leaves nothing in doubt: there can be no `Commit` yet.
-    fn until_ready(&mut self, destination: &mut dyn Destination, offer: Offer, machine: &[u8]) -> Result<()> {
-        let course = self.phase(Phase::Offer, |me| me.offer(destination, offer, machine))?;
+    /// Everything from the first page up to `Ready`. An error leaves nothing in doubt: there can be no `Commit` yet.
+    fn until_ready(&mut self, destination: &mut dyn Destination, course: &Course) -> Result<()> {
         let state = loop {
-            match self.phase(Phase::Rounds, |me| me.rounds(&course))? {
+            match self.phase(Phase::Rounds, |me| me.rounds(course))? {
                 Last::State(state) => break state,
-                Last::Digests(first) => match self.phase(Phase::Verify, |me| me.verify(&course, first)) {
+                Last::Digests(first) => match self.phase(Phase::Verify, |me| me.verify(course, first)) {
                     Err(lost) if self.keeps && resume::is_lost(&lost) => {
-                        self.phase(Phase::Resume, |me| me.keep(&course, lost))?;
+                        self.phase(Phase::Resume, |me| me.keep(course, lost))?;
                     }
                     done => break done?,
                 },
@@ -311,7 +336,15 @@ impl Inbound<'_> {
         self.phase(Phase::Ready, |me| {
             // Behind this the sender may commit, and its word counts.
             me.cancel.pass()?;
-            me.talk.say(&Upstream::Ready, &[], me.options.idle)
+            match me.talk.say(&Upstream::Ready, &[], me.options.idle) {
+                // It may have arrived all the same, or the sender comes back for it.
+                Err(lost) if me.comes_back_when_loaded() && resume::is_lost(&lost) => {
+                    tracing::warn!(error = %lost, "the link is lost, with the state loaded");
+                    me.talk.hang_up("lost");
+                    Ok(())
+                }
+                said => said,
+            }
         })
     }
 
@@ -324,11 +357,11 @@ impl Inbound<'_> {
     }
 
     /// Checks the offer, makes room, accepts, and takes the page streams.
-    fn offer(&mut self, destination: &mut dyn Destination, offer: Offer, machine: &[u8]) -> Result<Course> {
-        if let Err(Refusal { code, reason }) = check(&offer, self.options, self.may_join) {
+    fn offer(&mut self, destination: &mut dyn Destination, offer: &Offer, machine: &[u8]) -> Result<Course> {
+        if let Err(Refusal { code, reason }) = check(offer, self.options, self.may_join) {
             return Err(self.refuse(code, &reason));
         }
-        match self.desk.begin(&offer, self.key) {
+        match self.desk.begin(offer, self.key) {
             Ok(visitors) => self.visitors = Some(visitors),
             Err(Refusal { code, reason }) => return Err(self.refuse(code, &reason)),
         }
@@ -336,24 +369,28 @@ impl Inbound<'_> {
         if self.desk.ledger().outcome(offer.migration) != control::Outcome::Unknown {
             return Err(self.refuse(RefuseCode::BadOffer, "a migration of this id was already here"));
         }
-        if let Err(Refusal { code, reason }) = destination.prepare(&offer, machine) {
+        if let Err(Refusal { code, reason }) = destination.prepare(offer, machine) {
             return Err(self.refuse(code, &reason));
         }
         self.cancel.check()?;
         self.turn_away_the_early();
-        let accept = self.seeded(&offer, destination)?;
+        let accept = self.seeded(offer, destination)?;
         self.cancel.check()?;
         self.talk.say(&accept, &[], self.options.idle)?;
-        let layout = Arc::new(offer.layout);
-        self.layout = layout.clone();
-        let Offer { page_streams, connections, .. } = offer;
-        let course = Course { layout, memory: destination.memory(), page_streams, connections };
+        self.layout = Arc::new(offer.layout.clone());
+        let course = self.course(offer, destination);
         match self.take_streams(&course) {
             // To the sender the rounds have begun, so it comes back for them.
             Err(lost) if self.keeps && resume::is_lost(&lost) => self.keep(&course, lost)?,
             done => done?,
         }
         Ok(course)
+    }
+
+    /// Where pages go, in the memory that was prepared last.
+    fn course(&self, offer: &Offer, destination: &dyn Destination) -> Course {
+        let Offer { page_streams, connections, .. } = *offer;
+        Course { layout: self.layout.clone(), memory: destination.memory(), page_streams, connections }
     }
 
     /// Begins memory with the checkpoint that the offer names, if it is here. One that is not, or is damaged, is no reason to refuse.

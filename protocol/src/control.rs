@@ -334,6 +334,12 @@ pub enum Upstream {
         /// The first round that is not in memory whole.
         round: u32,
     },
+    /// The answer to `Resume` where the state had been loaded: all of it was forgotten, memory is zeros, and the rounds go on with this
+    /// one and every page. Needs the capability `anew`.
+    Anew {
+        /// The round under way: the one behind which the state came.
+        round: u32,
+    },
     /// The answer to `Probe`, behind the end of its stream.
     Probed {
         /// Bytes that came.
@@ -368,6 +374,7 @@ impl Upstream {
             Self::Complete { .. } => "Complete",
             Self::Failed { .. } => "Failed",
             Self::Resumed { .. } => "Resumed",
+            Self::Anew { .. } => "Anew",
             Self::Outcome { .. } => "Outcome",
             Self::Probed { .. } => "Probed",
         }

@@ -37,6 +37,9 @@ pub const POST_COPY: &str = "post-copy";
 /// A migration that lost its link in the rounds goes on over another one.
 pub const RESUME: &str = "resume";
 
+/// A migration that lost its link behind its state goes on over another one, with all of its memory anew.
+pub const ANEW: &str = "anew";
+
 /// The capability to send and take pages as [`Zstd`](crate::payload::Encoding::Zstd) and
 /// [`Lz4`](crate::payload::Encoding::Lz4).
 pub const PACKED_PAGES: &str = "packed-pages";
@@ -61,7 +64,7 @@ pub const SEED: &str = "seed";
 
 /// The capabilities of this release. All of version 1.0 is the base.
 pub const CAPABILITIES: &[&str] =
-    &[POST_COPY, PACKED_PAGES, DELTA_PAGES, KNOWN_PAGES, PROBE, RESUME, CONNECTIONS, VERIFY, SEED];
+    &[POST_COPY, PACKED_PAGES, DELTA_PAGES, KNOWN_PAGES, PROBE, RESUME, ANEW, CONNECTIONS, VERIFY, SEED];
 
 /// First bytes of a control stream, decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -20,11 +20,12 @@ use std::path::Path;
 const DOCUMENTS: [&str; 2] = ["wire-protocol.md", "control-protocol.md"];
 
 /// Public constants that are not numbers or texts of the wire.
-const NOT_LIMITS: [&str; 11] = [
+const NOT_LIMITS: [&str; 12] = [
     "handshake::CAPABILITIES",
     "handshake::OURS",
     "handshake::POST_COPY",
     "handshake::RESUME",
+    "handshake::ANEW",
     "handshake::PACKED_PAGES",
     "handshake::DELTA_PAGES",
     "handshake::KNOWN_PAGES",

@@ -37,7 +37,8 @@ pub struct Scripted {
     witness: Witness,
     fail_at: Option<Call>,
     memory: Arc<Memory>,
-    loaded: bool,
+    /// Loaded, and what was where loading has written.
+    loaded: Option<(PageRun, Vec<u8>)>,
     layout: Layout,
     missing: Option<Vec<PageSet>>,
     site: Site,
@@ -62,7 +63,7 @@ impl Scripted {
             witness,
             fail_at,
             memory,
-            loaded: false,
+            loaded: None,
             layout: Layout::default(),
             missing: None,
             site,
@@ -88,6 +89,7 @@ impl Destination for Scripted {
         let spaces = offer.layout.spaces.iter().map(|space| memory(space.pages)).collect();
         self.memory = Arc::new(Memory { spaces, fail_at: self.fail_at, broken: self.site.broken() });
         self.layout = offer.layout.clone();
+        (self.loaded, self.missing) = (None, None);
         Ok(())
     }
 
@@ -100,15 +102,25 @@ impl Destination for Scripted {
         if State::decode(state)?.section("scripted").is_none() {
             return Err(Error::Workload("the state has no registers".into()));
         }
-        self.loaded = true;
+        // As KVM does with a guest's clock pages, which are written again before the guest sees them.
+        let run = PageRun {
+            space: SpaceId(0),
+            first: 7.min(self.layout.spaces.first().map_or(0, |space| space.pages - 1)),
+            count: 1,
+        };
+        let mut before = vec![0; PAGE_SIZE];
+        self.memory.read(run.space, run.offset(), &mut before)?;
+        self.memory.change(run.space, run.offset(), run.bytes(), |memory| memory.fill(0xc1))?;
+        self.loaded = Some((run, before));
         Ok(())
     }
 
     fn start(self: Box<Self>, _: MigrationId) -> Result<String> {
         fail(self.fail_at, Call::Start)?;
-        if !self.loaded {
+        let Some((run, before)) = &self.loaded else {
             return Err(Error::Workload("no state was loaded".into()));
-        }
+        };
+        self.memory.change(run.space, run.offset(), run.bytes(), |memory| memory.copy_from_slice(before))?;
         let bytes = |space: &Mutex<Vec<u8>>| space.lock().unwrap_or_else(PoisonError::into_inner).clone();
         self.witness.started_with(self.memory.spaces.iter().map(bytes).collect());
         self.witness.runs(Who::Destination, true);
@@ -129,9 +141,13 @@ impl Destination for Scripted {
 
     fn start_incomplete(self: Box<Self>, migration: MigrationId) -> Result<Arc<dyn Incomplete>> {
         fail(self.fail_at, Call::Start)?;
-        let Some(missing) = self.missing.filter(|_| self.loaded) else {
+        let (Some(missing), Some((run, before))) = (self.missing, &self.loaded) else {
             return Err(Error::Workload("no state was loaded, or nothing is missing".into()));
         };
+        if !missing.first().is_some_and(|missing| missing.contains(run.first)) {
+            self.memory
+                .change(run.space, run.offset(), run.bytes(), |memory| memory.copy_from_slice(before))?;
+        }
         self.witness.runs(Who::Destination, true);
         Ok(self.site.start(migration, self.layout, self.memory, missing, self.witness))
     }

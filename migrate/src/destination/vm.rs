@@ -64,6 +64,17 @@ impl VmDestination {
         Self { place, arrival: None }
     }
 
+    /// Ends a VMM that was not started.
+    fn clear(&mut self) {
+        if let Some(mut arrival) = self.arrival.take() {
+            if let Err(error) = arrival.client.discard() {
+                tracing::debug!(%error, "the VMM was asked to discard");
+            }
+            drop(arrival.client);
+            end(&mut arrival.child);
+        }
+    }
+
     fn arrival(&mut self) -> Result<&mut Arrival> {
         self.arrival.as_mut().ok_or_else(|| Error::Workload("no VM was prepared here".into()))
     }
@@ -176,6 +187,8 @@ fn end(child: &mut Child) {
 
 impl Destination for VmDestination {
     fn prepare(&mut self, offer: &Offer, machine: &[u8]) -> std::result::Result<(), Refusal> {
+        // One that loaded a state cannot forget it, and what loading wrote to memory is not known: another one takes its place.
+        self.clear();
         self.arrival = Some(self.arrive(offer, machine)?);
         Ok(())
     }
@@ -241,13 +254,7 @@ impl Destination for VmDestination {
     }
 
     fn discard(mut self: Box<Self>) {
-        if let Some(mut arrival) = self.arrival.take() {
-            if let Err(error) = arrival.client.discard() {
-                tracing::debug!(%error, "the VMM was asked to discard");
-            }
-            drop(arrival.client);
-            end(&mut arrival.child);
-        }
+        self.clear();
     }
 }
 

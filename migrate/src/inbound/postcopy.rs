@@ -21,6 +21,7 @@ mod books;
 mod pages;
 
 use super::Inbound;
+use super::settle::{LOADED, Word};
 use super::visitor::tell;
 use crate::conversation::out_of_order;
 use crate::destination::{Destination, Incomplete};
@@ -29,7 +30,7 @@ use crate::report::{Event, FaultReport, Phase, micros};
 use books::Books;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 use protocol::MigrationId;
-use protocol::control::{Downstream, Outcome, Upstream};
+use protocol::control::{Downstream, Outcome, RefuseCode, Upstream};
 use protocol::frame::POST_COPY_STREAMS;
 use protocol::page::SpaceId;
 use protocol::sparse;
@@ -229,8 +230,10 @@ impl Inbound<'_> {
             self.desk.dismiss(visitor);
             return;
         }
-        if self.visit(visitor).is_none() {
-            return;
+        match self.visit(visitor) {
+            Some(Word::Said(_)) => {}
+            Some(Word::Resumes(visitor)) => return visitor.refuse(RefuseCode::NoSuchMigration, LOADED),
+            None => return,
         }
         if let Err(error) = self.go_on(following, migration) {
             self.lose(&error);

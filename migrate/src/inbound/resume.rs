@@ -8,15 +8,19 @@
 //! what it owes, and what it does not hear it sends again. Were it told a second time, behind another lost link, the sender
 //! could have sent a newer version of such a page meanwhile, and would take the old one for it.
 //!
-//! Nothing of this concerns a loaded destination: behind `State` there is no way back into the rounds.
+//! *A loaded destination begins anew.* Loading a state writes to memory here and there, and nobody knows where. So a sender that
+//! lost its link behind `State`, and has not committed, finds new memory that is all zeros, and sends everything. It is told so by
+//! `Anew` until it has opened a page stream behind it: a sender that took `Resumed` for the answer would leave out what it
+//! had sent before.
 
 use super::Inbound;
 use super::desk::Visitors;
 use super::streams::{Course, Streams};
 use super::visitor::{Visitor, Wish};
+use crate::destination::{Destination, Refusal};
 use crate::error::{Error, Result};
 use crate::report::{Event, micros};
-use protocol::control::{MAX_BLOB_BYTES, Upstream};
+use protocol::control::{MAX_BLOB_BYTES, Offer, Upstream};
 use protocol::sparse;
 use std::time::{Duration, Instant};
 
@@ -44,6 +48,40 @@ pub(super) fn look(visitors: Option<&Visitors>, keeps: bool, came_back: &mut Opt
 }
 
 impl Inbound<'_> {
+    /// Whether the sender may come back to its rounds although its state is loaded.
+    pub(super) fn comes_back_when_loaded(&self) -> bool {
+        self.keeps && self.begins_anew
+    }
+
+    /// Loaded, and the sender goes back to its rounds: forgets all that arrived, and then tells it so.
+    ///
+    /// # Errors
+    /// As [`Inbound::keep`]; `Host` where no room can be made any more.
+    pub(super) fn begin_anew(
+        &mut self,
+        destination: &mut dyn Destination,
+        course: Course,
+        (offer, machine): (&Offer, &[u8]),
+        visitor: Visitor,
+    ) -> Result<Course> {
+        self.let_go();
+        // The old memory goes before there is new one: a host may not have room for both.
+        drop(course);
+        self.streams.take_arrived();
+        self.is_anew = true;
+        self.cancel.reopen();
+        if let Err(Refusal { code, reason }) = destination.prepare(offer, machine) {
+            visitor.refuse(code, &reason);
+            return Err(Error::Host(format!("no room could be made anew: {reason}")));
+        }
+        let course = self.course(offer, destination);
+        match self.take_up(&course, visitor) {
+            Err(lost) if is_lost(&lost) => self.keep(&course, lost)?,
+            done => done?,
+        }
+        Ok(course)
+    }
+
     /// Keeps what arrived until the sender comes back.
     ///
     /// # Errors
@@ -103,17 +141,24 @@ impl Inbound<'_> {
         self.missing = None;
         self.talk = visitor.talk;
         self.talk.allow_blobs(MAX_BLOB_BYTES);
-        let mut blob = sparse::encode(&arrived);
-        if blob.len() as u64 > u64::from(MAX_BLOB_BYTES) {
-            // What is not told is sent again.
-            blob.clear();
-        }
         let (round, idle) = (self.round, self.options.idle);
-        self.talk.say(&Upstream::Resumed { round }, &blob, idle)?;
+        if self.is_anew {
+            self.talk.say(&Upstream::Anew { round }, &[], idle)?;
+        } else {
+            let mut blob = sparse::encode(&arrived);
+            if blob.len() as u64 > u64::from(MAX_BLOB_BYTES) {
+                // What is not told is sent again.
+                blob.clear();
+            }
+            self.talk.say(&Upstream::Resumed { round }, &blob, idle)?;
+        }
         let arrived_pages = arrived.iter().map(protocol::page::PageSet::count).sum();
         self.observer.event(&Event::CameBack { round, arrived_pages });
         tracing::info!(round, arrived_pages, peer = visitor.peer, "the sender came back");
         self.report.resumes += 1;
-        self.take_streams(course)
+        self.take_streams(course)?;
+        // It opens them only behind the answer.
+        self.is_anew = false;
+        Ok(())
     }
 }

@@ -1,5 +1,6 @@
 //! From `Ready` on: the decision, and telling it to a sender that may have lost its link.
 
+use super::desk::Visitors;
 use super::visitor::{Visitor, Wish, tell};
 use super::{Inbound, Options, Order};
 use crate::conversation::out_of_order;
@@ -17,21 +18,44 @@ const LOOK: Duration = Duration::from_millis(100);
 /// The most messages that may stand before a sender's last word.
 const MESSAGES_BEFORE: usize = 8;
 
+/// What a sender is told that wants to go back where that cannot be.
+pub(super) const LOADED: &str =
+    "it had loaded the state when the link was lost, and begins anew only with a new offer";
+
+/// What is heard behind `Ready`.
+pub(super) enum Word {
+    /// A message.
+    Said(Downstream),
+    /// The sender wants to go back to its rounds.
+    Resumes(Box<Visitor>),
+}
+
 impl Inbound<'_> {
     /// Loaded: waits for the word that decides. Only `Commit` of this migration starts it; every error means that it
     /// is discarded.
     pub(super) fn commit(&mut self) -> Result<Order> {
         let ours = self.report.migration;
-        let Options { linger, forget, .. } = *self.options;
-        match self.next_word("Commit, or a question about it", Instant::now() + linger, forget)? {
-            Downstream::Commit { migration } if Some(migration) == ours => Ok(Order::Start),
-            Downstream::Ask { migration } if Some(migration) == ours => Ok(Order::Answer),
-            // A sender that has not committed may go back to its rounds; what is loaded here cannot.
-            Downstream::Resume { .. } => {
+        let Options { linger, forget, keep, .. } = *self.options;
+        let without_link = if self.comes_back_when_loaded() { keep.max(forget) } else { forget };
+        let (what, until, mut told) = ("Commit, or a question about it", Instant::now() + linger, false);
+        let missing_it = |me: &mut Self| {
+            if me.comes_back_when_loaded() && !std::mem::replace(&mut told, true) {
+                let reason = "it was lost before Commit arrived".into();
+                me.observer.event(&Event::LinkLost { reason, wait_us: micros(without_link) });
+            }
+            me.may_be_given_up()
+        };
+        match self.next_word(what, until, without_link, missing_it)? {
+            Word::Said(Downstream::Commit { migration }) if Some(migration) == ours => Ok(Order::Start),
+            Word::Said(Downstream::Ask { migration }) if Some(migration) == ours => Ok(Order::Answer),
+            // It has not committed.
+            Word::Resumes(visitor) if self.comes_back_when_loaded() => Ok(Order::BeginAnew(visitor)),
+            Word::Resumes(visitor) => {
+                visitor.refuse(RefuseCode::NoSuchMigration, LOADED);
                 Err(Error::PeerFailed { reason: "it went back to its rounds".into() })
             }
-            Downstream::Cancel { reason } => Err(Error::PeerFailed { reason: clean(&reason) }),
-            other => Err(out_of_order("Commit", other.name())),
+            Word::Said(Downstream::Cancel { reason }) => Err(Error::PeerFailed { reason: clean(&reason) }),
+            Word::Said(other) => Err(out_of_order("Commit", other.name())),
         }
     }
 
@@ -102,13 +126,14 @@ impl Inbound<'_> {
     pub(super) fn settle(&mut self, without_link: Duration) {
         let until = Instant::now() + self.options.linger;
         loop {
-            match self.next_word("the sender to know the outcome", until, without_link) {
-                Ok(Downstream::Done { .. }) => return,
-                Ok(Downstream::Ask { migration }) => {
+            match self.next_word("the sender to know the outcome", until, without_link, |_| Ok(())) {
+                Ok(Word::Said(Downstream::Done { .. })) => return,
+                Ok(Word::Said(Downstream::Ask { migration })) => {
                     let outcome = self.desk.ledger().outcome(migration);
                     tell(&mut self.talk, &Upstream::Outcome { migration, outcome });
                 }
-                Ok(other) => tracing::warn!(message = other.name(), "not expected any more"),
+                Ok(Word::Said(other)) => tracing::warn!(message = other.name(), "not expected any more"),
+                Ok(Word::Resumes(visitor)) => visitor.refuse(RefuseCode::NoSuchMigration, LOADED),
                 Err(Error::Protocol(error)) => {
                     tracing::warn!(%error, "the sender's words make no sense");
                     self.talk.hang_up("not understood");
@@ -121,28 +146,42 @@ impl Inbound<'_> {
         }
     }
 
+    /// Loaded, and without a link: no `Commit` can come any more, so whoever wants it ends the wait.
+    fn may_be_given_up(&mut self) -> Result<()> {
+        self.cancel.reopen();
+        self.cancel.check()?;
+        if self.visitors.as_ref().is_some_and(Visitors::is_superseded) {
+            return Err(Error::Link("its sender has begun anew".into()));
+        }
+        Ok(())
+    }
+
     /// The next message about this migration, on this link or, if it is silent or lost, on a new one that takes its
-    /// place; `without_link` is how long a lost one is missed.
+    /// place; `without_link` is how long a lost one is missed, unless `missing_it` ends the wait.
     fn next_word(
         &mut self,
         what: &'static str,
         until: Instant,
         without_link: Duration,
-    ) -> Result<Downstream> {
+        mut missing_it: impl FnMut(&mut Self) -> Result<()>,
+    ) -> Result<Word> {
         let begun = Instant::now();
         let mut linked = begun;
         loop {
             match self.talk.hear(what, LOOK, &mut || Ok(0)) {
-                Ok((message, _)) => return Ok(message),
+                Ok((message, _)) => return Ok(Word::Said(message)),
                 Err(Error::TimedOut { .. }) => {}
                 Err(Error::Link(_)) => self.talk.hang_up("lost"),
                 Err(error) => return Err(error),
             }
             let now = Instant::now();
-            if self.talk.link().is_ok() {
+            let left = if self.talk.link().is_ok() {
                 linked = now;
-            }
-            let left = until.saturating_duration_since(now).min(without_link.saturating_sub(now - linked));
+                until.saturating_duration_since(now)
+            } else {
+                missing_it(self)?;
+                without_link.saturating_sub(now - linked)
+            };
             if left.is_zero() {
                 return Err(Error::TimedOut { what, after: begun.elapsed() });
             }
@@ -161,19 +200,14 @@ impl Inbound<'_> {
     }
 
     /// A new connection of the peer that made the offer. If it asks about it, it takes the place of the old one.
-    pub(super) fn visit(&mut self, visitor: Visitor) -> Option<Downstream> {
+    pub(super) fn visit(&mut self, visitor: Visitor) -> Option<Word> {
         match visitor.wish {
             Wish::Ask(migration) => {
                 self.talk.hang_up("taken up on another connection");
                 self.talk = visitor.talk;
-                Some(Downstream::Ask { migration })
+                Some(Word::Said(Downstream::Ask { migration }))
             }
-            Wish::Resume(migration) => {
-                let reason =
-                    "it had loaded the state when the link was lost, and begins anew only with a new offer";
-                visitor.refuse(RefuseCode::NoSuchMigration, reason);
-                Some(Downstream::Resume { migration })
-            }
+            Wish::Resume(_) => Some(Word::Resumes(Box::new(visitor))),
             _ => {
                 let reason = "that migration is past its rounds there";
                 visitor.refuse(RefuseCode::NoSuchMigration, reason);

@@ -5,6 +5,9 @@
 //! the round goes on like any other: with what is dirty. Nothing else needs to be remembered: what an earlier round
 //! brought is there, and what was written since is in the dirty log.
 //!
+//! Where the state was sent, the destination may have loaded it, and then says `Anew`: its memory is new and all zeros, and it is
+//! owed every page, as if nothing had been sent.
+//!
 //! The lanes are new ones, with new streams. Whatever a lane remembers of pages that it sent (to send differences) goes
 //! with it: the destination of a new stream knows nothing.
 
@@ -103,8 +106,13 @@ impl Outbound<'_> {
         let mut watch = || cancel.check().map(|()| 0);
         let mut talk = self.dial_again(MAX_BLOB_BYTES)?;
         talk.say(&Downstream::Resume { migration }, &[], limit)?;
-        let (answer, blob) = talk.hear("the destination to say what arrived", limit, &mut watch)?;
+        // It may have to make room anew first.
+        let answer_limit = limit.max(self.options.prepare);
+        let (answer, blob) = talk.hear("the destination to say what arrived", answer_limit, &mut watch)?;
         match understood(answer)? {
+            Upstream::Anew { round } if round == self.round && self.agreed.contains(&handshake::ANEW) => {
+                self.begin_anew();
+            }
             Upstream::Resumed { round } if round == self.round => {
                 let arrived = sparse::decode(&self.source.workload().layout, &blob)?;
                 self.owed.iter_mut().zip(&arrived).for_each(|(owed, arrived)| owed.subtract(arrived));
@@ -142,6 +150,21 @@ impl Outbound<'_> {
         });
         tracing::info!(round = self.round, missing_pages, "the rounds go on over a new link");
         Ok(())
+    }
+}
+
+impl Outbound<'_> {
+    /// The destination's memory is new: nothing that was sent, and nothing that it began with, is there.
+    fn begin_anew(&mut self) {
+        self.owed = self.taken.iter().map(|taken| PageSet::full(taken.pages())).collect();
+        self.there = None;
+        self.report.seeded_pages = 0;
+        // Rounds that sent what is gone say nothing of those to come.
+        self.measured.clear();
+        self.report.warnings.push(
+            "the link was lost when the destination had loaded the state: all memory was sent once more"
+                .into(),
+        );
     }
 }
 

@@ -57,6 +57,7 @@ impl Destination for Arrival {
                 self.workload.layout.total_bytes()
             ));
         }
+        *self.saved.lock().unwrap_or_else(PoisonError::into_inner) = None;
         Ok(())
     }
 

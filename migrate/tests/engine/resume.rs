@@ -1,18 +1,19 @@
 //! Links that are lost in the rounds and taken up again: nothing is lost, and little is sent twice.
 
 use crate::harness::{Ended, SECOND, World, desk, receiving, sending};
-use crate::hostile::{Peer, offer, preamble};
+use crate::hostile::{OURS, Peer, end, offer, preamble, state};
 use migrate::cancel::CancelFlag;
 use migrate::destination::scripted as place;
 use migrate::error::Error;
 use migrate::identity::Fingerprint;
-use migrate::inbound;
+use migrate::inbound::{self, Ledger as _};
 use migrate::link::duplex::{Cut, Direction, Network, Profile};
 use migrate::outbound;
 use migrate::report::{Event, Observer, Phase, Quiet};
 use migrate::source::scripted::{Call, Who, Witness};
 use proptest::prelude::*;
-use protocol::control::{Downstream, RefuseCode, Upstream};
+use protocol::control::{Downstream, Outcome, RefuseCode, Upstream};
+use protocol::handshake::{self, Hello};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -52,14 +53,14 @@ fn any_cut() -> impl Strategy<Value = Cut> {
     ]
 }
 
-/// It moved; or it stayed for the one reason for which a migration cannot be taken up, or before it had begun.
+/// It moved; or it stayed, because the link was lost before it had begun, or behind `Commit` so that it was asked for.
 fn assert_moved_or_stayed(world: &World, ended: &Ended) {
     let Err(failed) = &ended.sent else { return world.assert_moved(ended) };
     let begun = failed.report.phases.iter().any(|time| time.phase == Phase::Track);
+    let asked = failed.report.phases.iter().any(|time| time.phase == Phase::Ask);
     match failed.error.root() {
         Error::Link(_) => assert!(!begun, "{failed}"),
-        Error::PeerFailed { .. } => {}
-        Error::Refused { code: RefuseCode::NoSuchMigration, .. } => assert!(begun),
+        Error::PeerFailed { .. } => assert!(asked || !begun, "{failed}"),
         other => panic!("{other}"),
     }
     world.assert_stayed_and_moves_next(ended);
@@ -112,6 +113,186 @@ proptest! {
         let sent_behind = report.sent_pages + report.zero_pages - sent_before.unwrap();
         prop_assert_eq!(sent_behind + arrived.unwrap(), 1170 - report.skipped_pages);
     }
+}
+
+/// Of an idle workload, the messages of the receiver: `Hello`, `Accept`, `RoundDone`, `Ready`.
+const READY: u32 = 3;
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn a_link_that_is_lost_with_the_state_loaded_begins_anew_and_what_arrives_is_the_source(
+        seed in any::<u64>(),
+        cuts in proptest::collection::vec(any_cut(), 0..4),
+        page_streams in 1u16..=4,
+        post_copy in prop::bool::weighted(0.25),
+        verify in prop::bool::weighted(0.25),
+    ) {
+        let world = World::new(seed, 0);
+        let first = Cut::Before(Direction::Up, if verify { READY + 1 } else { READY });
+        let network = Network::new(Profile::default(), std::iter::once(first).chain(cuts).map(Some));
+        let options = outbound::Options { page_streams, verify, ..retrying() };
+        options.controls.change(|limits| {
+            limits.downtime = 60 * SECOND;
+            if post_copy && !verify {
+                limits.post_copy_after = Some(1);
+                limits.downtime = Duration::from_nanos(1);
+            }
+        });
+        let (ended, here, there) = attempt(&world, &network, &options);
+        assert_moved_or_stayed(&world, &ended);
+        prop_assert!(!world.witness.saw_wrong_bytes());
+        let anew = |event: &Event| matches!(event, Event::Resumed { missing_pages: 1170, .. });
+        prop_assert!(here.0.iter().any(anew), "{:?}", here.0);
+        let lost = there.0.iter().any(|event| matches!(event, Event::LinkLost { .. }));
+        prop_assert!(lost);
+        let report = ended.sent.as_ref().unwrap_or_else(|failed| &failed.report);
+        prop_assert!(report.warnings.iter().any(|warning| warning.contains("once more")), "{report:?}");
+    }
+}
+
+#[test]
+fn until_the_sender_has_heard_that_all_is_gone_it_is_told_again() {
+    // Before the answer `Anew`, behind it, and before the first stream is opened behind it.
+    for second in [
+        None,
+        Some(Cut::Before(Direction::Up, 1)),
+        Some(Cut::After(Direction::Up, 1)),
+        Some(Cut::Bytes(Direction::Down, 700)),
+    ] {
+        let world = World::new(12, 0);
+        let network = Network::new(Profile::default(), [Some(Cut::Before(Direction::Up, READY)), second]);
+        let (ended, ..) = attempt(&world, &network, &retrying());
+        world.assert_moved(&ended);
+        let report = ended.sent.unwrap();
+        assert_eq!(network.dialled(), 2 + usize::from(second.is_some()), "{second:?}");
+        assert_eq!(report.rounds.iter().filter(|round| round.frozen).count(), 1);
+    }
+}
+
+/// A receiver of the engine, and a sender of ours that is ready and may say anything.
+fn loaded(
+    options: &inbound::Options,
+    cancel: &CancelFlag,
+    sender: impl FnOnce(&Network, Peer),
+) -> (World, migrate::error::Result<migrate::report::ArrivalReport>) {
+    let world = World::new(1, 0);
+    let network = Network::new(Profile::default(), None);
+    let accepting = network.clone();
+    let accept = Box::new(move |limit| accepting.accept(limit));
+    let limits = inbound::Limits::one(1 << 30);
+    let desk =
+        inbound::Desk::open(accept, world.ledger.clone(), limits, 5 * SECOND, Box::new(|_| {})).unwrap();
+    let received = std::thread::scope(|scope| {
+        let served = scope.spawn(|| {
+            let offered = desk.next_offer(5 * SECOND).unwrap().unwrap();
+            let place = place::Scripted::at(world.site.clone(), world.witness.clone(), None);
+            inbound::receive(offered, &desk, place, options, cancel, &mut Quiet)
+        });
+        let mut peer = Peer(network.dial().unwrap());
+        peer.ready();
+        sender(&network, peer);
+        served.join().unwrap()
+    });
+    (world, received)
+}
+
+/// A second connection of that sender, with this word.
+fn again(network: &Network, word: &Downstream) -> Peer {
+    let mut peer = Peer(network.dial().unwrap());
+    peer.greet(&Downstream::Hello(Hello::ours())).say(word, &[]).skip_preamble();
+    assert!(matches!(peer.hear(), Some(Upstream::Hello(_))));
+    peer
+}
+
+#[test]
+fn a_commit_on_a_link_that_was_given_up_starts_nothing() {
+    let options = inbound::Options { idle: SECOND, keep: SECOND, linger: 20 * SECOND, ..receiving() };
+    let (world, received) = loaded(&options, &CancelFlag::default(), |network, mut first| {
+        let mut second = again(network, &Downstream::Resume { migration: OURS });
+        assert_eq!(second.hear(), Some(Upstream::Anew { round: 0 }));
+        first.say(&Downstream::Commit { migration: OURS }, &[]);
+        // On the new one it is out of place, too: nothing is loaded any more.
+        let open = [0, 1].map(|number| second.stream(&[&preamble(number)]));
+        second.say(&Downstream::Commit { migration: OURS }, &[]);
+        assert!(matches!(second.hear(), Some(Upstream::Failed { .. })));
+        drop(open);
+    });
+    assert!(!world.witness.is_running(Who::Destination));
+    let error = received.unwrap_err();
+    assert!(matches!(error.root(), Error::Protocol(_)), "{error}");
+    assert_eq!(world.ledger.outcome(OURS), Outcome::Discarded);
+}
+
+#[test]
+fn who_asks_late_of_a_loaded_workload_hears_that_it_never_starts() {
+    let options = inbound::Options { forget: SECOND / 20, keep: 20 * SECOND, ..receiving() };
+    let (world, received) = loaded(&options, &CancelFlag::default(), |network, first| {
+        drop(first);
+        std::thread::sleep(SECOND / 3);
+        let mut second = again(network, &Downstream::Ask { migration: OURS });
+        assert_eq!(second.hear(), Some(Upstream::Outcome { migration: OURS, outcome: Outcome::Discarded }));
+        second.say(&Downstream::Done { migration: OURS }, &[]);
+    });
+    received.unwrap_err();
+    assert!(!world.witness.is_running(Who::Destination));
+}
+
+#[test]
+fn a_loaded_workload_is_not_kept_against_the_operator_or_for_a_sender_that_begins_anew() {
+    let options = inbound::Options { forget: SECOND / 20, keep: 60 * SECOND, ..receiving() };
+    let cancel = CancelFlag::default();
+    let begun = Instant::now();
+    let (_, received) = loaded(&options, &cancel, |_, first| {
+        drop(first);
+        // Not while it may still be told to start.
+        while !cancel.is_open() {
+            std::thread::sleep(SECOND / 100);
+        }
+        assert!(cancel.set());
+    });
+    assert!(matches!(received.unwrap_err().root(), Error::Interrupted(_)));
+
+    let (_, received) = loaded(&options, &CancelFlag::default(), |network, first| {
+        drop(first);
+        let mut anew = Peer(network.dial().unwrap());
+        anew.offer(protocol::control::Offer { migration: protocol::MigrationId(5), ..offer() });
+    });
+    assert!(received.unwrap_err().to_string().contains("begun anew"));
+    assert!(begun.elapsed() < 30 * SECOND);
+}
+
+#[test]
+fn a_sender_that_does_not_know_how_to_begin_anew_is_refused() {
+    let options = inbound::Options { keep: 20 * SECOND, ..receiving() };
+    let world = World::new(1, 0);
+    let network = Network::new(Profile::default(), None);
+    let desk = desk(&network, &world.ledger);
+    std::thread::scope(|scope| {
+        let served = scope.spawn(|| {
+            let offered = desk.next_offer(5 * SECOND).unwrap().unwrap();
+            let place = place::Scripted::new(world.witness.clone(), None);
+            inbound::receive(offered, &desk, place, &options, &CancelFlag::default(), &mut Quiet)
+        });
+        let mut older = Hello::ours();
+        older.capabilities.retain(|name| name != handshake::ANEW);
+        let mut first = Peer(network.dial().unwrap());
+        first
+            .greet(&Downstream::Hello(older.clone()))
+            .say(&Downstream::Offer(offer()), b"machine")
+            .skip_preamble();
+        assert!(matches!(first.hear(), Some(Upstream::Hello(_))));
+        assert_eq!(first.hear(), Some(Upstream::Accept));
+        drop([0, 1].map(|number| first.stream(&[&preamble(number), &end(0)])));
+        first.say(&Downstream::State { last_round: 0 }, &state());
+        assert_eq!(first.hear(), Some(Upstream::Ready));
+        drop(first);
+        let mut second = again(&network, &Downstream::Resume { migration: OURS });
+        let code = RefuseCode::NoSuchMigration;
+        assert!(matches!(second.hear(), Some(Upstream::Refuse { code: found, .. }) if found == code));
+        served.join().unwrap().unwrap_err();
+    });
 }
 
 #[test]
@@ -284,7 +465,7 @@ fn nobody_but_the_peer_that_offered_it_can_take_it_up_and_a_new_offer_ends_the_w
         drop((open, first));
         let resume = Downstream::Resume { migration: offer().migration };
         let mut stranger = Peer(network.dial().unwrap());
-        stranger.greet(&Downstream::Hello(protocol::handshake::Hello::ours())).say(&resume, &[]);
+        stranger.greet(&Downstream::Hello(Hello::ours())).say(&resume, &[]);
         stranger.skip_preamble().hear::<Upstream>();
         let code = RefuseCode::NoSuchMigration;
         assert!(matches!(stranger.hear(), Some(Upstream::Refuse { code: found, .. }) if found == code));

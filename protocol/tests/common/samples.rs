@@ -29,7 +29,7 @@ pub(crate) const DOWNSTREAM_TYPES: [&str; 14] = [
     "probe",
     "verify",
 ];
-pub(crate) const UPSTREAM_TYPES: [&str; 16] = [
+pub(crate) const UPSTREAM_TYPES: [&str; 17] = [
     "hello",
     "accept",
     "refuse",
@@ -46,6 +46,7 @@ pub(crate) const UPSTREAM_TYPES: [&str; 16] = [
     "resumed",
     "verified",
     "seeded",
+    "anew",
 ];
 pub(crate) const REQUEST_TYPES: [&str; 23] = [
     "hello",
@@ -128,6 +129,7 @@ pub(crate) fn upstream_type(message: &Upstream) -> &'static str {
         Upstream::Resumed { .. } => 13,
         Upstream::Verified { .. } => 14,
         Upstream::Seeded { .. } => 15,
+        Upstream::Anew { .. } => 16,
     }]
 }
 
@@ -250,6 +252,7 @@ pub(crate) fn upstream() -> Vec<Upstream> {
         Upstream::Resumed { round: 2 },
         Upstream::Verified { stripes: 256 },
         Upstream::Seeded { pages: 65_536 },
+        Upstream::Anew { round: 5 },
     ]
 }
 

@@ -103,6 +103,7 @@ pub(crate) fn upstream() -> impl Strategy<Value = Upstream> {
         migration().prop_map(|migration| Upstream::Complete { migration }),
         migration().prop_map(|migration| Upstream::Incomplete { migration }),
         any::<u32>().prop_map(|round| Upstream::Resumed { round }),
+        any::<u32>().prop_map(|round| Upstream::Anew { round }),
         any::<u64>().prop_map(|stripes| Upstream::Verified { stripes }),
         any::<u64>().prop_map(|pages| Upstream::Seeded { pages }),
         text().prop_map(|reason| Upstream::Failed { reason }),
