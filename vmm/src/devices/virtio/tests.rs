@@ -511,7 +511,7 @@ fn take(driver: &mut Driver, queue: u32, step: Step) {
             driver.start(0, event_index);
         }
         Step::Descriptor(at, descriptor) => {
-            driver.poke(part(queue, 0) + 16 * u64::from(at), &entry(descriptor))
+            driver.poke(part(queue, 0) + 16 * u64::from(at), &entry(descriptor));
         }
         Step::Memory(at, bytes) => driver.poke(at, &bytes),
         Step::Offer(head) => {
