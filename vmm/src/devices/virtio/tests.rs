@@ -3,10 +3,11 @@ use std::{fs::File, io::Write, os::unix::fs::FileExt, path::Path, sync::atomic::
 use proptest::prelude::*;
 
 use super::{
-    DiskConfig,
+    DiskConfig, MacAddress,
     block::Block,
     disk::Disk,
     mock::{DATA, Descriptor, Driver, INDIRECT, MEMORY, NEXT, SIZE, WRITE, chain, entry, memory, part},
+    net::Net,
     rng::Rng,
     state::{Registers, Saved, SavedQueue},
 };
@@ -500,7 +501,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     prop::collection::vec(step, 1..60)
 }
 
-fn take(driver: &mut Driver, step: Step) {
+fn take(driver: &mut Driver, queue: u32, step: Step) {
     match step {
         Step::Register(register, value) => driver.write(register, value),
         Step::Odd(at, bytes) => {
@@ -509,13 +510,15 @@ fn take(driver: &mut Driver, step: Step) {
         Step::Start(event_index) => {
             driver.start(0, event_index);
         }
-        Step::Descriptor(at, descriptor) => driver.poke(part(0, 0) + 16 * u64::from(at), &entry(descriptor)),
+        Step::Descriptor(at, descriptor) => {
+            driver.poke(part(queue, 0) + 16 * u64::from(at), &entry(descriptor));
+        }
         Step::Memory(at, bytes) => driver.poke(at, &bytes),
         Step::Offer(head) => {
-            driver.offer(0, head);
-            driver.notify(0);
+            driver.offer(queue, head);
+            driver.notify(queue);
         }
-        Step::Index(index) => driver.poke(part(0, 1) + 2, &index.to_le_bytes()),
+        Step::Index(index) => driver.poke(part(queue, 1) + 2, &index.to_le_bytes()),
         Step::Notify(queue) => driver.notify(queue),
         Step::Read(at, bytes) => driver.device.read(at, &mut vec![0; bytes]),
         Step::Move => {
@@ -539,7 +542,7 @@ proptest! {
         let mut driver = block(file.path(), false);
         driver.start(0, true);
         for step in steps {
-            take(&mut driver, step);
+            take(&mut driver, 0, step);
         }
         prop_assert_eq!(driver.start(FLUSH, true), 15);
         prop_assert_eq!(request(&mut driver, 0, 3, Some((BUFFER, 512, true))), (0, 513));
@@ -547,6 +550,19 @@ proptest! {
         file.as_file().read_exact_at(&mut disk, 3 * 512).unwrap();
         prop_assert_eq!(driver.peek(BUFFER, 512), disk);
         prop_assert_eq!(File::open(file.path()).unwrap().metadata().unwrap().len(), SECTORS * 512);
+    }
+
+    #[test]
+    fn a_hostile_driver_of_a_network_card_harms_nobody_else(steps in steps(), queue in 0_u32..2) {
+        let net = Net::new("net0".into(), "none".into(), MacAddress([2; 6]));
+        let mut driver = Driver::new(memory(), Box::new(net));
+        driver.handle.resume();
+        driver.start(0, true);
+        for step in steps {
+            take(&mut driver, queue, step);
+        }
+        prop_assert_eq!(driver.start(0, true), 15);
+        prop_assert_eq!(driver.request(1, &chain(0, &[(BUFFER, 100, false)])), 0);
     }
 
     #[test]
