@@ -217,7 +217,7 @@ fn a_network_that_is_gone_for_a_while_does_not_end_a_move() {
     let Pair { a, b, .. } = pair;
     busy(a, &[]);
     let (receiver, address) = b.receive(&["--keep", "60s", "--link-timeout", "2s"]);
-    let limits = ["--bandwidth", "2MB/s", "--link-timeout", "2s", "--retry-for", "60s", "--downtime", "2s"];
+    let limits = ["--bandwidth", "4MB/s", "--link-timeout", "2s", "--retry-for", "60s", "--downtime", "2s"];
     let mut sender = a.start(&[&["send", "v", &address][..], &limits].concat());
     sender.wait_for("the rounds", |line| line["phase"] == "rounds");
     std::thread::sleep(Duration::from_secs(1));
