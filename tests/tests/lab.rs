@@ -179,7 +179,7 @@ fn four_vcpus_and_a_guest_that_never_rests_move_when_forced() {
     else {
         return;
     };
-    a.run_ledger("v", "64MiB", "fill=16M ws=8M rate=max", &["--vcpus", "4"]);
+    a.run_ledger("v", "64MiB", "fill=8M ws=3M rate=max", &["--vcpus", "4"]);
     a.wait_ledger_running("v");
     let report = hop(a, b, &["--max-rounds", "3", "--on-timeout", "force"]);
     assert_eq!(report["rounds"].as_array().map(Vec::len), Some(4), "{report:#}");
