@@ -259,12 +259,12 @@ fn a_guest_is_not_started_where_the_processor_lacks_what_it_uses() {
     let vault = Vault::open(Arc::new(LocalStore::new(Path::new(&scene.store))), None).unwrap();
     let old = vault.manifest(scene.ids[0].parse().unwrap()).unwrap().manifest;
     let (machine, state) = vault.state(&old).unwrap();
-    let mut machine = Machine::decode(&machine).unwrap();
+    let (mut machine, devices) = Machine::decode(&machine).unwrap();
     let word = machine.cpuid.iter_mut().find(|leaf| leaf.function == 7 && leaf.index == 0).unwrap();
     word.ebx = u32::MAX;
     let id = CheckpointId::new(old.id.unix_s(), 0x00c0_ffee);
     let index = vault.put_index(id, &vault.index(&old).unwrap()).unwrap();
-    let state = vault.put_state(id, &machine.encode().unwrap(), &state).unwrap();
+    let state = vault.put_state(id, &machine.encode(&devices).unwrap(), &state).unwrap();
     let lease = vault.store().lock("a test").unwrap();
     vault.commit(&*lease, Manifest { id, index, state, ..old }).unwrap();
     drop(lease);
