@@ -252,11 +252,12 @@ impl Run<'_> {
         let fetch = &found.fetch;
         // What is touched first shall not wait for what can be done now.
         let (ready, pages) = thread::scope(|scope| {
-            let pages = scope.spawn(|| fetch.open_all().map(|()| Pages::of(fetch, &found.recorded)));
+            let opened = scope.spawn(|| fetch.open_all());
+            let pages = scope.spawn(|| Ok(Pages::of(fetch, &found.recorded)));
             let loaded = clock.time(Step::Load, |_| self.load(destination.as_mut(), state));
             let expected =
                 loaded.and_then(|()| clock.time(Step::Expect, |_| destination.expect(&fetch.plan().data)));
-            (expected, joined(pages.join()))
+            (expected.and(joined(opened.join())), joined(pages.join()))
         });
         let ready = ready.and(pages).and_then(|pages| self.cancel.pass().map(|()| pages));
         let pages = match ready {

@@ -316,24 +316,20 @@ impl Merge {
             place[*old as usize] = new;
         }
         plan.segments = order.iter().map(|at| plan.segments[*at as usize].clone()).collect();
-        let needs = std::mem::take(&mut plan.needs);
-        // Moving needs about takes longer than sorting short keys of them.
-        let key = |(at, need): (u32, &Need)| (place[need.segment as usize], need.extent.offset, at);
-        let mut order: Vec<(u32, u64, u32)> = (0..).zip(&needs).map(key).collect();
-        order.sort_unstable();
-        let sorted = |(segment, _, at): (u32, u64, u32)| Need { segment, ..needs[at as usize].clone() };
-        let needs: Vec<Need> = order.into_iter().map(sorted).collect();
-        plan.needs.reserve(needs.len());
-        for same in needs.chunk_by(|a, b| a.segment == b.segment && alike(&a.extent, &b.extent)) {
-            match same {
-                [] => {}
-                [one] => plan.needs.push(one.clone()),
-                [first, ..] => {
-                    let joined = plan.joined(first, same);
-                    plan.needs.push(joined);
-                }
-            }
+        // Needs stay in the memory they are in: fresh memory is the dearest part of putting them in order.
+        let mut needs = std::mem::take(&mut plan.needs);
+        needs.iter_mut().for_each(|need| need.segment = place[need.segment as usize]);
+        needs.sort_by_cached_key(|need| (need.segment, need.extent.offset));
+        let same = |a: &Need, b: &Need| a.segment == b.segment && alike(&a.extent, &b.extent);
+        let (mut kept, mut next) = (0, 0);
+        while let Some(first) = needs.get(next) {
+            let more = needs[next + 1..].iter().take_while(|need| same(first, need)).count();
+            let need = if more == 0 { first.clone() } else { plan.joined(first, &needs[next..=next + more]) };
+            needs[kept] = need;
+            (kept, next) = (kept + 1, next + 1 + more);
         }
+        needs.truncate(kept);
+        plan.needs = needs;
         plan
     }
 
