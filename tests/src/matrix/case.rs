@@ -136,9 +136,6 @@ impl Case {
     /// Where the VM has to be in the end. Before `Commit` is sent, what kills the attempt leaves it at the source; once
     /// the destination said that it started, it is there.
     pub fn expected(&self) -> Expected {
-        if self.state_may_arrive() {
-            return Expected::OnlyOne;
-        }
         if self.is_taken_up() {
             return Expected::Destination;
         }
@@ -196,14 +193,14 @@ impl Case {
         }
     }
 
-    /// Whether the migration has to go on by itself over another link. Behind the state there is no way back into the
-    /// rounds, and whether it arrived is not known of what is cut while it is sent.
+    /// Whether the migration has to go on by itself over another link: whatever arrived, until the sender has heard `Ready`. Once it may
+    /// have, it may have committed, and then it asks.
     pub(super) fn is_taken_up(&self) -> bool {
         let in_time = match self.moment {
             Moment::Entering(Side::Send, phase) => {
-                matches!(phase, "rounds" | "round-1" | "freeze" | "verify" | "resume")
+                matches!(phase, "rounds" | "round-1" | "freeze" | "verify" | "state" | "resume")
             }
-            Moment::Entering(Side::Receive, phase) => matches!(phase, "rounds" | "verify"),
+            Moment::Entering(Side::Receive, phase) => matches!(phase, "rounds" | "verify" | "state"),
             // The first bytes of pages are of the first round.
             Moment::Before => {
                 matches!(self.fault, Fault::Reset(_, Stream::Page(_), bytes) if bytes <= FIRST_ROUND_BYTES)
@@ -211,13 +208,6 @@ impl Case {
             Moment::Into(..) => false,
         };
         self.retries() && self.heals() && in_time
-    }
-
-    /// Of what is taken up: whether the state may have arrived although the link was lost, because the VM stands still and only the answers
-    /// are gone. A receiver that loaded it does not go back into the rounds, and says so (docs/wire-protocol.md).
-    pub(super) fn state_may_arrive(&self) -> bool {
-        let only_answers = matches!(self.fault, Fault::Blackhole(Way::Up, _));
-        self.is_taken_up() && only_answers && matches!(self.moment, Moment::Entering(Side::Send, "freeze"))
     }
 
     /// Whether a stream is cut, so that the link is looked for again: which, by whom, and behind how many bytes.
