@@ -335,7 +335,7 @@ fn merged_indexes() -> impl Strategy<Value = Merged> {
         Merged {
             sums: manifest::Part { bytes, digest: HexDigest(digest) },
             segments: (0..samples::SEGMENTS).map(segment).collect(),
-            extents: index.extents.clone(),
+            extents: index.extents,
             runs,
         }
     })
