@@ -200,7 +200,8 @@ impl Case {
             Moment::Entering(Side::Send, phase) => {
                 matches!(phase, "rounds" | "round-1" | "freeze" | "verify" | "state" | "resume")
             }
-            Moment::Entering(Side::Receive, phase) => matches!(phase, "rounds" | "verify" | "state"),
+            // Once it has loaded the state its Ready may get through, and be answered by a Commit.
+            Moment::Entering(Side::Receive, phase) => matches!(phase, "rounds" | "verify"),
             // The first bytes of pages are of the first round.
             Moment::Before => {
                 matches!(self.fault, Fault::Reset(_, Stream::Page(_), bytes) if bytes <= FIRST_ROUND_BYTES)
