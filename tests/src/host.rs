@@ -373,11 +373,12 @@ impl Drop for Host {
     }
 }
 
-/// As [`end_all_of`], and the directory is removed, where a shell is all there is.
+/// As [`end_all_of`], and the directory is removed, where a shell is all there is. Busybox's grep sees nothing behind a line's
+/// first zero byte, and arguments end with one.
 const END_ALL_OF: &str = r#"
 for process in /proc/[0-9]*; do
   pid=${process#/proc/}
-  [ "$pid" = $$ ] || ! grep -qF "$1" "$process/cmdline" 2>/dev/null || kill -KILL "$pid"
+  [ "$pid" = $$ ] || ! tr '\0' '\n' 2>/dev/null <"$process/cmdline" | grep -qF "$1" || kill -KILL "$pid"
 done
 rm -r -f "$1""#;
 

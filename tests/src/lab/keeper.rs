@@ -218,7 +218,11 @@ pub fn keep(folder: &Path, plan: &Plan) -> Result<()> {
     lab.publish()?;
     // Who asked for it may be gone; then standard input says so.
     writeln!(std::io::stdout(), "{READY}").and_then(|()| std::io::stdout().flush()).ok();
-    while watch.check().is_ok() && machines.iter_mut().any(|machine| machine.check(&logs).is_ok()) {
+    while watch.check().is_ok() && !machines.is_empty() {
+        // What a host said last is said here, too: its logs may be removed, and who works with it hears of a refused connection.
+        machines.retain_mut(|machine| {
+            machine.check(&logs).inspect_err(|why| eprintln!("lab: {why}")).is_ok()
+        });
         std::thread::sleep(TICK);
     }
     drop(machines);
