@@ -220,9 +220,8 @@ pub fn keep(folder: &Path, plan: &Plan) -> Result<()> {
     writeln!(std::io::stdout(), "{READY}").and_then(|()| std::io::stdout().flush()).ok();
     while watch.check().is_ok() && !machines.is_empty() {
         // What a host said last is said here, too: its logs may be removed, and who works with it hears of a refused connection.
-        machines.retain_mut(|machine| {
-            machine.check(&logs).inspect_err(|why| eprintln!("lab: {why}")).is_ok()
-        });
+        machines
+            .retain_mut(|machine| machine.check(&logs).inspect_err(|why| eprintln!("lab: {why}")).is_ok());
         std::thread::sleep(TICK);
     }
     drop(machines);
