@@ -20,9 +20,15 @@ for other in $(seq 1 9); do echo "10.78.0.$other host$other" >>/etc/hosts; done
 ip link set lo up
 ip addr add 10.0.2.15/24 dev eth0
 ip link set eth0 up
-ip addr add "10.78.0.$number/24" dev eth1
-ip addr add "fd78::$number/64" dev eth1 nodad
+# The private network is behind a bridge, so that taps of guests can be added to it.
+brctl addbr br0
 ip link set eth1 up
+brctl addif br0 eth1
+# Else it would be as small as the smallest tap's.
+ip link set br0 mtu "$(cat /sys/class/net/eth1/mtu)"
+ip addr add "10.78.0.$number/24" dev br0
+ip addr add "fd78::$number/64" dev br0 nodad
+ip link set br0 up
 # What migrate asks for: see docs/operating.md.
 echo 33554432 >/proc/sys/net/core/rmem_max
 echo 33554432 >/proc/sys/net/core/wmem_max

@@ -84,6 +84,13 @@ pub fn host(packages: &Packages, programs: &[Program], token: &str, work: &Path)
     Ok(archive.finish())
 }
 
+/// What, behind the first file system of a Linux guest (`/boot/initramfs` in a host), makes it run this script and power off.
+pub fn script(script: &str) -> Vec<u8> {
+    let mut archive = Archive::default();
+    archive.file("run.sh", 0o755, script.as_bytes());
+    archive.finish()
+}
+
 /// Busybox under all of its names, modules and the list in which they are loaded, and the first program.
 fn base(packages: &Packages, init: &str, modules: &[&str]) -> Result<Archive> {
     let mut archive = Archive::default();

@@ -42,7 +42,7 @@ mod net_tests;
 #[cfg(test)]
 mod tests;
 
-use std::{io, os::fd::BorrowedFd, sync::atomic::AtomicBool};
+use std::{io, os::fd::BorrowedFd, sync::atomic::AtomicBool, time::Instant};
 
 pub use description::{Allowed, Description, DeviceConfig, DiskConfig, NetConfig};
 pub(crate) use description::{Part, build_all, decode, encode, rebuild_all};
@@ -66,14 +66,26 @@ pub(crate) trait Backend: Send {
     fn features(&self) -> u64;
     /// The most entries of each of its queues, powers of two.
     fn queue_sizes(&self) -> &'static [u16];
-    /// Its configuration space, which never changes.
+    /// How many of its queues, from the first on, a driver with these features must have set up.
+    fn queues(&self, _features: u64) -> usize {
+        self.queue_sizes().len()
+    }
+    /// Its configuration space.
     fn config(&self) -> Vec<u8>;
+    /// Counts the changes of its configuration space.
+    fn config_generation(&self) -> u32 {
+        0
+    }
     /// The driver is ready, and accepted these features.
     fn activate(&mut self, features: u64);
     /// Carries out what lies in the rings, and returns when nothing does, or soon after `halt` is set.
     fn serve(&mut self, rings: &mut [Ring], halt: &AtomicBool) -> Result<(), Broken>;
     /// What else it waits for.
     fn source(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+    /// When it wants to serve though nothing came.
+    fn due(&self) -> Option<Instant> {
         None
     }
     /// Takes what only one VM may have. Does nothing when it has it.

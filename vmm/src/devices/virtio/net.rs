@@ -7,13 +7,16 @@ use std::{
     os::fd::{AsFd, BorrowedFd},
     str::FromStr,
     sync::atomic::{AtomicBool, Ordering},
+    time::{Duration, Instant},
 };
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
-    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6,
-    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK, VIRTIO_NET_ERR, VIRTIO_NET_F_CSUM,
+    VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN,
+    VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4,
+    VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_STATUS, VIRTIO_NET_OK,
+    VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP,
 };
 
 use super::{
@@ -30,6 +33,10 @@ const FRAME: usize = HEADER + 18 + (64 << 10);
 const BATCH: usize = 64;
 /// Where the header says over how many buffers a frame is spread (virtio 1.2, 5.1.6).
 const NUM_BUFFERS: usize = 10;
+
+/// When a guest that came to another host is announced, counted from its start. A tap that was just taken needs its moment until a
+/// bridge passes on what comes from it, and no announcement is ever acknowledged by those whom it is for, so there are several.
+const ANNOUNCED_AFTER_MS: [u64; 6] = [0, 50, 150, 400, 1000, 2500];
 
 /// The address of a network card.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -87,13 +94,31 @@ pub(crate) struct Net {
     waiting: Option<usize>,
     /// The guest has no room: the tap is left alone until it says that it has.
     starved: bool,
+    /// How often the guest was announced, and since when it is.
+    announced: Option<(usize, Instant)>,
+    /// The guest is asked to announce itself, and did not say yet that it did.
+    asked: bool,
+    generation: u32,
 }
 
 impl Net {
     /// A device for a tap that is taken later.
     pub(super) fn new(name: String, tap_name: String, mac: MacAddress) -> Self {
         let [outgoing, buffer] = [(); 2].map(|()| vec![0; FRAME].into());
-        Self { name, tap_name, mac, tap: None, features: 0, outgoing, buffer, waiting: None, starved: false }
+        Self {
+            name,
+            tap_name,
+            mac,
+            tap: None,
+            features: 0,
+            outgoing,
+            buffer,
+            waiting: None,
+            starved: false,
+            announced: None,
+            asked: false,
+            generation: 0,
+        }
     }
 
     fn offloads(&self) -> Offloads {
@@ -202,6 +227,57 @@ impl Net {
         Ok(true)
     }
 
+    fn has(&self, feature: u32) -> bool {
+        self.features & 1 << feature != 0
+    }
+
+    /// Announces the guest where it is now, if it is time to: to bridges and switches itself, to neighbours by the guest, which knows its
+    /// addresses. A driver that can does it as the configuration asks (virtio 1.2, 5.1.6.5.4): gratuitous ARP, and unsolicited
+    /// neighbour advertisements.
+    fn announce(&mut self, ring: &Ring) {
+        let Some(due) = self.due() else { return };
+        if due > Instant::now() {
+            return;
+        }
+        self.announced = self.announced.map(|(rounds, since)| (rounds + 1, since));
+        if let Some(tap) = &self.tap
+            && let Err(error) = tap.send(&self.announcement())
+        {
+            tracing::debug!(device = self.name, %error, "an announcement of the guest was lost");
+        }
+        if self.has(VIRTIO_NET_F_GUEST_ANNOUNCE) && self.has(VIRTIO_NET_F_CTRL_VQ) {
+            self.ask(true);
+            ring.config_changed();
+        }
+    }
+
+    fn ask(&mut self, asked: bool) {
+        self.generation = self.generation.wrapping_add(u32::from(self.asked != asked));
+        self.asked = asked;
+    }
+
+    /// Carries out what the driver wants of the device. It knows of nothing but announcements.
+    fn control(&mut self, ring: &mut Ring) -> Result<(), Broken> {
+        const DONE: [u32; 2] = [VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK];
+        loop {
+            ring.begin()?;
+            while let Some(chain) = ring.pop()? {
+                let mut command = [0; 2];
+                let bytes = gather(ring.memory(), &chain.readable, &mut command);
+                let known = bytes == command.len() && command.map(u32::from) == DONE;
+                if known {
+                    self.ask(false);
+                }
+                let answer = if known { VIRTIO_NET_OK } else { VIRTIO_NET_ERR };
+                let written = scatter(ring.memory(), &chain.writable, &answer.to_le_bytes()[..1]);
+                ring.complete(chain.head, written)?;
+            }
+            if !ring.end()? {
+                return Ok(());
+            }
+        }
+    }
+
     /// A RARP request of the guest's card (RFC 903), by which bridges and switches learn where it is now.
     fn announcement(&self) -> [u8; HEADER + 60] {
         let MacAddress(mac) = self.mac;
@@ -234,30 +310,49 @@ impl Backend for Net {
             VIRTIO_NET_F_HOST_TSO6,
             VIRTIO_NET_F_HOST_ECN,
             VIRTIO_NET_F_MRG_RXBUF,
+            VIRTIO_NET_F_STATUS,
+            VIRTIO_NET_F_CTRL_VQ,
+            VIRTIO_NET_F_GUEST_ANNOUNCE,
         ]
         .iter()
         .fold(0, |features, bit| features | 1 << bit)
     }
 
-    /// Receive, then transmit.
+    /// Receive, then transmit, then control.
     fn queue_sizes(&self) -> &'static [u16] {
-        &[256, 256]
+        &[256, 256, 64]
+    }
+
+    fn queues(&self, features: u64) -> usize {
+        if features & 1 << VIRTIO_NET_F_CTRL_VQ == 0 { 2 } else { 3 }
     }
 
     fn config(&self) -> Vec<u8> {
-        self.mac.0.to_vec()
+        let status = VIRTIO_NET_S_LINK_UP | if self.asked { VIRTIO_NET_S_ANNOUNCE } else { 0 };
+        [&self.mac.0[..], &status.to_le_bytes()[..2]].concat()
+    }
+
+    fn config_generation(&self) -> u32 {
+        self.generation
     }
 
     fn activate(&mut self, features: u64) {
         self.features = features;
         self.starved = false;
+        // A driver that begins announces itself.
+        self.announced = None;
+        self.ask(false);
         self.waiting = None;
         self.apply_offloads();
     }
 
     fn serve(&mut self, rings: &mut [Ring], halt: &AtomicBool) -> Result<(), Broken> {
-        let [receive, transmit] = rings else { return Ok(()) };
+        let [receive, transmit, control @ ..] = rings else { return Ok(()) };
         self.starved = false;
+        self.announce(transmit);
+        if let Some(control) = control.first_mut() {
+            self.control(control)?;
+        }
         loop {
             let sent_more = self.transmit(transmit, halt)?;
             let got_more = !self.starved && self.receive(receive, halt)?;
@@ -271,14 +366,17 @@ impl Backend for Net {
         self.tap.as_ref().filter(|_| !self.starved).map(Tap::as_fd)
     }
 
+    fn due(&self) -> Option<Instant> {
+        let (rounds, since) = self.announced?;
+        Some(since + Duration::from_millis(*ANNOUNCED_AFTER_MS.get(rounds)?))
+    }
+
     fn acquire(&mut self) -> Result<()> {
         if self.tap.is_none() {
-            let tap = Tap::open(&self.tap_name)?;
-            if let Err(error) = tap.send(&self.announcement()) {
-                tracing::debug!(device = self.name, %error, "the guest is not announced");
-            }
-            self.tap = Some(tap);
+            self.tap = Some(Tap::open(&self.tap_name)?);
             self.apply_offloads();
+            // Where no driver was at work yet, there is nothing that others could know already.
+            self.announced = (self.features != 0).then(|| (0, Instant::now()));
         }
         Ok(())
     }

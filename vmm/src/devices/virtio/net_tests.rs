@@ -1,12 +1,13 @@
 //! The network device between the mock driver and a real tap of this host.
 
-use std::{net::UdpSocket, path::Path, process::Command, time::Duration};
+use std::{cell::RefCell, net::UdpSocket, path::Path, process::Command, time::Duration};
 
 use super::{
     MacAddress,
     mock::{DATA, Driver, MEMORY, chain, memory, part},
     net::Net,
-    tap::{HEADER, check},
+    state::Saved,
+    tap::{HEADER, Tap, check},
 };
 use crate::device::Device;
 
@@ -37,8 +38,9 @@ impl Interface {
         }
         let pid = std::process::id();
         let name = format!("mig{pid}n{number}");
-        // Of 198.18.0.0/15, which is for tests (RFC 2544), four addresses by process and test.
-        let net = [18 + (pid >> 14 & 1) as u8, (pid >> 6) as u8, (pid << 2) as u8 & 0xf0 | number << 2];
+        // Of 198.18.0.0/15, which is for tests (RFC 2544), four addresses by process and test, of which there are at most eight.
+        assert!(number < 8);
+        let net = [18 + (pid >> 11 & 1) as u8, (pid >> 3) as u8, (pid << 5) as u8 | number << 2];
         let guest = [198, net[0], net[1], net[2] + 2];
         let host = format!("198.{}.{}.{}", net[0], net[1], net[2] + 1);
         ip(&format!("tuntap add {name} mode tap"));
@@ -60,6 +62,11 @@ impl Interface {
         let socket = UdpSocket::bind((self.host.as_str(), 0)).unwrap();
         socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         socket
+    }
+
+    /// Hears what comes out of the tap on this host's side.
+    fn capture(&self) -> Capture {
+        Capture::of(&self.name)
     }
 
     fn mac(&self) -> [u8; 6] {
@@ -94,6 +101,46 @@ impl Interface {
 impl Drop for Interface {
     fn drop(&mut self) {
         ip(&format!("tuntap del {} mode tap", self.name));
+    }
+}
+
+/// A bridge with the tap, and what is passed on from there to another tap.
+struct Capture {
+    bridge: String,
+    name: String,
+    tap: Tap,
+    frames: RefCell<Vec<Vec<u8>>>,
+}
+
+impl Capture {
+    fn of(tap: &str) -> Self {
+        let (bridge, name) = (format!("{tap}b"), format!("{tap}w"));
+        ip(&format!("link add {bridge} type bridge"));
+        ip(&format!("tuntap add {name} mode tap"));
+        let captured = Tap::open(&name).unwrap();
+        for port in [tap, &name] {
+            ip(&format!("link set {port} master {bridge} up"));
+        }
+        ip(&format!("link set {bridge} up"));
+        Self { bridge, name, tap: captured, frames: RefCell::default() }
+    }
+
+    /// How many frames came that begin so.
+    fn heard(&self, start: &[u8]) -> usize {
+        let mut buffer = [0; 2048];
+        let mut frames = self.frames.borrow_mut();
+        while let Some(bytes) = self.tap.receive(&mut buffer).unwrap() {
+            frames.push(buffer[HEADER..bytes].to_vec());
+        }
+        frames.iter().filter(|frame| frame.starts_with(start)).count()
+    }
+}
+
+impl Drop for Capture {
+    fn drop(&mut self) {
+        ip(&format!("link del {}", self.bridge));
+        // Its tap is still open.
+        ip(&format!("link del {}", self.name));
     }
 }
 
@@ -190,6 +237,89 @@ fn a_frame_is_spread_over_buffers_where_that_was_agreed_on() {
     socket.send_to(&payload, &guest).unwrap();
     socket.send_to(b"small", &guest).unwrap();
     assert_eq!(wait_for_datagram(&mut driver, 100), b"small");
+}
+
+#[test]
+fn a_guest_that_arrived_is_announced_and_announces_itself() {
+    const ANNOUNCES: u64 = 1 << 21 | 1 << 17 | 1 << 16;
+    const CONTROL: u32 = 2;
+    let Some(interface) = Interface::make(4) else { return };
+    let status = |driver: &mut Driver| {
+        let mut status = [0; 2];
+        driver.device.read(0x106, &mut status);
+        u16::from_le_bytes(status)
+    };
+    // Where it begins there is nothing to announce.
+    let mut source = interface.driver();
+    source.handle.acquire().unwrap();
+    source.handle.resume();
+    assert_eq!(source.start(MERGE | ANNOUNCES, true), 15);
+    std::thread::sleep(Duration::from_millis(20));
+    assert_eq!((status(&mut source), source.read(0x060)), (1, 0));
+    source.handle.ask_pause();
+    source.handle.wait_paused();
+    source.handle.release().unwrap();
+    let state = source.device.save().unwrap();
+
+    let net = Net::new("net0".into(), interface.name.clone(), MacAddress(MAC));
+    let mut driver = Driver::new(source.memory.clone(), Box::new(net));
+    driver.device.restore(driver.device.state_version(), &state).unwrap();
+    let capture = interface.capture();
+    driver.handle.acquire().unwrap();
+    driver.handle.resume();
+    driver.wait("the guest to be asked", |driver| status(driver) == 3);
+    let generation = driver.read(0x0fc);
+    assert_eq!(driver.read(0x060) & 2, 2, "a change of the configuration is an interrupt");
+    // RARP; Ethernet and IPv4; a request; of and for this card.
+    let rarp = [&[0xff; 6][..], &MAC, &[0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3], &MAC].concat();
+    driver.wait("two announcements behind the bridge", |_| capture.heard(&rarp) >= 2);
+    // Something else than an acknowledgement, one that is cut short, and one.
+    let command = |driver: &mut Driver, bytes: &[u8]| {
+        driver.poke(DATA, bytes);
+        driver.poke(DATA + 0x100, &[7]);
+        let pieces = [(DATA, bytes.len() as u32, false), (DATA + 0x100, 1, true)];
+        assert_eq!(driver.request(CONTROL, &chain(0, &pieces)), 1);
+        driver.peek(DATA + 0x100, 1)[0]
+    };
+    for bad in [&[3, 1][..], &[3], &[0, 0, 1]] {
+        assert_eq!((command(&mut driver, bad), status(&mut driver)), (1, 3), "{bad:?}");
+    }
+    assert_eq!(command(&mut driver, &[3, 0]), 0);
+    assert_ne!(driver.read(0x0fc), generation);
+    // The first of the six may come too early for the bridge; behind the last it is not asked any more.
+    driver.wait("the last announcement", |driver| {
+        command(driver, &[3, 0]);
+        capture.heard(&rarp) >= 5
+    });
+    std::thread::sleep(Duration::from_millis(20));
+    assert_eq!((command(&mut driver, &[3, 0]), status(&mut driver)), (0, 1));
+    // Whoever did not agree on it is not asked.
+    driver.start(MERGE, true);
+    assert_eq!(status(&mut driver), 1);
+}
+
+#[test]
+fn a_device_with_fewer_queues_is_restored_as_older_releases_saved_it() {
+    let Some(interface) = Interface::make(5) else { return };
+    let mut source = interface.driver();
+    assert_eq!(source.start(MERGE, true), 15);
+    let mut saved = Saved::decode(&source.device.save().unwrap()).unwrap();
+    saved.registers.queues.truncate(2);
+    let mut driver = interface.driver();
+    let restore = |driver: &mut Driver, saved: &Saved| {
+        driver.device.restore(driver.device.state_version(), &crate::state::encode(saved).unwrap())
+    };
+    restore(&mut driver, &saved).unwrap();
+    driver.write(0x030, 2);
+    assert_eq!((driver.read(0x034), driver.read(0x044)), (64, 0));
+    saved.registers.queues.truncate(1);
+    let error = restore(&mut driver, &saved).unwrap_err().to_string();
+    assert!(error.contains("1 queues"), "{error}");
+    // With the feature the third is needed.
+    assert_eq!(source.start(MERGE | 1 << 17, true), 15);
+    let mut saved = Saved::decode(&source.device.save().unwrap()).unwrap();
+    saved.registers.queues.truncate(2);
+    restore(&mut driver, &saved).unwrap_err();
 }
 
 #[test]

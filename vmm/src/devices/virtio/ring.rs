@@ -206,6 +206,11 @@ impl Ring {
         Ok(())
     }
 
+    /// Interrupts the driver because the device's configuration changed.
+    pub(crate) fn config_changed(&self) {
+        self.signal.raise(CONFIG_CHANGE);
+    }
+
     /// The driver need not notify while the ring is looked at.
     ///
     /// # Errors

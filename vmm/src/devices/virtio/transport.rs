@@ -54,7 +54,6 @@ pub(crate) struct Transport {
     kind: u32,
     offered: u64,
     sizes: &'static [u16],
-    config: Vec<u8>,
     registers: Registers,
 }
 
@@ -70,10 +69,10 @@ impl Transport {
         backend: Box<dyn Backend>,
     ) -> Result<(Self, Handle)> {
         let (kind, sizes) = (backend.kind(), backend.queue_sizes());
-        let (offered, config) = (backend.features() | RING_FEATURES, backend.config());
+        let offered = backend.features() | RING_FEATURES;
         let core = Core::new(name, memory, line, backend)?;
         let handle = Handle::start(Arc::clone(&core))?;
-        let mut transport = Self { core, kind, offered, sizes, config, registers: Registers::default() };
+        let mut transport = Self { core, kind, offered, sizes, registers: Registers::default() };
         transport.registers = transport.fresh();
         Ok((transport, handle))
     }
@@ -113,10 +112,16 @@ impl Transport {
             0x044 => self.queue().map_or(0, |queue| u32::from(queue.ready)),
             0x060 => self.core.signal.status(),
             0x070 => self.status(),
-            // The configuration never changes.
-            0x0fc => 0,
+            0x0fc => self.ask(Backend::config_generation),
             _ => u32::MAX,
         }
+    }
+
+    /// What the device says itself, behind the request that is being carried out. For vCPUs, which stand still before the worker does.
+    fn ask<T>(&self, question: impl FnOnce(&(dyn Backend + 'static)) -> T) -> T {
+        let answer = question(&*self.core.stand().backend);
+        self.core.go_on();
+        answer
     }
 
     fn write_register(&mut self, offset: u64, value: u32) {
@@ -182,7 +187,8 @@ impl Transport {
         self.registers.status = new;
         if new & !old & DRIVER_OK != 0 {
             let mut engine = self.core.stand();
-            match self.rings(&self.registers) {
+            let needed = engine.backend.queues(self.registers.driver_features);
+            match self.rings(&self.registers, needed) {
                 Ok(rings) => {
                     engine.rings = rings;
                     engine.backend.activate(self.registers.driver_features);
@@ -210,13 +216,14 @@ impl Transport {
         self.registers = self.fresh();
     }
 
-    /// The rings of a driver that is ready. All queues of our devices are needed.
-    fn rings(&self, registers: &Registers) -> Result<Vec<Ring>, Broken> {
+    /// The rings of a driver that is ready and must have set up so many.
+    fn rings(&self, registers: &Registers, needed: usize) -> Result<Vec<Ring>, Broken> {
         let event_index = registers.driver_features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
         registers
             .queues
             .iter()
             .zip(self.sizes)
+            .take(needed)
             .map(|(saved, size)| {
                 let queue = queue_of(saved, *size, event_index)
                     .ok_or(Broken("a queue cannot be what it is set to"))?;
@@ -234,8 +241,10 @@ impl Transport {
         if missing != 0 {
             return Err(format!("its driver uses features that are not offered here: {missing:#x}"));
         }
-        if registers.queues.len() != self.sizes.len() {
-            return Err(format!("it has {} queues, not {}", registers.queues.len(), self.sizes.len()));
+        let (queues, needed) =
+            (registers.queues.len(), self.core.engine().backend.queues(registers.driver_features));
+        if !(needed..=self.sizes.len()).contains(&queues) {
+            return Err(format!("it has {queues} queues, not {}", self.sizes.len()));
         }
         if registers.status & !DRIVER_BITS != 0
             || registers.status & (FEATURES_OK | DRIVER_OK) == DRIVER_OK
@@ -273,8 +282,8 @@ impl Device for Transport {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
         if let Some(place) = offset.checked_sub(CONFIG) {
-            let rest =
-                usize::try_from(place).ok().and_then(|place| self.config.get(place..)).unwrap_or_default();
+            let config = self.ask(Backend::config);
+            let rest = usize::try_from(place).ok().and_then(|place| config.get(place..)).unwrap_or_default();
             data.iter_mut().zip(rest).for_each(|(byte, value)| *byte = *value);
         } else if data.len() == 4 {
             data.copy_from_slice(&self.read_register(offset).to_le_bytes());
@@ -318,10 +327,14 @@ impl Device for Transport {
         }
         let saved = Saved::decode(bytes).map_err(|why| Error::State(format!("{name}: {why}")))?;
         self.check(&saved).map_err(|why| Error::State(format!("{name}: {why}")))?;
-        let registers = saved.registers;
+        let mut registers = saved.registers;
+        // Older devices had fewer queues, and their drivers know of no more.
+        let known = registers.queues.len();
+        registers.queues.extend(self.fresh().queues.into_iter().skip(known));
+        let needed = self.core.engine().backend.queues(registers.driver_features);
         // A broken device has no rings that could be trusted, and needs none before its reset.
         let rings = if registers.status & DRIVER_OK != 0 && !saved.broken {
-            self.rings(&registers).map_err(|Broken(why)| Error::State(format!("{name}: {why}")))?
+            self.rings(&registers, needed).map_err(|Broken(why)| Error::State(format!("{name}: {why}")))?
         } else {
             Vec::new()
         };

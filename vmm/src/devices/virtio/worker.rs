@@ -6,9 +6,10 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread::JoinHandle,
+    time::Instant,
 };
 
-use rustix::event::{PollFd, PollFlags};
+use rustix::event::{PollFd, PollFlags, Timespec};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{
@@ -107,21 +108,26 @@ impl Core {
         }
     }
 
-    /// Waits until there may be something to do.
+    /// Waits until there may be something to do, or it is time to.
     fn wait(&self) {
         // Only for the descriptor: the worker is the only one to change what it waits for, but for a reset or a pause, which
         // it is woken for. A closed descriptor's number could be another one's by then, so it is duplicated.
-        let source = if self.halt.load(Ordering::SeqCst) {
-            None
-        } else {
+        let mut source = None;
+        let mut due = None;
+        if !self.halt.load(Ordering::SeqCst) {
             let engine = self.engine();
-            let active = !engine.rings.is_empty() && !self.broken.load(Ordering::SeqCst);
-            engine.backend.source().filter(|_| active).and_then(|source| source.try_clone_to_owned().ok())
-        };
+            if !engine.rings.is_empty() && !self.broken.load(Ordering::SeqCst) {
+                source = engine.backend.source().and_then(|source| source.try_clone_to_owned().ok());
+                due = engine.backend.due();
+            }
+        }
+        // A time that does not fit is no earlier than the next kick.
+        let patience =
+            due.and_then(|due| Timespec::try_from(due.saturating_duration_since(Instant::now())).ok());
         let kick = sys::descriptor_of(&self.kick);
         let mut polled = vec![PollFd::new(&kick, PollFlags::IN)];
         polled.extend(source.as_ref().map(|source| PollFd::new(source, PollFlags::IN)));
-        if let Err(error) = rustix::event::poll(&mut polled, None)
+        if let Err(error) = rustix::event::poll(&mut polled, patience.as_ref())
             && error != rustix::io::Errno::INTR
         {
             tracing::warn!(device = self.name, %error, "waiting for work");
