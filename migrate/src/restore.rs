@@ -34,6 +34,7 @@ use crate::cancel::CancelFlag;
 use crate::destination::{Destination, Incomplete, Refusal};
 use crate::error::{Error, Result};
 use crate::outbound::new_migration_id;
+use crate::report::micros;
 use crate::vault::{Committed, Vault};
 use fetch::Fetch;
 pub use group::{Open, restore_group};
@@ -185,13 +186,15 @@ impl Run<'_> {
             Error::Workload("the VM misses no pages any more: there is nothing to take up".into())
         })?;
         let running_us = clock.elapsed_us();
-        self.serve(workload.as_ref(), &found, Pages::of(&found.fetch, &found.recorded), running_us, clock)
+        let pages = || Ok(Pages::of(&found.fetch, &found.recorded));
+        self.serve(workload.as_ref(), &found, pages, running_us, clock)
     }
 
     /// Reads what tells where the pages lie, and what earlier restores recorded.
     fn gather(&self) -> Result<Found> {
         let manifest = &self.newest.manifest;
-        let (plan, merged_links) = planned(self.vault, self.newest, Sums::Few, self.cancel)?;
+        let (plan, merged_links) =
+            timed("plan", || planned(self.vault, self.newest, Sums::Few, self.cancel))?;
         let fetch = Fetch::new(self.vault.clone(), plan);
         let recorded =
             if self.options.lazy { self.vault.touched(manifest.id, &manifest.layout) } else { Vec::new() };
@@ -250,30 +253,29 @@ impl Run<'_> {
         clock: &mut Clock<'_>,
     ) -> Result<Report> {
         let fetch = &found.fetch;
-        // What is touched first shall not wait for what can be done now.
-        let (ready, pages) = thread::scope(|scope| {
-            let opened = scope.spawn(|| fetch.open_all());
-            let pages = scope.spawn(|| Ok(Pages::of(fetch, &found.recorded)));
-            let loaded = clock.time(Step::Load, |_| self.load(destination.as_mut(), state));
-            let expected =
-                loaded.and_then(|()| clock.time(Step::Expect, |_| destination.expect(&fetch.plan().data)));
-            (expected.and(joined(opened.join())), joined(pages.join()))
-        });
-        let ready = ready.and(pages).and_then(|pages| self.cancel.pass().map(|()| pages));
-        let pages = match ready {
-            Ok(pages) => pages,
-            Err(error) => return Err(discarded(destination, error)),
-        };
-        let workload = clock.time(Step::Start, |_| destination.start_incomplete(self.migration))?;
-        let running_us = clock.elapsed_us();
-        self.serve(workload.as_ref(), found, pages, running_us, clock)
+        thread::scope(|scope| {
+            let opened = scope.spawn(|| timed("segments", || fetch.open_all()));
+            // What is touched first waits for it, and the start does not.
+            let pages = scope.spawn(|| timed("places", || Ok(Pages::of(fetch, &found.recorded))));
+            let ready = clock
+                .time(Step::Load, |_| self.load(destination.as_mut(), state))
+                .and_then(|()| clock.time(Step::Expect, |_| destination.expect(&fetch.plan().data)))
+                .and(joined(opened.join()))
+                .and_then(|()| self.cancel.pass());
+            if let Err(error) = ready {
+                return Err(discarded(destination, error));
+            }
+            let workload = clock.time(Step::Start, |_| destination.start_incomplete(self.migration))?;
+            let running_us = clock.elapsed_us();
+            self.serve(workload.as_ref(), found, || joined(pages.join()), running_us, clock)
+        })
     }
 
-    fn serve(
+    fn serve<'f>(
         &self,
         workload: &dyn Incomplete,
-        found: &Found,
-        pages: Pages<'_>,
+        found: &'f Found,
+        pages: impl FnOnce() -> Result<Pages<'f>>,
         running_us: u64,
         clock: &mut Clock<'_>,
     ) -> Result<Report> {
@@ -286,7 +288,7 @@ impl Run<'_> {
         });
         let (threads, cancel) = (self.options.threads, self.cancel);
         let served = clock
-            .time(Step::Stream, |observer| Serving::new(workload, pages)?.run(threads, cancel, observer));
+            .time(Step::Stream, |observer| Serving::new(workload, pages()?)?.run(threads, cancel, observer));
         let (recorder, lazily) = served?;
         // A store that cannot be written to is as good to read from.
         if let Err(error) = self.vault.put_touched(self.newest.manifest.id, recorder.runs()) {
@@ -367,6 +369,14 @@ pub(crate) fn pages_of(vault: &Vault, chain: &[Committed], sums: Sums, cancel: &
     let fetch = Fetch::new(vault.clone(), plan);
     fetch.open_all()?;
     Ok(fetch)
+}
+
+/// How long something took that no step of the report tells.
+fn timed<T>(what: &str, body: impl FnOnce() -> T) -> T {
+    let begun = Instant::now();
+    let answer = body();
+    tracing::debug!(what, duration_us = micros(begun.elapsed()), "done");
+    answer
 }
 
 fn joined<T>(result: thread::Result<Result<T>>) -> Result<T> {

@@ -95,8 +95,8 @@ impl Seed {
         let mut alike = false;
         for part in plan.parts(need) {
             let start = live.len();
-            live.resize(start + part.run.bytes(), 0);
-            read(part.run, &mut live[start..])?;
+            live.resize(start + part.run().bytes(), 0);
+            read(part.run(), &mut live[start..])?;
             let pages = live[start..].as_chunks::<PAGE_SIZE>().0.iter();
             let sums = plan.sums(part, None).unwrap_or_default();
             alike |= pages.zip(sums).any(|(page, sum)| XxHash3_64::oneshot(page) == *sum);

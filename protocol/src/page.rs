@@ -188,6 +188,14 @@ impl PageSet {
         let (mut start, mut end) = (0, 0);
         let mut at = first;
         let limit = first.saturating_add(count).min(self.pages);
+        if let Some(word) = self.words.get_mut((first / 64) as usize).filter(|_| first < limit) {
+            // Mostly it is few pages, and none of them was there.
+            let mask = (u64::MAX >> (64 - (limit - first).min(64))) << (first % 64);
+            if limit - first <= 64 - first % 64 && *word & mask == 0 {
+                *word |= mask;
+                return each(first, limit - first);
+            }
+        }
         while at < limit {
             let base = at / 64 * 64;
             let upto = (base + 64).min(limit);

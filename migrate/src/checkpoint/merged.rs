@@ -53,7 +53,7 @@ pub(crate) fn write(vault: &Vault, newest: &Committed, cancel: &CancelFlag) -> R
     let (mut plan, _) = planned(vault, newest, Sums::All, cancel)?;
     let sums = sums(vault, &plan)?;
     let runs = (0..).zip(&plan.needs).flat_map(|(extent, need)| {
-        plan.parts(need).iter().map(move |part| Stored { run: part.run, extent, page: part.page })
+        plan.parts(need).iter().map(move |part| Stored { run: part.run(), extent, page: part.page })
     });
     let runs = runs.collect();
     let sums = vault.put_merged_sums(id, &sums)?;

@@ -139,7 +139,7 @@ impl Fetch {
                 Way::Whole(range) => {
                     let pages = reader.decode(&need.extent, next(range), &mut scratch.unpacker)?;
                     for part in self.plan.parts(need) {
-                        sink(part.run, bytes_of(part, pages)?)?;
+                        sink(part.run(), bytes_of(part, pages)?)?;
                     }
                 }
                 Way::Parts(ranges) => {
@@ -151,7 +151,7 @@ impl Fetch {
                             next(range),
                             &mut scratch.unpacker,
                         )?;
-                        sink(part.run, pages)?;
+                        sink(part.run(), pages)?;
                     }
                 }
             }
@@ -166,7 +166,7 @@ impl Fetch {
         let merged = if few && parts.iter().any(Plan::needs_merged_sums) { self.merged_sums() } else { None };
         let alone = |part: &Part| {
             // No part leaves its extent of at most 256 pages.
-            let range = reader.part(&need.extent, part.page, part.run.count as u16)?;
+            let range = reader.part(&need.extent, part.page, part.run().count as u16)?;
             Some((range, self.plan.sums(part, merged)?))
         };
         let ranges = few.then(|| parts.iter().map(alone).collect()).flatten();
@@ -208,7 +208,8 @@ pub(super) fn is_of_the_store(error: &Error) -> bool {
 /// The bytes of a part in its extent's pages.
 fn bytes_of<'a>(part: &Part, pages: &'a [u8]) -> Result<&'a [u8]> {
     let start = usize::from(part.page) * PAGE_SIZE;
-    pages.get(start..start + part.run.bytes()).ok_or_else(|| {
-        Error::Store(format!("pages {}+{} leave their extent", part.run.first, part.run.count))
+    pages.get(start..start + part.run().bytes()).ok_or_else(|| {
+        let run = part.run();
+        Error::Store(format!("pages {}+{} leave their extent", run.first, run.count))
     })
 }

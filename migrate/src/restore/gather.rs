@@ -111,13 +111,13 @@ impl Work<'_> {
 
     fn with_the_last(&self) -> Result<()> {
         let Some(oldest) = self.chain.last() else { return Ok(()) };
+        let mut buffer = Vec::new();
         if let Some(below) = self.below {
-            let index = self.vault.merged(&oldest.manifest.layout, below);
+            let rows = self.vault.merged_rows(&oldest.manifest.layout, below, &mut buffer);
             self.links_in_turn()?;
-            let add = |merge: &mut Merge| index.map(|index| merge.add_merged(below, &index));
+            let add = |merge: &mut Merge| rows.map(|rows| merge.add_merged(below, &rows));
             return self.merge(self.chain.len(), add).map(drop);
         }
-        let mut buffer = Vec::new();
         let rows = self.rows(oldest, &mut buffer);
         self.links_in_turn()?;
         self.merge(self.chain.len() - 1, |merge| add(merge, oldest, rows)).map(drop)

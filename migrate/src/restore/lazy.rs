@@ -110,7 +110,7 @@ impl<'a> Serving<'a> {
                 let missing = |run: &PageRun| {
                     workload.missing()[usize::from(run.space.0)].count_in(run.first, u64::from(run.count)) > 0
                 };
-                if !plan.parts(need).iter().any(|part| missing(&part.run)) {
+                if !plan.parts(need).iter().any(|part| missing(&part.run())) {
                     order.placed(number);
                 }
             }

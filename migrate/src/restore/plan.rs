@@ -6,7 +6,7 @@
 
 use protocol::checkpoint::index::{At, Extent, Rows};
 use protocol::checkpoint::manifest::{self, MergedIndex, Segment};
-use protocol::checkpoint::merged::{Merged, Stored};
+use protocol::checkpoint::merged::{MergedRows, Stored};
 use protocol::checkpoint::name::CheckpointId;
 use protocol::checkpoint::segment::Encoding;
 use protocol::layout::Layout;
@@ -42,15 +42,35 @@ pub enum Sums {
     Few,
 }
 
-/// Some pages of an extent, and where they go.
+/// Some pages of an extent, and where they go. A large chain has a million of them, so it is kept short: 16 bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Part {
-    /// Where the first of them stands in the extent.
-    pub page: u16,
+    /// The space, and below that the first page there, which is less than 2^36 in any layout.
+    place: u64,
     /// Where their sums are.
     sums: SumsAt,
+    /// Where the first of them stands in the extent.
+    pub page: u16,
+    /// An extent has at most 256.
+    count: u16,
+}
+
+/// The bits of a place that are the page's.
+const PAGE_BITS: u32 = 48;
+
+impl Part {
+    fn new(page: u16, sums: SumsAt, run: PageRun) -> Self {
+        Self { place: u64::from(run.space.0) << PAGE_BITS | run.first, sums, page, count: run.count as u16 }
+    }
+
     /// Where they go.
-    pub run: PageRun,
+    pub fn run(&self) -> PageRun {
+        PageRun {
+            space: SpaceId((self.place >> PAGE_BITS) as u16),
+            first: self.place & ((1 << PAGE_BITS) - 1),
+            count: self.count.into(),
+        }
+    }
 }
 
 /// Where the sums of a part's pages stand, one behind the other: in the plan, in what a merged index has beside it, or nowhere.
@@ -119,7 +139,7 @@ impl Plan {
             SumsAt(_) => merged?,
         };
         let start = part.sums.position();
-        all.get(start..start.checked_add(part.run.count as usize)?)
+        all.get(start..start.checked_add(part.count.into())?)
     }
 
     /// Whether the merged index must be asked for the sums of a part's pages.
@@ -138,12 +158,12 @@ impl Plan {
 
     /// Pages of it that are needed.
     pub fn pages(&self, need: &Need) -> u64 {
-        self.parts(need).iter().map(|part| u64::from(part.run.count)).sum()
+        self.parts(need).iter().map(|part| u64::from(part.count)).sum()
     }
 
     /// Needs by the address of what stands first in each: mostly the lowest.
     pub fn by_address(&self) -> Vec<u32> {
-        let first = |need: &Need| self.parts(need).first().map(|part| (part.run.space.0, part.run.first));
+        let first = |need: &Need| self.parts(need).first().map(|part| part.place);
         let mut order: Vec<_> = (0..).zip(&self.needs).map(|(number, need)| (first(need), number)).collect();
         order.sort_unstable();
         order.into_iter().map(|(_, number)| number).collect()
@@ -229,7 +249,7 @@ impl Merge {
                     (Some(extent), page, SumsAt::here(start.saturating_add(page.into())))
                 }
             };
-            self.cover(extent, Part { page, sums, run: placed.run });
+            self.cover(placed.run, extent, page, sums);
             if self.found.len() >= BATCH {
                 self.batch(segments, index, &mut known);
             }
@@ -238,44 +258,51 @@ impl Merge {
     }
 
     /// Adds what all links say from a checkpoint on down: the last that there is to add.
-    pub fn add_merged(&mut self, of: &MergedIndex, index: &Merged) {
+    pub fn add_merged(&mut self, of: &MergedIndex, index: &MergedRows<'_>) {
         let mut known = vec![None; index.segments.len()];
-        let mut sum = 0;
-        for stored in index.runs.chunk_by(|a, b| a.extent == b.extent) {
-            for Stored { run, extent, page } in stored {
-                self.cover(Some(*extent), Part { page: *page, sums: SumsAt::merged(sum), run: *run });
-                sum += u64::from(run.count);
+        let (mut sum, mut begin, mut here) = (0, self.plan.parts.len(), 0);
+        for Stored { run, extent, page } in index.runs() {
+            if extent != here {
+                begin = self.need_from(begin, index, here, &mut known);
+                here = extent;
             }
-            let begin = self.plan.parts.len();
-            self.plan.parts.extend(self.found.drain(..).map(|(_, part)| part));
-            let parts = begin..self.plan.parts.len();
-            let extent = stored.first().and_then(|first| index.extents.get(first.extent as usize));
-            if let Some(extent) = extent.filter(|_| !parts.is_empty()) {
-                self.need(&index.segments, &mut known, extent, parts);
-            }
+            let Plan { parts, data, .. } = &mut self.plan;
+            uncovered(&mut self.covered, data, run, page, SumsAt::merged(sum), |part| parts.push(part));
+            sum += u64::from(run.count);
         }
+        self.need_from(begin, index, here, &mut known);
         self.plan.merged_sums = Some((of.id, index.sums, sum));
         // What it does not name is zeros.
         self.uncovered_pages = 0;
     }
 
+    /// An extent of a merged index has the parts from `begin` on, if there are any. Answers where those of the next begin.
+    fn need_from(
+        &mut self,
+        begin: usize,
+        index: &MergedRows<'_>,
+        extent: u32,
+        known: &mut [Option<u32>],
+    ) -> usize {
+        let end = self.plan.parts.len();
+        if let Some(extent) = index.extents.get(extent as usize).filter(|_| begin < end) {
+            self.need(&index.segments, known, extent, begin..end);
+        }
+        end
+    }
+
     /// Takes what newer links do not have of a run. Without an extent, it is zeros.
-    fn cover(&mut self, extent: Option<u32>, part: Part) {
-        let Part { page, sums, run } = part;
-        let space = usize::from(run.space.0);
-        let Some((covered, data)) = self.covered.get_mut(space).zip(self.plan.data.get_mut(space)) else {
+    fn cover(&mut self, run: PageRun, extent: Option<u32>, page: u16, sums: SumsAt) {
+        let Self { covered, uncovered_pages, plan, found, .. } = self;
+        let Some(extent) = extent else {
+            if let Some(covered) = covered.get_mut(usize::from(run.space.0)) {
+                covered.insert_new(run.first, run.count.into(), |_, count| *uncovered_pages -= count);
+            }
             return;
         };
-        covered.insert_new(run.first, u64::from(run.count), |first, count| {
-            self.uncovered_pages -= count;
-            if let Some(extent) = extent {
-                data.insert(first, count);
-                let further = first - run.first;
-                // It lies in an extent of at most 256 pages.
-                let page = page + further as u16;
-                let run = PageRun { first, count: count as u32, ..run };
-                self.found.push((extent, Part { page, sums: sums.plus(further), run }));
-            }
+        uncovered(covered, &mut plan.data, run, page, sums, |part| {
+            *uncovered_pages -= u64::from(part.count);
+            found.push((extent, part));
         });
     }
 
@@ -361,16 +388,36 @@ impl Merge {
     fn keep_sums(&mut self, index: &Rows<'_>, extent: &Extent, parts: Range<usize>) {
         let plan = &mut self.plan;
         let here = &mut plan.parts[parts];
-        let pages = here.iter().map(|part| u64::from(part.run.count)).sum();
+        let pages = here.iter().map(|part| u64::from(part.count)).sum();
         let kept = self.kept == Sums::All || is_few(extent, pages);
         for part in here {
             let there = std::mem::replace(&mut part.sums, SumsAt::NOWHERE);
             if kept && there != SumsAt::NOWHERE {
                 part.sums = SumsAt::here(plan.sums.len());
-                plan.sums.extend(index.sums_from(there.position(), part.run.count as usize));
+                plan.sums.extend(index.sums_from(there.position(), part.count.into()));
             }
         }
     }
+}
+
+/// Takes what is not covered yet of some pages that have bytes, as runs that are covered and have bytes from now on.
+fn uncovered(
+    covered: &mut [PageSet],
+    data: &mut [PageSet],
+    run: PageRun,
+    page: u16,
+    sums: SumsAt,
+    mut each: impl FnMut(Part),
+) {
+    let space = usize::from(run.space.0);
+    let Some((covered, data)) = covered.get_mut(space).zip(data.get_mut(space)) else { return };
+    covered.insert_new(run.first, u64::from(run.count), |first, count| {
+        data.insert(first, count);
+        let further = first - run.first;
+        // It lies in an extent of at most 256 pages.
+        let page = page + further as u16;
+        each(Part::new(page, sums.plus(further), PageRun { first, count: count as u32, ..run }));
+    });
 }
 
 /// See [`Need::is_few`].
@@ -400,7 +447,8 @@ impl Places {
         // Zeros that were never written take no memory.
         let mut spaces: Vec<Vec<u32>> = plan.data.iter().map(|set| vec![0; set.pages() as usize]).collect();
         for (number, need) in (1..).zip(&plan.needs) {
-            for Part { run, .. } in plan.parts(need) {
+            for part in plan.parts(need) {
+                let run = part.run();
                 let first = run.first as usize;
                 spaces[usize::from(run.space.0)][first..first + run.count as usize].fill(number);
             }
@@ -543,11 +591,11 @@ pub(super) mod tests {
                 for part in plan.parts(need) {
                     let sums = plan.sums(part, None).unwrap_or_default();
                     let first = u64::from(link) << 32 | u64::from(number) << 16 | u64::from(part.page);
-                    let right: Vec<_> = (first..).take(part.run.count as usize).collect();
+                    let right: Vec<_> = (first..).take(part.count.into()).collect();
                     prop_assert!(sums == right || !kept && sums.is_empty(), "{sums:?} {right:?}");
-                    for (step, page) in (0..).zip(part.run.first..part.run.end()) {
+                    for (step, page) in (0..).zip(part.run().first..part.run().end()) {
                         let value = Some((need.extent.digest, part.page + step));
-                        prop_assert!(found.insert((part.run.space.0, page), value).is_none(), "page {page} twice");
+                        prop_assert!(found.insert((part.run().space.0, page), value).is_none(), "page {page} twice");
                     }
                 }
             }

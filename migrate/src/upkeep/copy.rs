@@ -239,8 +239,8 @@ impl Copier<'_> {
         if self.to.store().contains(&index)? {
             return Ok(());
         }
-        let merged = self.from.merged(layout, named)?;
-        self.object(Kind::Sums, &sums, merged.sums.bytes, merged.sums.digest.0)?;
+        let of_sums = self.from.merged_rows(layout, named, &mut Vec::new())?.sums;
+        self.object(Kind::Sums, &sums, of_sums.bytes, of_sums.digest.0)?;
         self.object(Kind::Merged, &index, named.index.bytes, named.index.digest.0)
     }
 

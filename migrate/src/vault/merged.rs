@@ -3,20 +3,27 @@
 use super::Vault;
 use crate::error::Result;
 use protocol::checkpoint::manifest::{HexDigest, MergedIndex, Part};
-use protocol::checkpoint::merged::{Merged, decode_sums, encode_sums};
+use protocol::checkpoint::merged::{Merged, MergedRows, decode_sums, encode_sums};
 use protocol::checkpoint::name::{self, CheckpointId};
 use protocol::checkpoint::object::{Digest, HEADER_BYTES, Kind};
 use protocol::layout::Layout;
 
 impl Vault {
-    /// The merged index that a manifest names.
+    /// The merged index that a manifest names, read into a buffer, all of it checked.
     ///
     /// # Errors
     /// `Store` when there is none, or it is damaged.
-    pub(crate) fn merged(&self, layout: &Layout, named: &MergedIndex) -> Result<Merged> {
+    pub(crate) fn merged_rows<'a>(
+        &self,
+        layout: &Layout,
+        named: &MergedIndex,
+        buffer: &'a mut Vec<u8>,
+    ) -> Result<MergedRows<'a>> {
         let name = name::merged_index(named.id);
-        let body = self.get(Kind::Merged, &name, &named.index)?;
-        Merged::decode(layout, &body).map_err(|error| self.wrong(&name).damaged(&error))
+        self.load(Kind::Merged, &name, Some(&named.index), buffer)?;
+        let (start, _) = self.check_object(Kind::Merged, &name, buffer, Some(&named.index))?;
+        let body = buffer.get(start..).unwrap_or_default();
+        MergedRows::check(layout, body).map_err(|error| self.wrong(&name).damaged(&error))
     }
 
     /// The sums of so many pages that a merged index names.
