@@ -10,9 +10,9 @@ use kvm_ioctls::{VcpuFd, VmFd};
 use protocol::{checkpoint::name::CheckpointId, state::State};
 
 use crate::{
-    addresses::{KVM_IDENTITY_MAP, KVM_TSS, SERIAL_IRQ},
+    addresses::{KVM_IDENTITY_MAP, KVM_TSS, PAGE_SIZE, SERIAL_IRQ},
     boot::{Images, Start},
-    cpuid,
+    cpuid::{self, CpuModel, Features},
     device::Interrupt,
     devices::{
         Devices, Input, InputThread, SerialSink, Slot,
@@ -21,7 +21,7 @@ use crate::{
     dirty::{KvmLog, LogMode, Tracker},
     error::{Error, Result},
     host::Host,
-    memory::GuestMemory,
+    memory::{GuestMemory, spaces_for},
     state::{
         self, Catchup, MACHINE_SECTION, Machine, VERSION, VM_SECTION, VcpuContext, VcpuState, VmState,
         device_section, vcpu_section,
@@ -47,6 +47,30 @@ pub(crate) struct Vm {
     clock_realtime: bool,
 }
 
+/// How large a VM is, and which processor its guest is shown.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Shape<'a> {
+    pub(crate) memory_bytes: u64,
+    pub(crate) vcpus: u32,
+    pub(crate) cpu: &'a CpuModel,
+    /// Its guest may run guests of its own.
+    pub(crate) nested: bool,
+}
+
+/// Checks that so wide addresses reach all of the memory.
+///
+/// # Errors
+/// [`Error::Config`].
+fn check_addresses(memory_bytes: u64, bits: u32) -> Result<()> {
+    let end = spaces_for(memory_bytes)?.iter().map(|space| space.base + space.pages * PAGE_SIZE).max();
+    if bits == 0 || end.unwrap_or(0) <= 1 << bits.min(63) {
+        return Ok(());
+    }
+    Err(Error::Config(format!(
+        "{memory_bytes} bytes of memory: the guest's CPU has {bits} bits of physical addresses, which do not reach it all"
+    )))
+}
+
 /// What a VM is built of, without what runs in it.
 struct Parts {
     input: Option<Input>,
@@ -65,17 +89,19 @@ impl Vm {
     /// [`Error::Config`], [`Error::Image`] or [`Error::Host`].
     pub(crate) fn boot(
         host: &Host,
-        memory_bytes: u64,
-        vcpus: u32,
+        shape: &Shape<'_>,
         images: &Images<'_>,
         serial: SerialSink,
         devices: &[DeviceConfig],
         events: &Sender<Event>,
     ) -> Result<Self> {
+        let Shape { memory_bytes, vcpus, cpu, nested } = *shape;
         state::check_vcpus(vcpus, host)?;
+        let leaves = cpuid::describe(host, vcpus, cpu, nested)?;
+        check_addresses(memory_bytes, cpuid::physical_bits(&leaves))?;
         let parts = virtio::build_all(devices)?;
-        let leaves = cpuid::describe(host, vcpus);
-        let xsave_words = u32::try_from(host.xsave_words).unwrap_or(u32::MAX);
+        let xsave_words = host.xsave_words.min(cpuid::xsave_words(&leaves));
+        let xsave_words = u32::try_from(xsave_words).unwrap_or(u32::MAX);
         let machine = Machine { vcpus, tsc_khz: 0, xsave_words, cpuid: leaves };
         let mut parts = Parts::build(host, memory_bytes, machine, serial, parts)?;
         let tsc_khz = parts.tsc_khz()?;
@@ -100,7 +126,7 @@ impl Vm {
         devices: Vec<virtio::Part>,
         events: &Sender<Event>,
     ) -> Result<Self> {
-        machine.check(host)?;
+        machine.check(host, &CpuModel::Host)?;
         let parts = Parts::build(host, memory_bytes, machine, serial, devices)?;
         if parts.machine.tsc_must_be_set(parts.tsc_khz()?, host.tsc_scaling)? {
             for fd in &parts.fds {
@@ -326,10 +352,15 @@ impl Parts {
     fn finish(self, host: &Host, events: &Sender<Event>) -> Result<Vm> {
         let Self { input, vm, memory, devices, virtio, fds, machine } = self;
         let first = fds.first().ok_or_else(|| Error::Config("a VM needs a vCPU".into()))?;
+        let features = Features::of(&machine.cpuid);
+        let msrs: Vec<u32> =
+            host.msrs.iter().copied().filter(|msr| cpuid::shows_msr(&features, *msr)).collect();
         let context = VcpuContext {
-            msrs: state::readable_msrs(first, &host.msrs)?.into(),
+            msrs: state::readable_msrs(first, &msrs)?.into(),
             xsave_words: host.xsave_words,
-            nested: (1..=size_of::<KvmNestedStateBuffer>()).contains(&host.nested_bytes),
+            // A guest that cannot have guests has no such state, and then no destination needs to know of it.
+            nested: cpuid::has_nesting(&machine.cpuid)
+                && (1..=size_of::<KvmNestedStateBuffer>()).contains(&host.nested_bytes),
         };
         let vcpus = (0_u32..)
             .zip(fds)

@@ -14,12 +14,13 @@ use protocol::checkpoint::name::CheckpointId;
 use crate::{
     addresses::BOOT_END,
     boot::{Bytes, Images, KernelSource, Ring},
+    cpuid::CpuModel,
     devices::SerialSink,
     dirty::LogMode,
     host::Host,
     test_images::{self, COUNTERS, LOAD, MAILBOX},
     vcpu::{Ending, Event, VcpuEvent},
-    vm::Vm,
+    vm::{Shape, Vm},
 };
 
 const MEMORY: u64 = 16 << 20;
@@ -62,7 +63,11 @@ fn boot(host: &Host, vcpus: u32, image: Vec<u8>, sink: SerialSink) -> (Vm, Recei
     let (sender, events) = channel();
     let source = flat(image);
     let images = Images::read(&source, None, "").unwrap();
-    (Vm::boot(host, MEMORY, vcpus, &images, sink, &[], &sender).unwrap(), events)
+    (Vm::boot(host, &shape(vcpus, &CpuModel::Host), &images, sink, &[], &sender).unwrap(), events)
+}
+
+fn shape(vcpus: u32, cpu: &CpuModel) -> Shape<'_> {
+    Shape { memory_bytes: MEMORY, vcpus, cpu, nested: false }
 }
 
 fn word(vm: &Vm, address: u64) -> u64 {
@@ -194,8 +199,7 @@ fn too_many_vcpus_are_refused_in_words() {
     for vcpus in [0, 100_000] {
         let outcome = Vm::boot(
             &host,
-            MEMORY,
-            vcpus,
+            &shape(vcpus, &CpuModel::Host),
             &Images::read(&flat(test_images::counter()), None, "").unwrap(),
             SerialSink::None,
             &[],

@@ -83,8 +83,9 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         let group = vault.resolve_group(group)?;
         let open = || {
             let (program, runtime, allowed) = (program.clone(), runtime.clone(), allowed.clone());
+            let cpu = "host".into();
             let place =
-                Place { program, runtime, name: None, serial: None, allowed, holder: "migrate restore" };
+                Place { program, runtime, name: None, serial: None, allowed, cpu, holder: "migrate restore" };
             let destination: Box<dyn Destination> = Box::new(VmDestination::new(place));
             let observer: Box<dyn FnMut(&Event)> = Box::new(progress::restoring(common));
             (destination, observer)
@@ -100,6 +101,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         name: args.name.clone(),
         serial: args.serial.clone(),
         allowed,
+        cpu: "host".into(),
         holder: "migrate restore",
     };
     let destination = VmDestination::new(place);

@@ -17,6 +17,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
+use vmm::cpuid::CpuModel;
 use vmm::devices::virtio::{Allowed, DeviceConfig, DiskConfig, NetConfig};
 use vmm::{Bytes, ExitReason, KernelSource, Ring, SerialSink};
 
@@ -55,6 +56,12 @@ pub struct RunArgs {
     /// Its number of vCPUs.
     #[arg(long, visible_alias = "cpus", default_value_t = 1)]
     vcpus: u32,
+    /// The processor its guest is shown: host, x86-64-v2, x86-64-v3, or the file of a template (see migrate cpu).
+    #[arg(long, value_name = "MODEL", default_value = "host")]
+    cpu: String,
+    /// Let the guest run VMs of its own, where this host can.
+    #[arg(long)]
+    nested: bool,
     /// A Linux kernel as distributions ship it (bzImage), or an ELF image with a PVH note or a 64-bit entry [default: the
     /// built-in ledger guest].
     #[arg(long, value_name = "FILE")]
@@ -124,6 +131,9 @@ pub struct IncomingArgs {
     /// Taps that it may use.
     #[arg(long)]
     taps: Vec<String>,
+    /// The most that its guest may have been shown of a processor.
+    #[arg(long, default_value = "host")]
+    cpu: String,
 }
 
 impl RunArgs {
@@ -152,6 +162,7 @@ pub fn run(common: &Common, verb: Verb) -> Result<ExitCode> {
                 max_memory_bytes: args.max_memory,
                 serial: SerialSink::parse(&args.serial)?,
                 allowed: Allowed { disk_folders: args.disks, taps: args.taps },
+                cpu: CpuModel::parse(&args.cpu)?,
                 socket_path: runtime.socket(&args.name),
             };
             let reason = vmm::run_incoming(config)?;
@@ -194,6 +205,8 @@ fn run_here(runtime: &RuntimeDir, args: RunArgs) -> Result<ExitCode> {
         name: args.name.clone(),
         memory_bytes: args.memory,
         vcpus: args.vcpus,
+        cpu: CpuModel::parse(&args.cpu)?,
+        nested: args.nested,
         kernel,
         initramfs: args.initrd.map(Bytes::File),
         cmdline: args.cmdline,
@@ -244,6 +257,7 @@ fn detach(common: &Common, runtime: &RuntimeDir, args: &RunArgs) -> Result<ExitC
     let mut command = Command::new(program);
     command.args(["vm", "run", "--detached", "--name", &args.name, "--cmdline", &args.cmdline]);
     command.args(["--memory", &args.memory.to_string(), "--vcpus", &args.vcpus.to_string()]);
+    command.args(["--cpu", &args.cpu]).args(args.nested.then_some("--nested"));
     command.args(["--serial", args.serial.as_deref().unwrap_or(&default_serial)]);
     command.arg("--runtime-dir").arg(runtime.path());
     if args.socket.is_some() {
