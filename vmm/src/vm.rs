@@ -45,6 +45,8 @@ pub(crate) struct Vm {
     memory: Arc<GuestMemory>,
     machine: Machine,
     clock_realtime: bool,
+    /// The guest's TSC runs at another rate than this host's.
+    tsc_scaled: bool,
 }
 
 /// How large a VM is, and which processor its guest is shown.
@@ -80,6 +82,7 @@ struct Parts {
     virtio: virtio::Set,
     fds: Vec<VcpuFd>,
     machine: Machine,
+    tsc_scaled: bool,
 }
 
 impl Vm {
@@ -127,11 +130,12 @@ impl Vm {
         events: &Sender<Event>,
     ) -> Result<Self> {
         machine.check(host, &CpuModel::Host)?;
-        let parts = Parts::build(host, memory_bytes, machine, serial, devices)?;
+        let mut parts = Parts::build(host, memory_bytes, machine, serial, devices)?;
         if parts.machine.tsc_must_be_set(parts.tsc_khz()?, host.tsc_scaling)? {
             for fd in &parts.fds {
                 fd.set_tsc_khz(parts.machine.tsc_khz).map_err(Error::kvm("scale a vCPU's TSC"))?;
             }
+            parts.tsc_scaled = true;
         }
         parts.finish(host, events)
     }
@@ -244,10 +248,16 @@ impl Vm {
     pub(crate) fn save(&self) -> Result<Vec<u8>> {
         let mut saved = State::default();
         let pending: Vec<_> = self.vcpus.iter().map(Vcpu::save).collect();
+        let vm = VmState::save(&self.vm)?;
         saved.push(MACHINE_SECTION, VERSION, state::encode(&self.machine)?);
-        saved.push(VM_SECTION, VERSION, state::encode(&VmState::save(&self.vm)?)?);
+        saved.push(VM_SECTION, VERSION, state::encode(&vm)?);
         for (index, answer) in (0_u32..).zip(pending) {
-            saved.push(vcpu_section(index), VERSION, state::encode(&answer.wait()??)?);
+            let mut vcpu = answer.wait()??;
+            // An offset is one from the host's TSC at the host's rate.
+            if let Some(host_tsc) = vm.host_tsc().filter(|_| !self.tsc_scaled) {
+                vcpu.set_tsc_of(host_tsc);
+            }
+            saved.push(vcpu_section(index), VERSION, state::encode(&vcpu)?);
         }
         self.devices.for_each(|device| {
             saved.push(device_section(device.name()), device.state_version(), device.save()?);
@@ -291,7 +301,9 @@ impl Vm {
         let read_memory = vcpus.iter().any(|vcpu| vcpu.reads_memory());
         let elapsed = vm.elapsed();
         vm.load(&self.vm, elapsed, self.clock_realtime)?;
-        let catchup = Catchup { elapsed, tsc_khz: machine.tsc_khz };
+        let moment = state::moment(&self.vm).filter(|_| !self.tsc_scaled);
+        let (saved_at_unix_ns, tsc_khz) = (vm.saved_at_unix_ns, machine.tsc_khz);
+        let catchup = Catchup { saved_at_unix_ns, tsc_khz, moment };
         let pending: Vec<_> =
             self.vcpus.iter().zip(vcpus).map(|(vcpu, state)| vcpu.load(state, catchup)).collect();
         pending.into_iter().try_for_each(|answer| answer.wait()?)?;
@@ -329,7 +341,7 @@ impl Parts {
                 .map_err(Error::kvm("take a vCPU's CPUID"))?;
             fds.push(fd);
         }
-        Ok(Self { input, vm, memory, devices, virtio, fds, machine })
+        Ok(Self { input, vm, memory, devices, virtio, fds, machine, tsc_scaled: false })
     }
 
     fn tsc_khz(&self) -> Result<u32> {
@@ -350,7 +362,7 @@ impl Parts {
     }
 
     fn finish(self, host: &Host, events: &Sender<Event>) -> Result<Vm> {
-        let Self { input, vm, memory, devices, virtio, fds, machine } = self;
+        let Self { input, vm, memory, devices, virtio, fds, machine, tsc_scaled } = self;
         let first = fds.first().ok_or_else(|| Error::Config("a VM needs a vCPU".into()))?;
         let features = Features::of(&machine.cpuid);
         let msrs: Vec<u32> =
@@ -380,6 +392,7 @@ impl Parts {
             memory,
             machine,
             clock_realtime: host.clock_realtime,
+            tsc_scaled,
         })
     }
 }
