@@ -31,7 +31,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vmm::cpuid::CpuModel;
-use vmm::devices::virtio::Allowed;
+use vmm::devices::virtio::{Allowed, ConsoleConfig};
 
 /// How often a receiver that waits looks whether it was interrupted.
 const LOOK: Duration = Duration::from_millis(200);
@@ -77,6 +77,9 @@ pub struct Args {
     /// A tap that a network card of a VM that arrives may use. May be given several times.
     #[arg(long, value_name = "NAME")]
     taps: Vec<String>,
+    /// Where the other end of the VM's console is, if it has one: socket:PATH, or a file [default: nowhere].
+    #[arg(long, value_name = "WHERE")]
+    console: Option<ConsoleConfig>,
     /// The most that the guest of a VM that arrives may have been shown of a processor: host, x86-64-v2, x86-64-v3, or the file of a
     /// template (see migrate cpu). One that was shown more is refused.
     #[arg(long, value_name = "MODEL", default_value = "host")]
@@ -166,7 +169,11 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
             name: args.name.clone(),
             serial: args.serial.clone(),
             cpu: cpu(&args.cpu)?,
-            allowed: Allowed { disk_folders: args.disks.clone(), taps: args.taps.clone() },
+            allowed: Allowed {
+                disk_folders: args.disks.clone(),
+                taps: args.taps.clone(),
+                console: args.console.clone(),
+            },
             holder: "migrate receive",
         },
         options,

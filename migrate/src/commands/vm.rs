@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 use vmm::cpuid::CpuModel;
-use vmm::devices::virtio::{Allowed, DeviceConfig, DiskConfig, NetConfig};
+use vmm::devices::virtio::{Allowed, ConsoleConfig, DeviceConfig, DiskConfig, NetConfig};
 use vmm::{Bytes, ExitReason, KernelSource, Ring, SerialSink};
 
 /// How long a detached VM may take to come up: a large image is read, and memory is mapped, but not touched.
@@ -94,6 +94,9 @@ pub struct RunArgs {
     /// A source of random bytes for the guest.
     #[arg(long)]
     rng: bool,
+    /// A channel to a program of the guest (/dev/hvc0); its other end is socket:PATH, or a file.
+    #[arg(long, value_name = "WHERE")]
+    console: Option<ConsoleConfig>,
     /// Where its control socket goes [default: NAME.sock in the runtime directory, where migrate vm list looks].
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
@@ -131,6 +134,9 @@ pub struct IncomingArgs {
     /// Taps that it may use.
     #[arg(long)]
     taps: Vec<String>,
+    /// Where the other end of its console is.
+    #[arg(long)]
+    console: Option<ConsoleConfig>,
     /// The most that its guest may have been shown of a processor.
     #[arg(long, default_value = "host")]
     cpu: String,
@@ -141,7 +147,8 @@ impl RunArgs {
     fn devices(&self) -> Vec<DeviceConfig> {
         let disks = self.disk.iter().cloned().map(DeviceConfig::Disk);
         let cards = self.net.iter().cloned().map(DeviceConfig::Net);
-        disks.chain(cards).chain(self.rng.then_some(DeviceConfig::Rng)).collect()
+        let console = self.console.clone().map(DeviceConfig::Console);
+        disks.chain(cards).chain(self.rng.then_some(DeviceConfig::Rng)).chain(console).collect()
     }
 }
 
@@ -161,7 +168,7 @@ pub fn run(common: &Common, verb: Verb) -> Result<ExitCode> {
                 name: args.name.clone(),
                 max_memory_bytes: args.max_memory,
                 serial: SerialSink::parse(&args.serial)?,
-                allowed: Allowed { disk_folders: args.disks, taps: args.taps },
+                allowed: Allowed { disk_folders: args.disks, taps: args.taps, console: args.console },
                 cpu: CpuModel::parse(&args.cpu)?,
                 socket_path: runtime.socket(&args.name),
             };
@@ -270,6 +277,9 @@ fn detach(common: &Common, runtime: &RuntimeDir, args: &RunArgs) -> Result<ExitC
         command.arg("--net").arg(card.to_string());
     }
     command.args(args.rng.then_some("--rng"));
+    if let Some(console) = &args.console {
+        command.arg("--console").arg(console.to_string());
+    }
     if let Some(kernel) = &args.kernel {
         command.arg("--kernel").arg(kernel);
     }

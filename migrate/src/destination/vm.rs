@@ -129,10 +129,11 @@ impl VmDestination {
             None => self.place.runtime.serial(name).to_string_lossy().into_owned(),
         };
         // A process group of its own: a Ctrl-C for this program must not reach a VM that arrived.
-        let Allowed { disk_folders, taps } = &self.place.allowed;
+        let Allowed { disk_folders, taps, console } = &self.place.allowed;
         Command::new(&self.place.program)
             .args(["vm", "incoming", "--name", name, "--serial", &serial])
             .args(disk_folders.iter().flat_map(|folder| [OsStr::new("--disks"), folder.as_os_str()]))
+            .args(console.iter().flat_map(|console| ["--console".to_owned(), console.to_string()]))
             .args(["--cpu", &self.place.cpu])
             .args(taps.iter().flat_map(|tap| ["--taps", tap]))
             .arg("--runtime-dir")

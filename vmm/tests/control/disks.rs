@@ -44,7 +44,7 @@ fn incoming(folder: &Path, disk_folder: &Path) -> Running {
         name: "target".into(),
         max_memory_bytes: MEMORY,
         serial: SerialSink::None,
-        allowed: Allowed { disk_folders: vec![disk_folder.to_owned()], taps: Vec::new() },
+        allowed: Allowed { disk_folders: vec![disk_folder.to_owned()], taps: Vec::new(), console: None },
         cpu: CpuModel::Host,
         socket_path: path.clone(),
     };
