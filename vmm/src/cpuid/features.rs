@@ -14,6 +14,7 @@ enum Register {
 use Register::{Eax, Ebx, Ecx, Edx};
 
 /// A register that is a set of features.
+#[derive(Clone, Copy)]
 struct Word {
     name: &'static str,
     function: u32,
