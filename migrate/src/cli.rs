@@ -50,6 +50,9 @@ enum Verb {
     /// Run, list, show and stop VMs on this host.
     #[command(subcommand)]
     Vm(commands::vm::Verb),
+    /// Show what guests see of this host's processor, and find what several hosts have in common.
+    #[command(subcommand)]
+    Cpu(commands::cpu::Verb),
     /// Move a running VM to another host.
     Send(commands::send::Args),
     /// Take a VM that another host sends.
@@ -103,6 +106,7 @@ pub fn run() -> ExitCode {
     commands::init_logging(&cli.common, daemon);
     let result: Result<ExitCode> = match cli.verb {
         Verb::Vm(verb) => commands::vm::run(&cli.common, verb),
+        Verb::Cpu(verb) => commands::cpu::run(&cli.common, &verb),
         Verb::Send(args) => commands::send::run(&cli.common, &args),
         Verb::Receive(args) => commands::receive::run(&cli.common, &args),
         Verb::Restore(args) => commands::restore::run(&cli.common, &args),

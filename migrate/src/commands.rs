@@ -3,6 +3,7 @@
 mod limits;
 mod target;
 pub mod vm;
+pub mod cpu;
 pub mod send;
 pub mod receive;
 pub mod checkpoint;

@@ -124,6 +124,7 @@ impl From<vmm::Error> for Error {
             Vmm::NoKvm(_)
             | Vmm::KvmPermission(_)
             | Vmm::KvmLacks(_)
+            | Vmm::MissingFeatures(_)
             | Vmm::Host { .. }
             | Vmm::Socket { .. } => Self::Host(text),
             // What the VM or its VMM answered, or failed to.

@@ -129,6 +129,82 @@ fn an_image_that_is_none_and_memory_that_is_too_small() {
 }
 
 #[test]
+fn too_many_vcpus_a_long_command_line_and_a_cpu_that_is_none() {
+    if without_kvm("too_many_vcpus_a_long_command_line_and_a_cpu_that_is_none") {
+        return;
+    }
+    let host = Host::new(Path::new(PROGRAM));
+    let run = |more: &[&str]| host.run(&[&["vm", "run", "--name", "v", "--serial", "none"], more].concat());
+    let long = "x".repeat(70_000);
+    let file = host.path("cpu.json");
+    let file_name = file.to_string_lossy().into_owned();
+    for detach in [&[][..], &["--detach"]] {
+        let run = |more: &[&str]| run(&[more, detach].concat());
+        says(&run(&["--vcpus", "300"]), 2, &["300 vCPUs", "1 to 254"]);
+        says(&run(&["--cmdline", &long]), 2, &["command line", "70000"]);
+        says(&run(&["--cpu", "x86-64-v9"]), 2, &["x86-64-v9", "x86-64-v3"]);
+        for (text, word) in [
+            ("{", "EOF"),
+            (r#"{"format": 1, "name": "t", "features": ["sse5"]}"#, "sse5"),
+            (r#"{"format": 7, "name": "t", "features": []}"#, "format 7"),
+        ] {
+            std::fs::write(&file, text).expect("a file");
+            says(&run(&["--cpu", &file_name]), 2, &["cpu.json", word]);
+        }
+        // No processor of anybody's.
+        std::fs::write(&file, r#"{"format": 1, "name": "t", "vendor": "CentaurHauls", "features": []}"#)
+            .expect("a file");
+        says(&run(&["--cpu", &file_name]), 3, &["CentaurHauls", "CPU t"]);
+    }
+    says(&host.run(&["cpu", "check", &file_name]), 3, &["CentaurHauls"]);
+    let nested = run(&["--nested", "--kernel", "/nonexistent/kernel"]);
+    assert_ne!(nested.code, 0, "{nested:#?}");
+    assert!(host.vms().is_empty());
+}
+
+#[test]
+fn a_guest_that_was_shown_more_than_the_destination_shows() {
+    if without_kvm("a_guest_that_was_shown_more_than_the_destination_shows") {
+        return;
+    }
+    let (a, b) = trusting_pair(Path::new(PROGRAM));
+    let shown = a.run(&["cpu", "show"]).success();
+    let mut template = shown.lines[0].clone();
+    let features = template["features"].as_array_mut().expect("features");
+    // What the host has of these depends on its processor; the last is on all.
+    let has = |name: &&str| features.iter().any(|feature| feature == name);
+    let lacking: Vec<&str> = ["popcnt", "clflushopt", "umip", "pse36"].into_iter().filter(has).collect();
+    assert!(!lacking.is_empty(), "{shown:#?}");
+    features.retain(|feature| !lacking.iter().any(|name| feature == name));
+    let (less, whole) = (b.path("less.json"), b.path("whole.json"));
+    std::fs::write(&less, template.to_string()).expect("a file");
+    std::fs::write(&whole, shown.lines[0].to_string()).expect("a file");
+    let (less, whole) = (less.to_string_lossy(), whole.to_string_lossy());
+
+    a.run_ledger("v", "64MiB", "fill=8M ws=4M rate=5", &[]);
+    a.run_ledger("w", "64MiB", "fill=8M ws=4M rate=5", &["--cpu", &less]);
+    a.wait_ledger_running("v");
+    a.wait_ledger_running("w");
+    let (mut receiver, address) = b.receive(&["--cpu", &less]);
+    says(&a.run(&["send", "v", &address]), 6, &lacking);
+    assert!(receiver.is_running() && b.vms().is_empty());
+    a.assert_sound("v");
+    // What both have is what two hosts exchange guests by: there, and back to the whole host.
+    let common = a.run(&["cpu", "common", "--name", "fleet", &whole, &less]).success();
+    assert_eq!(
+        (&common.lines[0]["features"], &common.lines[0]["name"]),
+        (&template["features"], &"fleet".into())
+    );
+    a.run(&["send", "w", &address]).success();
+    receiver.finish().success();
+    b.assert_sound("w");
+    let (receiver, address) = a.receive(&[]);
+    b.run(&["send", "w", &address]).success();
+    receiver.finish().success();
+    a.assert_sound("w");
+}
+
+#[test]
 fn a_name_that_runs_already() {
     if without_kvm("a_name_that_runs_already") {
         return;

@@ -9,7 +9,7 @@ mod hop;
 use std::time::Duration;
 
 use hop::{Host, Steps};
-use vmm::{Bytes, KernelSource, SerialSink, VmConfig};
+use vmm::{Bytes, KernelSource, SerialSink, VmConfig, cpuid::CpuModel};
 
 fn main() {
     let mut args = std::env::args().skip(1);
@@ -23,6 +23,8 @@ fn main() {
         name: "ledger".into(),
         memory_bytes: memory_mib << 20,
         vcpus: vcpus as u32,
+        cpu: CpuModel::Host,
+        nested: false,
         kernel: KernelSource::Kernel(Bytes::Inline(ledger::IMAGE.into())),
         initramfs: None,
         cmdline,

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use crate::{
     boot::{Bytes, KernelSource},
+    cpuid::CpuModel,
     devices::{
         SerialSink,
         virtio::{Allowed, DeviceConfig},
@@ -20,6 +21,10 @@ pub struct VmConfig {
     pub memory_bytes: u64,
     /// Number of vCPUs.
     pub vcpus: u32,
+    /// Which processor its guest is shown.
+    pub cpu: CpuModel,
+    /// Its guest may run guests of its own.
+    pub nested: bool,
     /// What to boot.
     pub kernel: KernelSource,
     /// The kernel's initramfs.
@@ -45,6 +50,8 @@ pub struct IncomingConfig {
     pub serial: SerialSink,
     /// What it may have of this host.
     pub allowed: Allowed,
+    /// The most that its guest may have been shown of a processor.
+    pub cpu: CpuModel,
     /// Where to serve the control protocol.
     pub socket_path: PathBuf,
 }

@@ -8,6 +8,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm};
 
 use crate::{
+    cpuid::{self, Leaf},
     error::{Error, Result},
     sys::XSAVE_BASE_WORDS,
 };
@@ -49,6 +50,12 @@ impl Host {
     /// [`Error::NoKvm`], [`Error::KvmPermission`], [`Error::KvmLacks`] or [`Error::Host`].
     pub fn open() -> Result<Self> {
         Self::open_at(Path::new(KVM_PATH))
+    }
+
+    /// Whether guests can have guests of their own here.
+    pub fn offers_nesting(&self) -> bool {
+        let leaves: Vec<Leaf> = self.cpuid.as_slice().iter().map(Leaf::from).collect();
+        self.nested_bytes > 0 && cpuid::has_nesting(&leaves)
     }
 
     /// The same for a device node elsewhere.

@@ -5,7 +5,7 @@ use std::{path::PathBuf, process::ExitCode};
 use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 use vmm::{
-    Bytes, ExitReason, IncomingConfig, KernelSource, Result, Ring, SerialSink, VmConfig,
+    Bytes, ExitReason, IncomingConfig, KernelSource, Result, Ring, SerialSink, VmConfig, cpuid::CpuModel,
     devices::virtio::Allowed,
 };
 
@@ -66,6 +66,12 @@ struct Run {
     /// Number of vCPUs.
     #[arg(long, default_value_t = 1)]
     vcpus: u32,
+    /// The processor its guest is shown: `host`, `x86-64-v2`, `x86-64-v3`, or a template's file.
+    #[arg(long, default_value = "host", value_name = "MODEL")]
+    cpu: String,
+    /// The guest may run guests of its own.
+    #[arg(long)]
+    nested: bool,
 }
 
 #[derive(Args)]
@@ -75,6 +81,9 @@ struct Receive {
     /// The most memory the VM may have, in MiB.
     #[arg(long, default_value_t = 16 << 10, value_name = "MIB")]
     max_memory_mib: u64,
+    /// The most that its guest may have been shown of a processor.
+    #[arg(long, default_value = "host", value_name = "MODEL")]
+    cpu: String,
 }
 
 /// Where a flat image is loaded and started: the first byte behind a PC's legacy area.
@@ -120,6 +129,8 @@ fn run(args: Run) -> Result<ExitReason> {
         name: args.common.name,
         memory_bytes: args.memory_mib.saturating_mul(MIB),
         vcpus: args.vcpus,
+        cpu: CpuModel::parse(&args.cpu)?,
+        nested: args.nested,
         kernel,
         initramfs: args.initrd.map(Bytes::File),
         cmdline: args.cmdline,
@@ -135,6 +146,7 @@ fn receive(args: Receive) -> Result<ExitReason> {
         max_memory_bytes: args.max_memory_mib.saturating_mul(MIB),
         serial: SerialSink::parse(&args.common.serial)?,
         allowed: Allowed::default(),
+        cpu: CpuModel::parse(&args.cpu)?,
         socket_path: args.common.socket,
     })
 }

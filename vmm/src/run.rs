@@ -18,7 +18,7 @@ use crate::{
     server::{Server, Shared, Socket},
     state::check_vcpus,
     vcpu::{Ending, Event},
-    vm::Vm,
+    vm::{Shape, Vm},
 };
 
 /// Boots a VM and runs it to its end.
@@ -35,8 +35,13 @@ pub fn run(config: VmConfig) -> Result<ExitReason> {
     let socket = config.socket_path.as_deref().map(Socket::bind).transpose()?;
     let (sender, events) = channel();
     let serial = config.serial.describe();
-    let (memory_bytes, vcpus) = (config.memory_bytes, config.vcpus);
-    let vm = Vm::boot(&host, memory_bytes, vcpus, &images, config.serial, &config.devices, &sender)?;
+    let shape = Shape {
+        memory_bytes: config.memory_bytes,
+        vcpus: config.vcpus,
+        cpu: &config.cpu,
+        nested: config.nested,
+    };
+    let vm = Vm::boot(&host, &shape, &images, config.serial, &config.devices, &sender)?;
     // Tens of megabytes that nobody needs any more.
     drop(images);
     tracing::info!(name = %config.name, memory_bytes = config.memory_bytes, vcpus = config.vcpus, "running");
@@ -59,6 +64,7 @@ pub fn run_incoming(config: IncomingConfig) -> Result<ExitReason> {
         max_memory_bytes: config.max_memory_bytes,
         serial: config.serial,
         allowed: config.allowed,
+        cpu: config.cpu,
     };
     let shared = Shared::new(Instance::incoming(config.name, expectation, sender));
     serve(Some(socket), &shared, &events)

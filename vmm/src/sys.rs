@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use kvm_bindings::{KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, kvm_device_attr};
 use kvm_bindings::{KVMIO, Xsave, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1};
 use kvm_bindings::{kvm_dirty_log, kvm_dirty_log__bindgen_ty_1};
 use kvm_bindings::{kvm_userspace_memory_region, kvm_xsave};
@@ -123,6 +124,36 @@ pub(crate) fn set_xsave(vcpu: &VcpuFd, state: &[u32], words: usize) -> io::Resul
     header.xsave.region = xsave.region;
     // SAFETY: the area is as large as KVM_CAP_XSAVE2 says, so the kernel reads inside it.
     unsafe { vcpu.set_xsave2(&area) }.map_err(|errno| io::Error::from_raw_os_error(errno.errno()))
+}
+
+// KVM_SET_DEVICE_ATTR and KVM_GET_DEVICE_ATTR of include/uapi/linux/kvm.h; kvm-ioctls has them for a vCPU on Arm alone.
+ioctl_iow_nr!(kvm_set_device_attr_nr, KVMIO, 0xe1, kvm_device_attr);
+ioctl_iow_nr!(kvm_get_device_attr_nr, KVMIO, 0xe2, kvm_device_attr);
+
+fn tsc_offset_at(place: u64) -> kvm_device_attr {
+    kvm_device_attr {
+        group: KVM_VCPU_TSC_CTRL,
+        attr: u64::from(KVM_VCPU_TSC_OFFSET),
+        addr: place,
+        ..Default::default()
+    }
+}
+
+/// How far a vCPU's TSC is ahead of the host's (KVM_VCPU_TSC_OFFSET, Linux 5.16).
+pub(crate) fn tsc_offset(vcpu: &VcpuFd) -> io::Result<u64> {
+    let mut offset = 0_u64;
+    let request = tsc_offset_at((&raw mut offset).addr() as u64);
+    // SAFETY: the kernel reads the request and writes the eight bytes of `offset`, which is alive.
+    let answer = unsafe { ioctl_with_ref(vcpu, kvm_get_device_attr_nr(), &request) };
+    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(offset) }
+}
+
+/// Sets what [`tsc_offset`] reads.
+pub(crate) fn set_tsc_offset(vcpu: &VcpuFd, offset: u64) -> io::Result<()> {
+    let request = tsc_offset_at((&raw const offset).addr() as u64);
+    // SAFETY: the kernel reads the request and the eight bytes of `offset`, which is alive.
+    let answer = unsafe { ioctl_with_ref(vcpu, kvm_set_device_attr_nr(), &request) };
+    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// 32-bit words in the fixed part of `kvm_xsave` (asm/kvm.h).

@@ -10,9 +10,9 @@ use kvm_ioctls::{VcpuFd, VmFd};
 use protocol::{checkpoint::name::CheckpointId, state::State};
 
 use crate::{
-    addresses::{KVM_IDENTITY_MAP, KVM_TSS, SERIAL_IRQ},
+    addresses::{KVM_IDENTITY_MAP, KVM_TSS, PAGE_SIZE, SERIAL_IRQ},
     boot::{Images, Start},
-    cpuid,
+    cpuid::{self, CpuModel, Features},
     device::Interrupt,
     devices::{
         Devices, Input, InputThread, SerialSink, Slot,
@@ -21,7 +21,7 @@ use crate::{
     dirty::{KvmLog, LogMode, Tracker},
     error::{Error, Result},
     host::Host,
-    memory::GuestMemory,
+    memory::{GuestMemory, spaces_for},
     state::{
         self, Catchup, MACHINE_SECTION, Machine, VERSION, VM_SECTION, VcpuContext, VcpuState, VmState,
         device_section, vcpu_section,
@@ -45,6 +45,32 @@ pub(crate) struct Vm {
     memory: Arc<GuestMemory>,
     machine: Machine,
     clock_realtime: bool,
+    /// The guest's TSC runs at another rate than this host's.
+    tsc_scaled: bool,
+}
+
+/// How large a VM is, and which processor its guest is shown.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Shape<'a> {
+    pub(crate) memory_bytes: u64,
+    pub(crate) vcpus: u32,
+    pub(crate) cpu: &'a CpuModel,
+    /// Its guest may run guests of its own.
+    pub(crate) nested: bool,
+}
+
+/// Checks that so wide addresses reach all of the memory.
+///
+/// # Errors
+/// [`Error::Config`].
+fn check_addresses(memory_bytes: u64, bits: u32) -> Result<()> {
+    let end = spaces_for(memory_bytes)?.iter().map(|space| space.base + space.pages * PAGE_SIZE).max();
+    if bits == 0 || end.unwrap_or(0) <= 1 << bits.min(63) {
+        return Ok(());
+    }
+    Err(Error::Config(format!(
+        "{memory_bytes} bytes of memory: the guest's CPU has {bits} bits of physical addresses, which do not reach it all"
+    )))
 }
 
 /// What a VM is built of, without what runs in it.
@@ -56,6 +82,7 @@ struct Parts {
     virtio: virtio::Set,
     fds: Vec<VcpuFd>,
     machine: Machine,
+    tsc_scaled: bool,
 }
 
 impl Vm {
@@ -65,17 +92,19 @@ impl Vm {
     /// [`Error::Config`], [`Error::Image`] or [`Error::Host`].
     pub(crate) fn boot(
         host: &Host,
-        memory_bytes: u64,
-        vcpus: u32,
+        shape: &Shape<'_>,
         images: &Images<'_>,
         serial: SerialSink,
         devices: &[DeviceConfig],
         events: &Sender<Event>,
     ) -> Result<Self> {
+        let Shape { memory_bytes, vcpus, cpu, nested } = *shape;
         state::check_vcpus(vcpus, host)?;
+        let leaves = cpuid::describe(host, vcpus, cpu, nested)?;
+        check_addresses(memory_bytes, cpuid::physical_bits(&leaves))?;
         let parts = virtio::build_all(devices)?;
-        let leaves = cpuid::describe(host, vcpus);
-        let xsave_words = u32::try_from(host.xsave_words).unwrap_or(u32::MAX);
+        let xsave_words = host.xsave_words.min(cpuid::xsave_words(&leaves));
+        let xsave_words = u32::try_from(xsave_words).unwrap_or(u32::MAX);
         let machine = Machine { vcpus, tsc_khz: 0, xsave_words, cpuid: leaves };
         let mut parts = Parts::build(host, memory_bytes, machine, serial, parts)?;
         let tsc_khz = parts.tsc_khz()?;
@@ -100,12 +129,13 @@ impl Vm {
         devices: Vec<virtio::Part>,
         events: &Sender<Event>,
     ) -> Result<Self> {
-        machine.check(host)?;
-        let parts = Parts::build(host, memory_bytes, machine, serial, devices)?;
+        machine.check(host, &CpuModel::Host)?;
+        let mut parts = Parts::build(host, memory_bytes, machine, serial, devices)?;
         if parts.machine.tsc_must_be_set(parts.tsc_khz()?, host.tsc_scaling)? {
             for fd in &parts.fds {
                 fd.set_tsc_khz(parts.machine.tsc_khz).map_err(Error::kvm("scale a vCPU's TSC"))?;
             }
+            parts.tsc_scaled = true;
         }
         parts.finish(host, events)
     }
@@ -218,10 +248,16 @@ impl Vm {
     pub(crate) fn save(&self) -> Result<Vec<u8>> {
         let mut saved = State::default();
         let pending: Vec<_> = self.vcpus.iter().map(Vcpu::save).collect();
+        let vm = VmState::save(&self.vm)?;
         saved.push(MACHINE_SECTION, VERSION, state::encode(&self.machine)?);
-        saved.push(VM_SECTION, VERSION, state::encode(&VmState::save(&self.vm)?)?);
+        saved.push(VM_SECTION, VERSION, state::encode(&vm)?);
         for (index, answer) in (0_u32..).zip(pending) {
-            saved.push(vcpu_section(index), VERSION, state::encode(&answer.wait()??)?);
+            let mut vcpu = answer.wait()??;
+            // An offset is one from the host's TSC at the host's rate.
+            if let Some(host_tsc) = vm.host_tsc().filter(|_| !self.tsc_scaled) {
+                vcpu.set_tsc_of(host_tsc);
+            }
+            saved.push(vcpu_section(index), VERSION, state::encode(&vcpu)?);
         }
         self.devices.for_each(|device| {
             saved.push(device_section(device.name()), device.state_version(), device.save()?);
@@ -265,7 +301,9 @@ impl Vm {
         let read_memory = vcpus.iter().any(|vcpu| vcpu.reads_memory());
         let elapsed = vm.elapsed();
         vm.load(&self.vm, elapsed, self.clock_realtime)?;
-        let catchup = Catchup { elapsed, tsc_khz: machine.tsc_khz };
+        let moment = state::moment(&self.vm).filter(|_| !self.tsc_scaled);
+        let (saved_at_unix_ns, tsc_khz) = (vm.saved_at_unix_ns, machine.tsc_khz);
+        let catchup = Catchup { saved_at_unix_ns, tsc_khz, moment };
         let pending: Vec<_> =
             self.vcpus.iter().zip(vcpus).map(|(vcpu, state)| vcpu.load(state, catchup)).collect();
         pending.into_iter().try_for_each(|answer| answer.wait()?)?;
@@ -303,7 +341,7 @@ impl Parts {
                 .map_err(Error::kvm("take a vCPU's CPUID"))?;
             fds.push(fd);
         }
-        Ok(Self { input, vm, memory, devices, virtio, fds, machine })
+        Ok(Self { input, vm, memory, devices, virtio, fds, machine, tsc_scaled: false })
     }
 
     fn tsc_khz(&self) -> Result<u32> {
@@ -324,12 +362,17 @@ impl Parts {
     }
 
     fn finish(self, host: &Host, events: &Sender<Event>) -> Result<Vm> {
-        let Self { input, vm, memory, devices, virtio, fds, machine } = self;
+        let Self { input, vm, memory, devices, virtio, fds, machine, tsc_scaled } = self;
         let first = fds.first().ok_or_else(|| Error::Config("a VM needs a vCPU".into()))?;
+        let features = Features::of(&machine.cpuid);
+        let msrs: Vec<u32> =
+            host.msrs.iter().copied().filter(|msr| cpuid::shows_msr(&features, *msr)).collect();
         let context = VcpuContext {
-            msrs: state::readable_msrs(first, &host.msrs)?.into(),
+            msrs: state::readable_msrs(first, &msrs)?.into(),
             xsave_words: host.xsave_words,
-            nested: (1..=size_of::<KvmNestedStateBuffer>()).contains(&host.nested_bytes),
+            // A guest that cannot have guests has no such state, and then no destination needs to know of it.
+            nested: cpuid::has_nesting(&machine.cpuid)
+                && (1..=size_of::<KvmNestedStateBuffer>()).contains(&host.nested_bytes),
         };
         let vcpus = (0_u32..)
             .zip(fds)
@@ -349,6 +392,7 @@ impl Parts {
             memory,
             machine,
             clock_realtime: host.clock_realtime,
+            tsc_scaled,
         })
     }
 }

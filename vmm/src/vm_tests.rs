@@ -14,12 +14,13 @@ use protocol::checkpoint::name::CheckpointId;
 use crate::{
     addresses::BOOT_END,
     boot::{Bytes, Images, KernelSource, Ring},
+    cpuid::CpuModel,
     devices::SerialSink,
     dirty::LogMode,
     host::Host,
     test_images::{self, COUNTERS, LOAD, MAILBOX},
     vcpu::{Ending, Event, VcpuEvent},
-    vm::Vm,
+    vm::{Shape, Vm},
 };
 
 const MEMORY: u64 = 16 << 20;
@@ -62,7 +63,11 @@ fn boot(host: &Host, vcpus: u32, image: Vec<u8>, sink: SerialSink) -> (Vm, Recei
     let (sender, events) = channel();
     let source = flat(image);
     let images = Images::read(&source, None, "").unwrap();
-    (Vm::boot(host, MEMORY, vcpus, &images, sink, &[], &sender).unwrap(), events)
+    (Vm::boot(host, &shape(vcpus, &CpuModel::Host), &images, sink, &[], &sender).unwrap(), events)
+}
+
+fn shape(vcpus: u32, cpu: &CpuModel) -> Shape<'_> {
+    Shape { memory_bytes: MEMORY, vcpus, cpu, nested: false }
 }
 
 fn word(vm: &Vm, address: u64) -> u64 {
@@ -174,6 +179,48 @@ fn a_counter_continues_in_another_vm() {
     }
 }
 
+/// What KVM says of a paused VM's clocks: whether the moment is known, and the TSC offset and the clock at the save.
+fn clocks(vm: &Vm) -> (bool, Vec<u64>, u64) {
+    let saved = protocol::state::State::decode(&vm.save().unwrap()).unwrap();
+    let state: crate::state::VmState = crate::state::decode(&saved, "vm").unwrap();
+    let tsc = |vcpu: &crate::state::VcpuState| vcpu.msrs.iter().find(|(index, _)| *index == 0x10).unwrap().1;
+    let known = state.host_tsc();
+    let vcpus = crate::state::vcpus(&saved).unwrap();
+    let ahead = vcpus.iter().map(|vcpu| tsc(vcpu).wrapping_sub(known.unwrap_or(0))).collect();
+    (known.is_some(), ahead, state.clock.clock.wrapping_sub(state.saved_at_unix_ns))
+}
+
+#[test]
+fn clocks_go_on_as_if_there_had_been_no_move() {
+    let Some(host) = host() else { return };
+    let (source, _events) = boot(&host, 2, test_images::counter(), SerialSink::None);
+    source.resume();
+    wait_until("counting", || (0..2).all(|vcpu| counter(&source, vcpu) > 1000));
+    source.pause().unwrap();
+    let before = clocks(&source);
+    let (target, _events) = move_to_new(&host, &source);
+    std::thread::sleep(Duration::from_millis(30));
+    target.resume();
+    std::thread::sleep(Duration::from_millis(30));
+    target.pause().unwrap();
+    let after = clocks(&target);
+    eprintln!("before {before:?}, after {after:?}, {} kHz", source.machine().tsc_khz);
+    // Both are of this host: what is counted from the same beginning stays where it was, but for the adjustment of real time.
+    let drift_ns = after.2.wrapping_sub(before.2).cast_signed().unsigned_abs();
+    assert!(drift_ns < 2_000_000, "the clock is off by {drift_ns} ns");
+    if !before.0 || !after.0 {
+        println!(
+            "not tested: this host's KVM does not say of which moment the clock is, so the TSC's offset is not known"
+        );
+        return;
+    }
+    for (before, after) in before.1.iter().zip(&after.1) {
+        let drift = after.wrapping_sub(*before).cast_signed().unsigned_abs();
+        assert!(drift < u64::from(source.machine().tsc_khz), "the TSC is off by {drift} ticks");
+    }
+    assert_eq!(after.1[0], after.1[1], "the vCPUs' TSCs are one");
+}
+
 #[test]
 fn a_state_of_another_machine_or_cut_short_is_refused() {
     let Some(host) = host() else { return };
@@ -194,8 +241,7 @@ fn too_many_vcpus_are_refused_in_words() {
     for vcpus in [0, 100_000] {
         let outcome = Vm::boot(
             &host,
-            MEMORY,
-            vcpus,
+            &shape(vcpus, &CpuModel::Host),
             &Images::read(&flat(test_images::counter()), None, "").unwrap(),
             SerialSink::None,
             &[],

@@ -6,7 +6,7 @@ mod hop;
 use std::time::{Duration, Instant};
 
 use hop::Host;
-use vmm::{Bytes, KernelSource, SerialSink, VmConfig};
+use vmm::{Bytes, KernelSource, SerialSink, VmConfig, cpuid::CpuModel};
 
 const MEMORY: u64 = 64 << 20;
 
@@ -27,6 +27,8 @@ fn boot(directory: &tempfile::TempDir, image: &[u8], memory_bytes: u64, vcpus: u
         name: "ledger".into(),
         memory_bytes,
         vcpus,
+        cpu: CpuModel::Host,
+        nested: false,
         kernel: KernelSource::Kernel(Bytes::Inline(image.into())),
         initramfs: None,
         cmdline: "fill=32M ws=8M rate=20 tick_us=1000 scrub=16".into(),

@@ -30,7 +30,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use vmm::devices::virtio::Allowed;
+use vmm::cpuid::CpuModel;
+use vmm::devices::virtio::{Allowed, ConsoleConfig};
 
 /// How often a receiver that waits looks whether it was interrupted.
 const LOOK: Duration = Duration::from_millis(200);
@@ -76,6 +77,13 @@ pub struct Args {
     /// A tap that a network card of a VM that arrives may use. May be given several times.
     #[arg(long, value_name = "NAME")]
     taps: Vec<String>,
+    /// Where the other end of the VM's console is, if it has one: socket:PATH, or a file [default: nowhere].
+    #[arg(long, value_name = "WHERE")]
+    console: Option<ConsoleConfig>,
+    /// The most that the guest of a VM that arrives may have been shown of a processor: host, x86-64-v2, x86-64-v3, or the file of a
+    /// template (see migrate cpu). One that was shown more is refused.
+    #[arg(long, value_name = "MODEL", default_value = "host")]
+    cpu: String,
     /// End after the first attempt, whatever came of it.
     #[arg(long)]
     once: bool,
@@ -160,7 +168,12 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
             runtime: runtime.clone(),
             name: args.name.clone(),
             serial: args.serial.clone(),
-            allowed: Allowed { disk_folders: args.disks.clone(), taps: args.taps.clone() },
+            cpu: cpu(&args.cpu)?,
+            allowed: Allowed {
+                disk_folders: args.disks.clone(),
+                taps: args.taps.clone(),
+                console: args.console.clone(),
+            },
             holder: "migrate receive",
         },
         options,
@@ -178,6 +191,21 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     take_one(common, args, &host, &desk, &cancel, &address)
+}
+
+/// A model as a VMM that is started later can read it, whatever its directory is then.
+///
+/// # Errors
+/// `Usage` when it is none.
+pub(super) fn cpu(model: &str) -> Result<String> {
+    match CpuModel::parse(model)? {
+        CpuModel::Template(template) if template.name() != model => {
+            let path = std::path::absolute(model)
+                .map_err(|error| Error::Host(format!("the path of {model} is not known: {error}")))?;
+            Ok(path.to_string_lossy().into_owned())
+        }
+        _ => Ok(model.to_owned()),
+    }
 }
 
 /// Takes one VM, trying until one has arrived.

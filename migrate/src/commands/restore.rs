@@ -14,7 +14,7 @@ use crate::restore::{self, Options};
 use crate::units;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use vmm::devices::virtio::Allowed;
+use vmm::devices::virtio::{Allowed, ConsoleConfig};
 
 /// Which checkpoint, and as what.
 #[derive(Debug, clap::Args)]
@@ -55,6 +55,9 @@ pub struct Args {
     /// A tap that a network card of the VM may use. May be given several times.
     #[arg(long, value_name = "NAME")]
     taps: Vec<String>,
+    /// Where the other end of the VM's console is, if it has one: socket:PATH, or a file [default: nowhere].
+    #[arg(long, value_name = "WHERE")]
+    console: Option<ConsoleConfig>,
     /// The most memory the VM may have [default: what this host has available].
     #[arg(long, value_name = "SIZE", value_parser = units::size)]
     max_memory: Option<u64>,
@@ -78,13 +81,15 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         None => super::receive::available_memory_bytes()?,
     };
     let options = Options { lazy: args.lazy, ..Options::new(max_memory_bytes) };
-    let allowed = Allowed { disk_folders: args.disks.clone(), taps: args.taps.clone() };
+    let allowed =
+        Allowed { disk_folders: args.disks.clone(), taps: args.taps.clone(), console: args.console.clone() };
     if let Some(group) = &args.group {
         let group = vault.resolve_group(group)?;
         let open = || {
             let (program, runtime, allowed) = (program.clone(), runtime.clone(), allowed.clone());
+            let cpu = "host".into();
             let place =
-                Place { program, runtime, name: None, serial: None, allowed, holder: "migrate restore" };
+                Place { program, runtime, name: None, serial: None, allowed, cpu, holder: "migrate restore" };
             let destination: Box<dyn Destination> = Box::new(VmDestination::new(place));
             let observer: Box<dyn FnMut(&Event)> = Box::new(progress::restoring(common));
             (destination, observer)
@@ -100,6 +105,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         name: args.name.clone(),
         serial: args.serial.clone(),
         allowed,
+        cpu: "host".into(),
         holder: "migrate restore",
     };
     let destination = VmDestination::new(place);

@@ -17,7 +17,8 @@ use std::process::{Command, ExitCode, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
-use vmm::devices::virtio::{Allowed, DeviceConfig, DiskConfig, NetConfig};
+use vmm::cpuid::CpuModel;
+use vmm::devices::virtio::{Allowed, ConsoleConfig, DeviceConfig, DiskConfig, NetConfig};
 use vmm::{Bytes, ExitReason, KernelSource, Ring, SerialSink};
 
 /// How long a detached VM may take to come up: a large image is read, and memory is mapped, but not touched.
@@ -55,6 +56,12 @@ pub struct RunArgs {
     /// Its number of vCPUs.
     #[arg(long, visible_alias = "cpus", default_value_t = 1)]
     vcpus: u32,
+    /// The processor its guest is shown: host, x86-64-v2, x86-64-v3, or the file of a template (see migrate cpu).
+    #[arg(long, value_name = "MODEL", default_value = "host")]
+    cpu: String,
+    /// Let the guest run VMs of its own, where this host can.
+    #[arg(long)]
+    nested: bool,
     /// A Linux kernel as distributions ship it (bzImage), or an ELF image with a PVH note or a 64-bit entry [default: the
     /// built-in ledger guest].
     #[arg(long, value_name = "FILE")]
@@ -87,6 +94,9 @@ pub struct RunArgs {
     /// A source of random bytes for the guest.
     #[arg(long)]
     rng: bool,
+    /// A channel to a program of the guest (/dev/hvc0); its other end is socket:PATH, or a file.
+    #[arg(long, value_name = "WHERE")]
+    console: Option<ConsoleConfig>,
     /// Where its control socket goes [default: NAME.sock in the runtime directory, where migrate vm list looks].
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
@@ -124,6 +134,12 @@ pub struct IncomingArgs {
     /// Taps that it may use.
     #[arg(long)]
     taps: Vec<String>,
+    /// Where the other end of its console is.
+    #[arg(long)]
+    console: Option<ConsoleConfig>,
+    /// The most that its guest may have been shown of a processor.
+    #[arg(long, default_value = "host")]
+    cpu: String,
 }
 
 impl RunArgs {
@@ -131,7 +147,8 @@ impl RunArgs {
     fn devices(&self) -> Vec<DeviceConfig> {
         let disks = self.disk.iter().cloned().map(DeviceConfig::Disk);
         let cards = self.net.iter().cloned().map(DeviceConfig::Net);
-        disks.chain(cards).chain(self.rng.then_some(DeviceConfig::Rng)).collect()
+        let console = self.console.clone().map(DeviceConfig::Console);
+        disks.chain(cards).chain(self.rng.then_some(DeviceConfig::Rng)).chain(console).collect()
     }
 }
 
@@ -151,7 +168,8 @@ pub fn run(common: &Common, verb: Verb) -> Result<ExitCode> {
                 name: args.name.clone(),
                 max_memory_bytes: args.max_memory,
                 serial: SerialSink::parse(&args.serial)?,
-                allowed: Allowed { disk_folders: args.disks, taps: args.taps },
+                allowed: Allowed { disk_folders: args.disks, taps: args.taps, console: args.console },
+                cpu: CpuModel::parse(&args.cpu)?,
                 socket_path: runtime.socket(&args.name),
             };
             let reason = vmm::run_incoming(config)?;
@@ -194,6 +212,8 @@ fn run_here(runtime: &RuntimeDir, args: RunArgs) -> Result<ExitCode> {
         name: args.name.clone(),
         memory_bytes: args.memory,
         vcpus: args.vcpus,
+        cpu: CpuModel::parse(&args.cpu)?,
+        nested: args.nested,
         kernel,
         initramfs: args.initrd.map(Bytes::File),
         cmdline: args.cmdline,
@@ -244,6 +264,7 @@ fn detach(common: &Common, runtime: &RuntimeDir, args: &RunArgs) -> Result<ExitC
     let mut command = Command::new(program);
     command.args(["vm", "run", "--detached", "--name", &args.name, "--cmdline", &args.cmdline]);
     command.args(["--memory", &args.memory.to_string(), "--vcpus", &args.vcpus.to_string()]);
+    command.args(["--cpu", &args.cpu]).args(args.nested.then_some("--nested"));
     command.args(["--serial", args.serial.as_deref().unwrap_or(&default_serial)]);
     command.arg("--runtime-dir").arg(runtime.path());
     if args.socket.is_some() {
@@ -256,6 +277,9 @@ fn detach(common: &Common, runtime: &RuntimeDir, args: &RunArgs) -> Result<ExitC
         command.arg("--net").arg(card.to_string());
     }
     command.args(args.rng.then_some("--rng"));
+    if let Some(console) = &args.console {
+        command.arg("--console").arg(console.to_string());
+    }
     if let Some(kernel) = &args.kernel {
         command.arg("--kernel").arg(kernel);
     }

@@ -40,6 +40,8 @@ pub struct Place {
     pub serial: Option<String>,
     /// What it may have of this host: its disks and taps are those of its description.
     pub allowed: Allowed,
+    /// The most that its guest may have been shown of a processor: a model, as `migrate vm run --cpu` takes it.
+    pub cpu: String,
     /// Who holds it until it is whole, for others who want it meanwhile.
     pub holder: &'static str,
 }
@@ -127,10 +129,12 @@ impl VmDestination {
             None => self.place.runtime.serial(name).to_string_lossy().into_owned(),
         };
         // A process group of its own: a Ctrl-C for this program must not reach a VM that arrived.
-        let Allowed { disk_folders, taps } = &self.place.allowed;
+        let Allowed { disk_folders, taps, console } = &self.place.allowed;
         Command::new(&self.place.program)
             .args(["vm", "incoming", "--name", name, "--serial", &serial])
             .args(disk_folders.iter().flat_map(|folder| [OsStr::new("--disks"), folder.as_os_str()]))
+            .args(console.iter().flat_map(|console| ["--console".to_owned(), console.to_string()]))
+            .args(["--cpu", &self.place.cpu])
             .args(taps.iter().flat_map(|tap| ["--taps", tap]))
             .arg("--runtime-dir")
             .arg(self.place.runtime.path())

@@ -34,7 +34,7 @@ impl Instance {
             return Err(Error::Config("this VMM lays out memory in another way than the source".into()));
         }
         let (machine, devices) = Machine::decode(blob)?;
-        machine.check(&expectation.host)?;
+        machine.check(&expectation.host, &expectation.cpu)?;
         let devices = virtio::rebuild_all(&devices, &expectation.allowed)?;
         // From here on only the host can refuse; the expectation is used up.
         let Some(expectation) = self.expectation.take() else { return Err(self.wrong("prepare")) };

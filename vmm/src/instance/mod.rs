@@ -47,6 +47,7 @@ use protocol::{
 
 use crate::{
     config::ExitReason,
+    cpuid::CpuModel,
     devices::{SerialSink, virtio::Allowed},
     error::{Error, Result},
     faults::Awaited,
@@ -76,6 +77,7 @@ pub(crate) struct Expectation {
     pub(crate) max_memory_bytes: u64,
     pub(crate) serial: SerialSink,
     pub(crate) allowed: Allowed,
+    pub(crate) cpu: CpuModel,
 }
 
 /// What a request leads to.

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{MACHINE_SECTION, VERSION, decode, encode};
 use crate::{
-    cpuid::{self, Leaf},
+    cpuid::{self, CpuModel, Leaf},
     devices::virtio::{self, Description},
     error::{Error, Result},
     host::Host,
@@ -78,13 +78,13 @@ impl Machine {
         Ok((decode(&state, MACHINE_SECTION)?, devices))
     }
 
-    /// Checks that this host can be that machine.
+    /// Checks that this host can be that machine, and may: `cpu` is the most that it shows guests.
     ///
     /// # Errors
     /// [`Error::MissingFeatures`] that names what this host lacks, [`Error::Config`] for too many vCPUs.
-    pub fn check(&self, host: &Host) -> Result<()> {
+    pub fn check(&self, host: &Host, cpu: &CpuModel) -> Result<()> {
         check_vcpus(self.vcpus, host)?;
-        cpuid::check(&self.cpuid, &cpuid::describe(host, self.vcpus))?;
+        cpuid::check(&self.cpuid, &cpuid::offered(host, self.vcpus, cpu)?)?;
         if self.xsave_words as usize > host.xsave_words {
             return Err(Error::MissingFeatures(format!(
                 "room for {} bytes of vector registers (it has {})",

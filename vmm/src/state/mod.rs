@@ -20,6 +20,15 @@
 //! 6. *MSRs*: TSC first, TSC_DEADLINE last, because a deadline is compared with the TSC.
 //! 7. *mp_state* after sregs and LAPIC; *events* last of all, because setting registers clears them.
 //!
+//! *Nested state* lies between: behind sregs, whose EFER and CR4 it needs, registers and MSRs, which KVM moves into the guest's guest where one runs
+//! (svm_set_nested_state of arch/x86/kvm/svm/nested.c, vmx_set_nested_state of vmx/nested.c); before mp_state and events, which are then those of that guest.
+//!
+//! # One moment
+//!
+//! A state is of the moment of its clock (KVM_GET_CLOCK), where KVM tells the real time and the host's TSC of it: each vCPU's TSC is saved as it was then, by
+//! its offset (KVM_VCPU_TSC_OFFSET). A destination adds the real time that passed since to the clock and to the TSC alike, and nothing if its own clock is
+//! behind. Where KVM tells neither, the moment is that of the save by this process's clock, some 100 us away.
+//!
 //! The VM's own parts (PICs, IOAPIC, PIT, clock) are loaded before the vCPUs: an interrupt line that is
 //! up reaches a LAPIC only once it is restored, so none is delivered twice.
 //!
@@ -49,6 +58,7 @@ pub use vm::VmState;
 pub(crate) use machine::check_vcpus;
 pub(crate) use msrs::readable as readable_msrs;
 pub(crate) use vcpu::{Catchup, VcpuContext};
+pub(crate) use vm::moment;
 
 use serde::{Serialize, de::DeserializeOwned};
 

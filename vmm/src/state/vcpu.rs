@@ -1,6 +1,6 @@
 //! One vCPU's state. See the ordering requirements of [`super`].
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use kvm_bindings::{
     KVM_MAX_XCRS, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events,
@@ -14,6 +14,9 @@ use crate::{
     error::{Error, Result},
     sys,
 };
+
+/// What stands in front of any nested state (`struct kvm_nested_state` of asm/kvm.h).
+const NESTED_HEADER_BYTES: usize = 128;
 
 /// The most MSRs a state may carry; KVM lists a few hundred at most.
 const MAX_MSRS: usize = 4096;
@@ -39,8 +42,11 @@ pub struct VcpuState {
     pub msrs: Vec<(u32, u64)>,
     /// Exceptions and interrupts on their way.
     pub events: kvm_vcpu_events,
-    /// State of a guest hypervisor, where the host has it.
+    /// State of a guest hypervisor, where the host has it and the guest may have guests.
     pub nested: Option<Box<KvmNestedStateBuffer>>,
+    /// How far its TSC is ahead of this host's, where KVM says so: of no use elsewhere, so not of the format.
+    #[serde(skip)]
+    pub tsc_offset: Option<u64>,
 }
 
 /// What saving and loading must know of the host.
@@ -54,18 +60,35 @@ pub(crate) struct VcpuContext {
     pub(crate) nested: bool,
 }
 
-/// How much real time passed between save and load, and how fast the guest's TSC runs.
+/// One moment by two clocks of this host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Moment {
+    /// Nanoseconds since 1970.
+    pub(crate) unix_ns: u64,
+    pub(crate) host_tsc: u64,
+}
+
+/// Since when real time passed that the guest was not there for, and how fast its TSC runs.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Catchup {
-    pub(crate) elapsed: Duration,
+    pub(crate) saved_at_unix_ns: u64,
     pub(crate) tsc_khz: u32,
+    /// A moment of this host behind the save, if KVM knows one and the guest's TSC runs at the host's rate.
+    pub(crate) moment: Option<Moment>,
 }
 
 impl Catchup {
-    /// How far the TSC went meanwhile.
-    pub(crate) fn tsc_ticks(&self) -> u64 {
-        let ticks = self.elapsed.as_nanos() * u128::from(self.tsc_khz) / 1_000_000;
+    /// How far the TSC went from the save until then; nothing if this host's clock is behind the source's, so that it never runs back.
+    fn tsc_ticks(&self, until_unix_ns: u64) -> u64 {
+        let elapsed_ns = until_unix_ns.saturating_sub(self.saved_at_unix_ns);
+        let ticks = u128::from(elapsed_ns) * u128::from(self.tsc_khz) / 1_000_000;
         u64::try_from(ticks).unwrap_or(0)
+    }
+
+    /// How far ahead of this host's TSC that of a vCPU must be that had this value at the save.
+    fn tsc_offset(&self, saved: u64) -> Option<u64> {
+        let moment = self.moment?;
+        Some(saved.wrapping_add(self.tsc_ticks(moment.unix_ns)).wrapping_sub(moment.host_tsc))
     }
 }
 
@@ -102,7 +125,17 @@ impl VcpuState {
             msrs: msrs::read(vcpu, &context.msrs)?,
             nested: save_nested(vcpu, context)?,
             events: vcpu.get_vcpu_events().map_err(Error::kvm("read a vCPU's pending events"))?,
+            tsc_offset: sys::tsc_offset(vcpu).ok(),
         })
+    }
+
+    /// Gives the TSC the value it had when the host's had this one. Each vCPU reads its own a little later than the last, and all are
+    /// to be those of the moment that the state is of.
+    pub(crate) fn set_tsc_of(&mut self, host_tsc: u64) {
+        if let Some(offset) = self.tsc_offset {
+            let tscs = self.msrs.iter_mut().filter(|(index, _)| *index == msrs::TSC);
+            tscs.for_each(|(_, value)| *value = host_tsc.wrapping_add(offset));
+        }
     }
 
     /// Checks what can be checked without a vCPU. KVM checks the rest itself, field by field.
@@ -129,9 +162,14 @@ impl VcpuState {
             return Err(Error::State(format!("a vCPU has {} XCRs", self.xcrs.nr_xcrs)));
         }
         // KVM goes by the length inside the buffer, so it must be the buffer's own at most.
-        if self.nested.as_ref().is_some_and(|nested| nested.size as usize > size_of::<KvmNestedStateBuffer>())
+        let lengths = NESTED_HEADER_BYTES..=size_of::<KvmNestedStateBuffer>();
+        if let Some(nested) = self.nested.as_ref().filter(|nested| !lengths.contains(&(nested.size as usize)))
         {
-            return Err(Error::State("a vCPU's nested state is longer than any can be".into()));
+            return Err(Error::State(format!(
+                "a vCPU's nested state has {} bytes, and not {NESTED_HEADER_BYTES} to {}",
+                nested.size,
+                lengths.end()
+            )));
         }
         if self.nested.is_some() && !context.nested {
             return Err(Error::MissingFeatures("nested virtualisation, which the guest uses".into()));
@@ -154,20 +192,29 @@ impl VcpuState {
             .map_err(Error::host("take a vCPU's vector registers"))?;
         vcpu.set_debug_regs(&self.debug_regs).map_err(Error::kvm("take a vCPU's debug registers"))?;
         vcpu.set_lapic(&self.lapic).map_err(Error::kvm("take a vCPU's APIC"))?;
-        let advanced: Vec<(u32, u64)> = self
-            .msrs
-            .iter()
-            .map(|(index, value)| match *index {
-                msrs::TSC => (*index, value.wrapping_add(catchup.tsc_ticks())),
-                _ => (*index, *value),
-            })
-            .collect();
-        msrs::write(vcpu, &advanced)?;
+        msrs::write(vcpu, &self.advanced_msrs(vcpu, catchup))?;
         if let Some(nested) = &self.nested {
             vcpu.set_nested_state(nested).map_err(Error::kvm("take a vCPU's nested state"))?;
         }
         vcpu.set_mp_state(self.mp_state).map_err(Error::kvm("take a vCPU's run state"))?;
         vcpu.set_vcpu_events(&self.events).map_err(Error::kvm("take a vCPU's pending events"))
+    }
+}
+
+impl VcpuState {
+    /// The registers to write. By its offset the TSC is exact, whatever time the writing takes; without one KVM takes values that are
+    /// written within a second of each other for those of one clock.
+    fn advanced_msrs(&self, vcpu: &VcpuFd, catchup: Catchup) -> Vec<(u32, u64)> {
+        let mut values = self.msrs.clone();
+        values.retain_mut(|(index, value)| {
+            if *index != msrs::TSC {
+                return true;
+            }
+            let set = catchup.tsc_offset(*value).map(|offset| sys::set_tsc_offset(vcpu, offset));
+            *value = value.wrapping_add(catchup.tsc_ticks(super::vm::unix_ns()));
+            !matches!(set, Some(Ok(())))
+        });
+        values
     }
 }
 
@@ -195,10 +242,28 @@ mod tests {
 
     #[test]
     fn the_tsc_advances_with_real_time() {
-        let catchup = Catchup { elapsed: Duration::from_millis(3), tsc_khz: 2_000_000 };
-        assert_eq!(catchup.tsc_ticks(), 6_000_000);
-        let none = Catchup { elapsed: Duration::ZERO, tsc_khz: u32::MAX };
-        assert_eq!(none.tsc_ticks(), 0);
+        let moment = Some(Moment { unix_ns: 8_000_000, host_tsc: 1_000 });
+        let catchup = Catchup { saved_at_unix_ns: 5_000_000, tsc_khz: 2_000_000, moment };
+        assert_eq!(catchup.tsc_ticks(8_000_000), 6_000_000);
+        // The source's clock is ahead: it stands still, and does not run back.
+        assert_eq!(catchup.tsc_ticks(4_999_999), 0);
+        assert_eq!(catchup.tsc_offset(700), Some(5_999_700));
+        assert_eq!(catchup.tsc_offset(0), Some(5_999_000));
+        let behind = Catchup { saved_at_unix_ns: 9_000_000, ..catchup };
+        assert_eq!(behind.tsc_offset(700).map(|offset| offset.wrapping_add(1_000)), Some(700));
+        assert_eq!(Catchup { moment: None, ..catchup }.tsc_offset(700), None);
+        let endless = Catchup { saved_at_unix_ns: 0, tsc_khz: u32::MAX, moment: None };
+        assert_eq!(endless.tsc_ticks(u64::MAX), 0);
+    }
+
+    #[test]
+    fn all_tscs_are_those_of_one_moment() {
+        let mut saved = VcpuState { tsc_offset: Some(5_u64.wrapping_neg()), ..state(1024) };
+        saved.set_tsc_of(100);
+        assert_eq!(saved.msrs[0], (msrs::TSC, 95));
+        let mut unknown = state(1024);
+        unknown.set_tsc_of(100);
+        assert_eq!(unknown.msrs[0], (msrs::TSC, 1));
     }
 
     fn state(xsave_words: usize) -> VcpuState {
@@ -213,6 +278,34 @@ mod tests {
             msrs: vec![(msrs::TSC, 1), (0xc000_0080, 2), (msrs::TSC_DEADLINE, 3)],
             events: kvm_vcpu_events::default(),
             nested: None,
+            tsc_offset: None,
+        }
+    }
+
+    /// The bytes of version 1: the kernel's structure as it is, behind its length.
+    #[test]
+    fn nested_state_has_its_bytes_and_its_bounds() {
+        // As kvm-amd says it of a guest that runs one of its own: flags, KVM_STATE_NESTED_FORMAT_SVM, size, and where its VMCB is.
+        let mut nested = Box::<KvmNestedStateBuffer>::default();
+        (nested.flags, nested.format, nested.size) = (1, 1, 4224);
+        nested.hdr.svm.vmcb_pa = 0x1234_5000;
+        let bytes = crate::state::encode(&nested).unwrap();
+        let prefix = bytes.len() - size_of::<KvmNestedStateBuffer>();
+        assert_eq!(bytes[prefix..][..16], [1, 0, 1, 0, 0x80, 0x10, 0, 0, 0, 0x50, 0x34, 0x12, 0, 0, 0, 0]);
+        let saved = VcpuState { nested: Some(nested), ..state(1024) };
+        let again: VcpuState = postcard::from_bytes(&crate::state::encode(&saved).unwrap()).unwrap();
+        assert_eq!(
+            crate::state::encode(&again.nested).unwrap(),
+            crate::state::encode(&saved.nested).unwrap()
+        );
+        let context = VcpuContext { msrs: Arc::from([]), xsave_words: 1024, nested: true };
+        again.check(&context).unwrap();
+        let refused = again.check(&VcpuContext { nested: false, ..context.clone() }).unwrap_err();
+        assert!(matches!(refused, Error::MissingFeatures(_)), "{refused}");
+        for size in [0, 127, size_of::<KvmNestedStateBuffer>() as u32 + 1, u32::MAX] {
+            let mut bad = again.clone();
+            bad.nested.as_mut().unwrap().size = size;
+            assert!(bad.check(&context).unwrap_err().to_string().contains("nested state has"));
         }
     }
 

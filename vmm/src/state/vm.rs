@@ -3,12 +3,13 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use kvm_bindings::{
-    KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data,
-    kvm_irqchip, kvm_pit_state2,
+    KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip, kvm_pit_state2,
 };
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 
+use super::vcpu::Moment;
 use crate::error::{Error, Result};
 
 /// The parts of a VM inside KVM that are not vCPUs.
@@ -27,7 +28,7 @@ pub struct VmState {
 /// The chips of a state, in its order.
 const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
 
-fn unix_ns() -> u64 {
+pub(super) fn unix_ns() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
 }
@@ -44,12 +45,19 @@ impl VmState {
             vm.get_irqchip(&mut chip).map_err(Error::kvm("read an interrupt controller"))?;
             irqchips.push(chip);
         }
+        let clock = vm.get_clock().map_err(Error::kvm("read the VM's clock"))?;
         Ok(Self {
-            saved_at_unix_ns: unix_ns(),
-            clock: vm.get_clock().map_err(Error::kvm("read the VM's clock"))?,
+            // Of the moment that the clock is of, if KVM knows it.
+            saved_at_unix_ns: moment_of(&clock).map_or_else(unix_ns, |moment| moment.unix_ns),
+            clock,
             irqchips,
             pit: vm.get_pit2().map_err(Error::kvm("read the PIT"))?,
         })
+    }
+
+    /// The host's TSC at the moment that the state is of.
+    pub(crate) fn host_tsc(&self) -> Option<u64> {
+        moment_of(&self.clock).map(|moment| moment.host_tsc)
     }
 
     /// The real time that passed since the save; nothing if this host's clock is behind the source's.
@@ -82,6 +90,16 @@ impl VmState {
         }
         vm.set_pit2(&self.pit).map_err(Error::kvm("take the PIT"))
     }
+}
+
+/// This host's clocks at one moment, behind [`VmState::load`].
+pub(crate) fn moment(vm: &VmFd) -> Option<Moment> {
+    vm.get_clock().ok().as_ref().and_then(moment_of)
+}
+
+fn moment_of(clock: &kvm_clock_data) -> Option<Moment> {
+    const BOTH: u32 = KVM_CLOCK_REALTIME | KVM_CLOCK_HOST_TSC;
+    (clock.flags & BOTH == BOTH).then_some(Moment { unix_ns: clock.realtime, host_tsc: clock.host_tsc })
 }
 
 /// The clock to set so that the guest's time did not stand still.

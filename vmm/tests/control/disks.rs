@@ -5,6 +5,7 @@ use std::path::Path;
 use protocol::monitor::Phase;
 use vmm::{
     Bytes, Client, Error, ExitReason, IncomingConfig, KernelSource, Ring, SerialSink, VmConfig,
+    cpuid::CpuModel,
     devices::virtio::{Allowed, DeviceConfig, DiskConfig},
 };
 
@@ -15,6 +16,8 @@ fn config(socket: &Path, devices: Vec<DeviceConfig>) -> VmConfig {
         name: "source".into(),
         memory_bytes: MEMORY,
         vcpus: 1,
+        cpu: CpuModel::Host,
+        nested: false,
         kernel: KernelSource::Flat {
             image: Bytes::Inline(test_images::counter().into()),
             load_address: LOAD,
@@ -41,7 +44,8 @@ fn incoming(folder: &Path, disk_folder: &Path) -> Running {
         name: "target".into(),
         max_memory_bytes: MEMORY,
         serial: SerialSink::None,
-        allowed: Allowed { disk_folders: vec![disk_folder.to_owned()], taps: Vec::new() },
+        allowed: Allowed { disk_folders: vec![disk_folder.to_owned()], taps: Vec::new(), console: None },
+        cpu: CpuModel::Host,
         socket_path: path.clone(),
     };
     Running::wait(path, std::thread::spawn(move || vmm::run_incoming(config)))

@@ -25,7 +25,7 @@ use tempfile::TempDir;
 use test_images::{COUNTERS, LOAD};
 use vmm::{
     Bytes, Client, Error, ExitReason, IncomingConfig, KernelSource, Result, Ring, SerialSink, VmConfig,
-    devices::virtio::Allowed, host::Host,
+    cpuid::CpuModel, devices::virtio::Allowed, host::Host,
 };
 
 const MEMORY: u64 = 16 << 20;
@@ -57,6 +57,8 @@ impl Running {
             name: name.into(),
             memory_bytes: MEMORY,
             vcpus,
+            cpu: CpuModel::Host,
+            nested: false,
             kernel: KernelSource::Flat {
                 image: Bytes::Inline(image.into()),
                 load_address: LOAD,
@@ -79,6 +81,7 @@ impl Running {
             max_memory_bytes: MEMORY,
             serial: SerialSink::None,
             allowed: Allowed::default(),
+            cpu: CpuModel::Host,
             socket_path: path.clone(),
         };
         Self::wait(path, std::thread::spawn(move || vmm::run_incoming(config)))

@@ -14,7 +14,10 @@ use protocol::{
     monitor::Role,
     page::{PAGE_SIZE, PageRun, PageSet, SpaceId},
 };
-use vmm::{Client, ExitReason, IncomingConfig, Result, SerialSink, VmConfig, devices::virtio::Allowed};
+use vmm::{
+    Client, ExitReason, IncomingConfig, Result, SerialSink, VmConfig, cpuid::CpuModel,
+    devices::virtio::Allowed,
+};
 
 /// How long any call may take.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -67,6 +70,7 @@ impl Host {
             max_memory_bytes,
             serial: SerialSink::None,
             allowed: Allowed::default(),
+            cpu: CpuModel::Host,
             socket_path: path.to_owned(),
         };
         Self::wait(path, std::thread::spawn(move || vmm::run_incoming(config)))

@@ -7,7 +7,9 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{Backend, MacAddress, block::Block, disk::Disk, net::Net, rng::Rng, tap};
+use super::{
+    Backend, ConsoleConfig, MacAddress, block::Block, console::Console, disk::Disk, net::Net, rng::Rng, tap,
+};
 use crate::{
     devices::Slot,
     error::{Error, Result},
@@ -94,6 +96,8 @@ pub enum DeviceConfig {
     Net(NetConfig),
     /// A source of random bytes.
     Rng,
+    /// A channel to a program of this host.
+    Console(ConsoleConfig),
 }
 
 /// A device as a destination is told, in the order of the devices' places.
@@ -124,6 +128,11 @@ pub enum Description {
         /// What the guest was offered (virtio 1.2, 5.1.3).
         features: u64,
     },
+    /// A console. Where its other end is, every host says for itself.
+    Console {
+        /// What the guest was offered (virtio 1.2, 5.3.3).
+        features: u64,
+    },
 }
 
 impl Description {
@@ -143,6 +152,8 @@ pub struct Allowed {
     pub disk_folders: Vec<PathBuf>,
     /// Taps that its network cards may use.
     pub taps: Vec<String>,
+    /// Where the other end of its consoles is; without one what they say is dropped.
+    pub console: Option<ConsoleConfig>,
 }
 
 impl Allowed {
@@ -192,12 +203,15 @@ pub(crate) fn decode(version: u16, bytes: &[u8]) -> Result<Vec<Description>> {
     Ok(devices)
 }
 
+const CONSOLE: &str = "virtio-console";
+
 /// What a device's name in a saved state begins with; its place follows.
 fn kind_name(config: &DeviceConfig) -> &'static str {
     match config {
         DeviceConfig::Disk(_) => "virtio-blk",
         DeviceConfig::Net(_) => "virtio-net",
         DeviceConfig::Rng => "virtio-rng",
+        DeviceConfig::Console(_) => CONSOLE,
     }
 }
 
@@ -254,12 +268,31 @@ fn build(place: usize, config: &DeviceConfig) -> Result<Part> {
             (Box::new(net), Description::Net { tap: tap.clone(), mac: *mac, features })
         }
         DeviceConfig::Rng => (Box::new(Rng), Description::Rng { features: Rng.features() }),
+        DeviceConfig::Console(config) => return Ok(console(place, Some(config.clone()))),
     };
     Ok(Part { name, backend, description })
 }
 
+fn console(place: usize, config: Option<ConsoleConfig>) -> Part {
+    let name = format!("{CONSOLE}{place}");
+    let backend = Console::new(name.clone(), config);
+    let description = Description::Console { features: backend.features() };
+    Part { name, backend: Box::new(backend), description }
+}
+
 fn rebuild(place: usize, described: &Description, allowed: &Allowed) -> Result<Part> {
     let config = match described {
+        Description::Console { features } => {
+            let part = console(place, allowed.console.clone());
+            return if *features == part.backend.features() {
+                Ok(part)
+            } else {
+                Err(Error::Config(format!(
+                    "{}: this VMM offers other features than {features:#x}",
+                    part.name
+                )))
+            };
+        }
         Description::Block { path, readonly, .. } => {
             let path = PathBuf::from(path);
             if !path.is_absolute() || path.as_os_str().len() > MAX_PATH_BYTES {
@@ -340,7 +373,8 @@ mod tests {
         let (inside, image) = (folder.path().join("inside"), folder.path().join("inside/image"));
         std::fs::create_dir(&inside).unwrap();
         std::fs::write(&image, [0; 4096]).unwrap();
-        let allowed = Allowed { disk_folders: vec![inside.clone()], taps: vec!["t0".into()] };
+        let allowed =
+            Allowed { disk_folders: vec![inside.clone()], taps: vec!["t0".into()], ..Allowed::default() };
         assert_eq!(rebuild_all(&[described(&image, 8)], &allowed).unwrap().len(), 1);
         assert!(refusal(&described(&image, 8), &Allowed::default()).contains("--disks"));
         // A link out of the folder, and a path through it.
@@ -363,6 +397,10 @@ mod tests {
         let many = vec![Description::Rng { features: 0 }; Slot::COUNT + 1];
         assert!(rebuild_all(&many, &allowed).is_err());
         assert_eq!(rebuild_all(&many[1..], &allowed).unwrap().len(), Slot::COUNT);
+        // Nobody here may be at the other end, and the guest has its console all the same.
+        let console = |features| Description::Console { features };
+        assert_eq!(rebuild_all(&[console(0)], &allowed).unwrap()[0].name, "virtio-console0");
+        assert!(refusal(&console(1), &allowed).contains("other features"));
     }
 
     /// The bytes of version 1: they must not change, or VMs of today and tomorrow do not understand each other.
@@ -372,10 +410,13 @@ mod tests {
             Description::Block { path: "/d".into(), readonly: true, sectors: 300, features: 0x224 },
             Description::Rng { features: 0 },
             Description::Net { tap: "t0".into(), mac: MacAddress([2, 0, 0, 0, 0, 1]), features: 0x8023 },
+            Description::Console { features: 0 },
         ];
         let (version, bytes) = encode(&list).unwrap();
-        let golden =
-            [3, 0, 2, b'/', b'd', 1, 172, 2, 164, 4, 1, 0, 2, 2, b't', b'0', 2, 0, 0, 0, 0, 1, 0xa3, 0x80, 2];
+        let golden = [
+            4, 0, 2, b'/', b'd', 1, 172, 2, 164, 4, 1, 0, 2, 2, b't', b'0', 2, 0, 0, 0, 0, 1, 0xa3, 0x80, 2,
+            3, 0,
+        ];
         assert_eq!((version, bytes.as_slice()), (1, golden.as_slice()));
         assert_eq!(decode(1, &bytes).unwrap(), list);
         assert!(decode(2, &bytes).is_err());

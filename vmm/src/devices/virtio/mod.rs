@@ -24,6 +24,7 @@
 //! there while it is prepared, and takes them when it starts; the source let go of them when it was pledged.
 
 mod block;
+mod console;
 mod description;
 mod disk;
 mod net;
@@ -36,6 +37,8 @@ mod transport;
 mod worker;
 
 #[cfg(test)]
+mod console_tests;
+#[cfg(test)]
 mod mock;
 #[cfg(test)]
 mod net_tests;
@@ -44,6 +47,7 @@ mod tests;
 
 use std::{io, os::fd::BorrowedFd, sync::atomic::AtomicBool, time::Instant};
 
+pub use console::ConsoleConfig;
 pub use description::{Allowed, Description, DeviceConfig, DiskConfig, NetConfig};
 pub(crate) use description::{Part, build_all, decode, encode, rebuild_all};
 pub use net::MacAddress;

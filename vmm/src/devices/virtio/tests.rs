@@ -3,8 +3,9 @@ use std::{fs::File, io::Write, os::unix::fs::FileExt, path::Path, sync::atomic::
 use proptest::prelude::*;
 
 use super::{
-    DiskConfig, MacAddress,
+    ConsoleConfig, DiskConfig, MacAddress,
     block::Block,
+    console::Console,
     disk::Disk,
     mock::{DATA, Descriptor, Driver, INDIRECT, MEMORY, NEXT, SIZE, WRITE, chain, entry, memory, part},
     net::Net,
@@ -563,6 +564,29 @@ proptest! {
         }
         prop_assert_eq!(driver.start(0, true), 15);
         prop_assert_eq!(driver.request(1, &chain(0, &[(BUFFER, 100, false)])), 0);
+    }
+
+    #[test]
+    fn a_hostile_driver_of_a_console_harms_nobody_else(steps in steps(), queue in 0_u32..2) {
+        use std::io::Read as _;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("c.sock");
+        let console = Console::new("console0".into(), Some(ConsoleConfig::Socket(path.clone())));
+        let mut driver = Driver::new(memory(), Box::new(console));
+        driver.handle.acquire().unwrap();
+        driver.handle.resume();
+        let mut client = std::os::unix::net::UnixStream::connect(&path).unwrap();
+        let reader = std::thread::spawn(move || client.read_to_end(&mut Vec::new()));
+        driver.start(0, true);
+        for step in steps {
+            take(&mut driver, queue, step);
+        }
+        prop_assert_eq!(driver.start(0, true), 15);
+        prop_assert_eq!(driver.request(1, &chain(0, &[(BUFFER, 100, false)])), 0);
+        driver.handle.ask_pause();
+        driver.handle.wait_paused();
+        driver.handle.release().unwrap();
+        prop_assert!(reader.join().unwrap().is_ok());
     }
 
     #[test]
