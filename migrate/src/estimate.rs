@@ -14,6 +14,7 @@ use crate::converge::simulate::{Came, Path, Plan, simulate};
 use crate::converge::{Decision, Limits};
 use crate::error::Result;
 use crate::report::{micros, rate};
+use crate::select::hot::HotRule;
 use crate::select::{Batch, Selector, batches};
 use crate::source::{Dirty, Source};
 use protocol::page::{PAGE_SIZE, PageSet};
@@ -181,7 +182,8 @@ pub fn forecast(watched: &Watched, path: Path, limits: &Limits, ways: Ways) -> F
     let workload = &workload_of(&samples, memory_pages);
     let (Ways { can_throttle, can_post_copy }, policy) = (ways, Policy::Migrate);
     let run = |seed| {
-        simulate(&Plan { workload, memory_pages, path, limits, can_throttle, can_post_copy, policy, seed })
+        let hot = HotRule::default();
+        simulate(&Plan { workload, memory_pages, path, limits, can_throttle, can_post_copy, policy, hot, seed })
     };
     let mut runs: Vec<Came> = (0..SEEDS).map(run).collect();
     runs.sort_by(|left, right| left.total_s.total_cmp(&right.total_s));

@@ -86,7 +86,7 @@ pub struct Options {
     pub fixed_cost: Duration,
     /// The moves that `fixed_cost` is known from; 0 for a guess.
     pub fixed_cost_known_from: u32,
-    /// Which pages wait for the last round: none unless asked, see [`crate::select::hot`].
+    /// Which pages wait while there is much else to send, see [`crate::select::hot`].
     pub hot: HotRule,
     /// Page streams, 1 to [`MAX_PAGE_STREAMS`].
     pub page_streams: u16,
@@ -119,7 +119,7 @@ impl Options {
             controls: Controls::new(Limits::default()),
             fixed_cost: Duration::from_millis(2),
             fixed_cost_known_from: 0,
-            hot: HotRule::NEVER,
+            hot: HotRule::default(),
             page_streams: 2,
             connections: Connections::default(),
             packs: Packs::default(),
