@@ -341,6 +341,7 @@ impl<'a> Outbound<'a> {
         if let Err(error) = self.deliver() {
             return Err(self.give_up(error));
         }
+        let _answers = self.cancel.answers();
         let answer = self
             .phase(Phase::Commit, Self::commit)
             .or_else(|lost| self.phase(Phase::Ask, |outbound| outbound.ask(lost)));
