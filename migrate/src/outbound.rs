@@ -59,6 +59,7 @@ use crate::source::{Donor, Source};
 use buffers::Buffers;
 use commit::Answer;
 pub use commit::{Word, ask};
+pub(crate) use encode::LEARNS_BYTES;
 pub use encode::Packs;
 use encode::Plan;
 use lanes::Lanes;

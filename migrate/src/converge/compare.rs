@@ -3,7 +3,7 @@
 
 use super::policies::Policy;
 use super::policy::Limits;
-use super::simulate::{Came, Group, Path, Plan, Pulse, Workload, simulate};
+use super::simulate::{Came, Cost, Group, Path, Plan, Pulse, Workload, simulate};
 use crate::select::hot::HotRule;
 use std::fmt::Write as _;
 
@@ -55,6 +55,9 @@ fn run_with(workload: &Workload, policy: Policy, hot: HotRule, seed: u64) -> Cam
         workload,
         memory_pages: MEMORY_PAGES,
         path: PATH,
+        learns_bytes: 0.0,
+        first: Cost::RAW,
+        later: Cost::RAW,
         limits,
         can_throttle: true,
         // The rules are compared by when they freeze; post-copy would end every stall alike.

@@ -49,6 +49,20 @@ pub struct Path {
     pub fixed_s: f64,
 }
 
+/// What a page costs, as parts of what one costs that is sent as it is.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Cost {
+    /// Of its bytes on the wire.
+    pub bytes_part: f64,
+    /// Of its time.
+    pub time_part: f64,
+}
+
+impl Cost {
+    /// As it is.
+    pub const RAW: Self = Self { bytes_part: 1.0, time_part: 1.0 };
+}
+
 /// One simulated migration.
 #[derive(Debug, Clone, Copy)]
 pub struct Plan<'a> {
@@ -58,6 +72,12 @@ pub struct Plan<'a> {
     pub memory_pages: f64,
     /// Where they go.
     pub path: Path,
+    /// Bytes that are sent as they are before it is known what packing does.
+    pub learns_bytes: f64,
+    /// What a page of the first round costs.
+    pub first: Cost,
+    /// What one costs that was written since.
+    pub later: Cost,
     /// What is allowed.
     pub limits: &'a Limits,
     /// Whether the workload can be slowed down.
@@ -109,10 +129,15 @@ pub fn simulate(plan: &Plan<'_>) -> Came {
     let mut groups: Vec<State> = workload.groups.iter().map(|group| State::of(group.pages)).collect();
     let (mut holding, mut holds) = (Holding::new(plan.hot), false);
     let mut to_send = groups.iter().map(|state| state.once).sum::<f64>().max(plan.memory_pages);
-    let (mut rounds, mut bytes, mut now, mut throttled_s, mut throttle) = (Vec::new(), 0.0, 0.0, 0.0, 0);
+    let (mut rounds, mut bytes, mut learnt) = (Vec::new(), 0.0, 0.0);
+    let (mut now, mut throttled_s, mut throttle) = (0.0, 0.0, 0);
     loop {
         let bandwidth = path.bandwidth_bytes_per_s * random.around_one();
-        let takes = path.overhead_s + to_send * PAGE_BYTES / bandwidth;
+        let cost = if rounds.is_empty() { plan.first } else { plan.later };
+        let sends = to_send * PAGE_BYTES;
+        let raw = (plan.learns_bytes - learnt).clamp(0.0, sends);
+        learnt += raw;
+        let takes = path.overhead_s + (raw + (sends - raw) * cost.time_part) / bandwidth;
         let runs = 1.0 - f64::from(throttle) / 100.0;
         let busy_s = workload.busy(now, now + takes) * runs * random.around_one();
         let waiting: f64 = if holds { groups.iter().map(|state| state.twice).sum() } else { 0.0 };
@@ -125,7 +150,7 @@ pub fn simulate(plan: &Plan<'_>) -> Came {
         holds = !rounds.is_empty() && holding.next(&seen);
         let held = if holds { seen.hot } else { 0.0 };
         now += takes;
-        bytes += to_send * PAGE_BYTES;
+        bytes += raw + (sends - raw) * cost.bytes_part;
         throttled_s += takes * (1.0 - runs);
         rounds.push(Measured {
             sent_bytes: (to_send * PAGE_BYTES) as u64,
@@ -151,8 +176,8 @@ pub fn simulate(plan: &Plan<'_>) -> Came {
             | Decision::Minimum { .. }
             | Decision::Force { .. } => {
                 let bandwidth = path.bandwidth_bytes_per_s * random.around_one();
-                let transfer_s = remaining * PAGE_BYTES / bandwidth;
-                bytes += remaining * PAGE_BYTES;
+                let transfer_s = remaining * PAGE_BYTES * plan.later.time_part / bandwidth;
+                bytes += remaining * PAGE_BYTES * plan.later.bytes_part;
                 let follow_s = if matches!(decision, Decision::PostCopy { .. }) { transfer_s } else { 0.0 };
                 let downtime_s = path.fixed_s + path.overhead_s + transfer_s - follow_s;
                 let total_s = now + downtime_s + follow_s;
@@ -282,6 +307,9 @@ mod tests {
                 workload: &workload,
                 memory_pages: 250_000.0,
                 path,
+                learns_bytes: 0.0,
+                first: Cost::RAW,
+                later: Cost::RAW,
                 limits,
                 can_throttle: false,
                 can_post_copy,
@@ -301,6 +329,35 @@ mod tests {
             "{follows:?}"
         );
         assert!(run(true, None).decision.name() == "give-up", "nobody asked for post-copy");
+    }
+
+    #[test]
+    fn pages_that_pack_take_their_part_of_bytes_and_time() {
+        let workload =
+            Workload { groups: vec![Group { pages: 20_000.0, writes_per_s: 1e4 }], ..Workload::default() };
+        let path = Path { bandwidth_bytes_per_s: 1e9, overhead_s: 0.001, fixed_s: 0.004 };
+        let run = |cost, learns_bytes| {
+            simulate(&Plan {
+                workload: &workload,
+                memory_pages: 250_000.0,
+                path,
+                learns_bytes,
+                first: cost,
+                later: cost,
+                limits: &Limits::default(),
+                can_throttle: false,
+                can_post_copy: false,
+                policy: Policy::Migrate,
+                hot: HotRule::default(),
+                seed: 3,
+            })
+        };
+        let (raw, packed) = (run(Cost::RAW, 0.0), run(Cost { bytes_part: 0.2, time_part: 0.5 }, 0.0));
+        assert!(packed.bytes < raw.bytes * 0.22 && packed.bytes > 250_000.0 * 4096.0 * 0.2, "{packed:?}");
+        assert!((0.45..0.55).contains(&(packed.total_s / raw.total_s)), "{packed:?}");
+        let learning = run(Cost { bytes_part: 0.2, time_part: 0.5 }, 100e6);
+        let more = learning.bytes - packed.bytes;
+        assert!((79e6..85e6).contains(&more), "what is sent before packing begins: {more}");
     }
 
     #[test]
