@@ -22,7 +22,7 @@ pub mod completions;
 pub mod man;
 pub mod bench_pipe;
 
-use crate::cancel::CancelFlag;
+use crate::cancel::{CancelFlag, Signals};
 use crate::cli::Common;
 use crate::error::{Error, Result};
 use crate::exit;
@@ -30,7 +30,6 @@ use serde::Serialize;
 use std::io::{IsTerminal as _, Write as _};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use tracing_subscriber::EnvFilter;
 
 /// Logs go to stderr: warnings (of a daemon what it does, too), more with `-v`, or what `RUST_LOG` says. One line an event;
@@ -107,19 +106,26 @@ pub fn say(line: &str) {
     writeln!(out, "{line}").and_then(|()| out.flush()).ok();
 }
 
-/// A flag that Ctrl-C and SIGTERM set; a second Ctrl-C does what it always does, so that a stuck program can be ended.
+/// A flag that Ctrl-C and SIGTERM set. What a second one does is said at [`Signals`].
 ///
 /// # Errors
-/// `Host` when the handlers cannot be set.
+/// `Host` when the signals cannot be heard.
 pub fn cancel_on_signals() -> Result<CancelFlag> {
-    let flag = Arc::new(AtomicBool::new(false));
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-        // In this order: the first handler acts on what earlier signals left, then the flag is set for this one.
-        signal_hook::flag::register_conditional_default(signal, Arc::clone(&flag))
-            .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&flag)))
-            .map_err(|error| Error::Host(format!("signals cannot be caught: {error}")))?;
-    }
-    Ok(CancelFlag::over(flag))
+    use signal_hook::consts::{SIGINT, SIGTERM};
+    let deaf = |error: std::io::Error| Error::Host(format!("signals cannot be caught: {error}"));
+    let signals = Arc::new(Signals::default());
+    let mut heard = signal_hook::iterator::Signals::new([SIGINT, SIGTERM]).map_err(deaf)?;
+    let told = Arc::clone(&signals);
+    let hear = move || {
+        for signal in heard.forever() {
+            if told.came() {
+                // As if it had not been heard.
+                signal_hook::low_level::emulate_default_handler(signal).ok();
+            }
+        }
+    };
+    std::thread::Builder::new().name("signals".into()).spawn(hear).map_err(deaf)?;
+    Ok(CancelFlag::over(signals))
 }
 
 /// How the pages come that a running VM misses.

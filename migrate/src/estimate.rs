@@ -1,11 +1,15 @@
 //! What a move would take, without moving anything.
 //!
 //! ```text
-//! watch (which pages become dirty in 10 ms … 1 s) ─▶ fit ─▶ simulate over a path ─▶ forecast
+//! watch (which pages become dirty in 10 ms … 1 s, and what a sample of them is like) ─▶ fit ─▶ simulate over a path ─▶ forecast
 //! ```
 //!
 //! The VM runs on meanwhile, a little slower: every page that is written for the first time in an interval costs it a
 //! fault of 2 to 3 us. Tracking ends with the watch, so that the next move begins with every page, as it must.
+
+mod contents;
+
+pub use contents::Contents;
 
 use crate::cancel::CancelFlag;
 use crate::converge::fit::{Sample, workload_of};
@@ -13,9 +17,12 @@ use crate::converge::policies::Policy;
 use crate::converge::simulate::{Came, Path, Plan, simulate};
 use crate::converge::{Decision, Limits};
 use crate::error::Result;
+use crate::outbound::LEARNS_BYTES;
 use crate::report::{micros, rate};
+use crate::select::hot::HotRule;
 use crate::select::{Batch, Selector, batches};
 use crate::source::{Dirty, Source};
+use contents::Versions;
 use protocol::page::{PAGE_SIZE, PageSet};
 use serde::Serialize;
 use std::time::{Duration, Instant};
@@ -41,6 +48,10 @@ pub struct Watched {
     pub intervals: Vec<Interval>,
     /// Where the pages were dirty behind the longest interval; parts without any are left out.
     pub regions: Vec<Region>,
+    /// What a sample of all memory was made of.
+    pub memory: Contents,
+    /// What pages were made of that were dirty behind the longest interval.
+    pub dirtied: Contents,
 }
 
 /// One interval at whose beginning every page was clean.
@@ -81,10 +92,13 @@ pub fn watch(mut source: Box<dyn Source>, longest: Duration, cancel: &CancelFlag
 
 fn look(source: &mut dyn Source, longest: Duration, cancel: &CancelFlag) -> Result<Watched> {
     source.track(Dirty::Everything)?;
-    let present_pages = present(source)?;
+    let present = present(source)?;
+    let memory = Versions::read(source, &present)?;
     take_all(source)?;
-    let (mut intervals, mut regions) = (Vec::new(), Vec::new());
+    let (mut intervals, mut dirty) = (Vec::new(), Vec::new());
+    let mut before = Versions::default();
     for part in PARTS {
+        before = Versions::read(source, &dirty)?;
         let begun = Instant::now();
         take_all(source)?;
         // A page was cleared some time in between: halfway on average.
@@ -94,14 +108,24 @@ fn look(source: &mut dyn Source, longest: Duration, cancel: &CancelFlag) -> Resu
             cancel.check()?;
             std::thread::sleep(until.saturating_duration_since(Instant::now()).min(SLICE));
         }
-        let dirty = harvest(source)?;
+        dirty = harvest(source)?;
         let interval = clean_at.elapsed();
         let dirty_pages: u64 = dirty.iter().map(PageSet::count).sum();
         let dirty_bytes_per_s = rate(dirty_pages * PAGE_SIZE as u64, interval);
         intervals.push(Interval { interval_us: micros(interval), dirty_pages, dirty_bytes_per_s });
-        regions = (0u16..).zip(&dirty).flat_map(|(space, set)| regions_of(space, set)).collect();
     }
-    Ok(Watched { present_pages, intervals, regions })
+    // The same pages as before the longest interval, so that what changed in them is seen.
+    let mut dirtied = before.again(source, &dirty)?;
+    if dirtied.is_empty() {
+        dirtied = Versions::read(source, &dirty)?;
+    }
+    Ok(Watched {
+        present_pages: present.iter().map(PageSet::count).sum(),
+        intervals,
+        regions: (0u16..).zip(&dirty).flat_map(|(space, set)| regions_of(space, set)).collect(),
+        memory: memory.contents(&Versions::default()),
+        dirtied: dirtied.contents(&before),
+    })
 }
 
 fn harvest(source: &mut dyn Source) -> Result<Vec<PageSet>> {
@@ -116,14 +140,14 @@ fn take_all(source: &mut dyn Source) -> Result<()> {
     Ok(())
 }
 
-fn present(source: &mut dyn Source) -> Result<u64> {
-    let mut pages = 0;
+fn present(source: &mut dyn Source) -> Result<Vec<PageSet>> {
+    let mut sets = Vec::new();
     for space in source.workload().layout.spaces.clone() {
         let mut set = PageSet::full(space.pages);
         source.present(space.id, 0, space.pages, &mut set)?;
-        pages += set.count();
+        sets.push(set);
     }
-    Ok(pages)
+    Ok(sets)
 }
 
 fn regions_of(space: u16, set: &PageSet) -> Vec<Region> {
@@ -180,8 +204,24 @@ pub fn forecast(watched: &Watched, path: Path, limits: &Limits, ways: Ways) -> F
     let memory_pages = watched.present_pages as f64;
     let workload = &workload_of(&samples, memory_pages);
     let (Ways { can_throttle, can_post_copy }, policy) = (ways, Policy::Migrate);
+    let bandwidth = path.bandwidth_bytes_per_s;
     let run = |seed| {
-        simulate(&Plan { workload, memory_pages, path, limits, can_throttle, can_post_copy, policy, seed })
+        let hot = HotRule::default();
+        let (first, later) = (watched.memory.cost(bandwidth), watched.dirtied.cost(bandwidth));
+        simulate(&Plan {
+            workload,
+            memory_pages,
+            path,
+            learns_bytes: LEARNS_BYTES as f64,
+            first,
+            later,
+            limits,
+            can_throttle,
+            can_post_copy,
+            policy,
+            hot,
+            seed,
+        })
     };
     let mut runs: Vec<Came> = (0..SEEDS).map(run).collect();
     runs.sort_by(|left, right| left.total_s.total_cmp(&right.total_s));
@@ -211,7 +251,8 @@ mod tests {
             dirty_pages,
             dirty_bytes_per_s: 0,
         });
-        Watched { present_pages: 262_144, intervals: intervals.collect(), regions: vec![] }
+        let (memory, dirtied) = (Contents::default(), Contents::default());
+        Watched { present_pages: 262_144, intervals: intervals.collect(), regions: vec![], memory, dirtied }
     }
 
     #[test]

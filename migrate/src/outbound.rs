@@ -59,6 +59,7 @@ use crate::source::{Donor, Source};
 use buffers::Buffers;
 use commit::Answer;
 pub use commit::{Word, ask};
+pub(crate) use encode::LEARNS_BYTES;
 pub use encode::Packs;
 use encode::Plan;
 use lanes::Lanes;
@@ -86,7 +87,7 @@ pub struct Options {
     pub fixed_cost: Duration,
     /// The moves that `fixed_cost` is known from; 0 for a guess.
     pub fixed_cost_known_from: u32,
-    /// Which pages wait for the last round: none unless asked, see [`crate::select::hot`].
+    /// Which pages wait while there is much else to send, see [`crate::select::hot`].
     pub hot: HotRule,
     /// Page streams, 1 to [`MAX_PAGE_STREAMS`].
     pub page_streams: u16,
@@ -119,7 +120,7 @@ impl Options {
             controls: Controls::new(Limits::default()),
             fixed_cost: Duration::from_millis(2),
             fixed_cost_known_from: 0,
-            hot: HotRule::NEVER,
+            hot: HotRule::default(),
             page_streams: 2,
             connections: Connections::default(),
             packs: Packs::default(),
@@ -341,6 +342,7 @@ impl<'a> Outbound<'a> {
         if let Err(error) = self.deliver() {
             return Err(self.give_up(error));
         }
+        let _answers = self.cancel.answers();
         let answer = self
             .phase(Phase::Commit, Self::commit)
             .or_else(|lost| self.phase(Phase::Ask, |outbound| outbound.ask(lost)));

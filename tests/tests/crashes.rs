@@ -9,6 +9,7 @@
 use e2e::{Host, Running, trusting_pair, without_kvm};
 use rustix::process::Signal;
 use std::path::Path;
+use std::time::Duration;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_migrate-under-test");
 
@@ -278,6 +279,56 @@ fn a_receiver_that_dies_at_commit_leaves_a_doubt_that_only_the_operator_settles(
     a.run(&["recover", "v", "--resume"]).success();
     a.assert_sound("v");
     next_attempt_is_correct(&a, &b);
+}
+
+#[test]
+fn a_sender_without_an_answer_to_its_commit_is_left_by_a_second_interrupt() {
+    if without_kvm("a_sender_without_an_answer_to_its_commit_is_left_by_a_second_interrupt") {
+        return;
+    }
+    let Scene { a, b, mut sender, receiver } = held_at("commit");
+    receiver.signal(Signal::STOP);
+    sender.signal(Signal::CONT);
+    std::thread::sleep(Duration::from_millis(300));
+    sender.signal(Signal::INT);
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(sender.is_running(), "the first one is answered");
+    sender.signal(Signal::INT);
+    let sent = sender.finish();
+    assert_eq!(sent.code, 10, "{sent:#?}");
+    assert!(sent.stderr.contains("interrupted once more"), "{sent:#?}");
+    assert!(sent.stderr.contains("it was interrupted"), "{sent:#?}");
+    assert_eq!(a.phase("v").as_deref(), Some("pledged"));
+    receiver.signal(Signal::CONT);
+    a.run(&["recover", "v"]).success();
+    let here = a.phase("v").as_deref() == Some("running");
+    if here {
+        a.assert_sound("v");
+    } else {
+        b.assert_sound("v");
+    }
+    assert!(!here || b.phase("v").is_none(), "it runs twice");
+}
+
+#[test]
+fn a_receiver_whose_sender_does_not_know_yet_is_left_by_a_second_interrupt() {
+    if without_kvm("a_receiver_whose_sender_does_not_know_yet_is_left_by_a_second_interrupt") {
+        return;
+    }
+    let Scene { a, b, sender, mut receiver } = held_at("settle");
+    receiver.signal(Signal::INT);
+    std::thread::sleep(Duration::from_millis(700));
+    assert!(receiver.is_running(), "the first one is answered");
+    receiver.signal(Signal::INT);
+    let arrived = receiver.finish();
+    assert_eq!(arrived.code, 0, "{arrived:#?}");
+    assert!(arrived.stderr.contains("its sender does not know it yet"), "{arrived:#?}");
+    assert_eq!(b.phase("v").as_deref(), Some("running"));
+    sender.signal(Signal::CONT);
+    // It had the answer already.
+    sender.finish().success();
+    a.wait_phase("v", None);
+    b.assert_sound("v");
 }
 
 #[test]

@@ -168,6 +168,30 @@ fn a_receiver_that_dies_while_pages_follow_is_replaced_by_another() {
 }
 
 #[test]
+fn a_receiver_is_interrupted_twice_while_pages_follow_and_the_next_goes_on() {
+    if without_kvm("a_receiver_is_interrupted_twice_while_pages_follow_and_the_next_goes_on") {
+        return;
+    }
+    let (a, b, sender, mut receiver, address, _) = held_sender(false);
+    receiver.signal(Signal::INT);
+    std::thread::sleep(std::time::Duration::from_millis(700));
+    assert!(receiver.is_running(), "the first one is answered");
+    receiver.signal(Signal::INT);
+    let ended = receiver.finish();
+    assert_eq!(ended.code, 130, "{ended:#?}");
+    assert!(ended.stderr.contains("runs here and still needs"), "{ended:#?}");
+    assert!(ended.stderr.contains("start migrate receive to go on"), "{ended:#?}");
+    assert_eq!(b.phase("v").as_deref(), Some("running"));
+    assert!(awaiting(&b) > 1000);
+    let mut next = b.start(&["receive", "--listen", &address, "--link-timeout", "2s"]);
+    next.wait_event("listening");
+    sender.signal(Signal::CONT);
+    sender.finish().success();
+    next.finish().success();
+    assert_arrived_whole(&a, &b);
+}
+
+#[test]
 fn both_engines_die_and_others_bring_it_to_its_end() {
     if without_kvm("both_engines_die_and_others_bring_it_to_its_end") {
         return;

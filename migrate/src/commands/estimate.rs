@@ -8,7 +8,7 @@ use crate::controls::check_limits;
 use crate::converge::simulate::Path;
 use crate::converge::{Decision, Limits};
 use crate::error::{Error, Result};
-use crate::estimate::{Forecast, Watched, Ways, forecast, watch};
+use crate::estimate::{Contents, Forecast, Watched, Ways, forecast, watch};
 use crate::history::History;
 use crate::identity::{self, Identity, TrustStore};
 use crate::link::Link as _;
@@ -135,9 +135,32 @@ fn show(name: &str, watched: &Watched, forecasts: &[Forecast]) {
             say(&format!("  {part:>3} % of it in the {bytes} at {at} of space {}", region.space));
         }
     }
+    for (what, contents) in [("of its memory", &watched.memory), ("of what it dirties", &watched.dirtied)] {
+        if contents.sampled_pages > 0 {
+            say(&format!("  {what}, {}", packs(contents)));
+        }
+    }
     for forecast in forecasts {
         say(&format!("at {}: {}", show_rate(forecast.bandwidth_bytes_per_s), told(forecast)));
     }
+}
+
+fn packs(contents: &Contents) -> String {
+    let Contents { sampled_pages, zero_pages, known_pages, lz4_part, zstd_part, delta_part, .. } = *contents;
+    let percent = |part: f64| format!("{:.0} %", part * 100.0);
+    let of_all = |pages: u64| percent(pages as f64 / sampled_pages as f64);
+    let differs = if delta_part < 1.0 {
+        format!(", and differences are {}", percent(delta_part))
+    } else {
+        String::new()
+    };
+    format!(
+        "by {sampled_pages} pages: {} are zero, {} are there already; LZ4 leaves {} of the rest, Zstandard {}{differs}",
+        of_all(zero_pages),
+        of_all(known_pages),
+        percent(lz4_part),
+        percent(zstd_part),
+    )
 }
 
 fn told(forecast: &Forecast) -> String {

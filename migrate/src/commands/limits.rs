@@ -1,10 +1,14 @@
 //! When to freeze and how long to try, as an operator says it.
 
 use crate::converge::{Limits, OnStall, OnTimeout};
+use crate::report::micros;
 use crate::units;
+use clap::ValueEnum;
+use protocol::steer;
 use std::time::Duration;
 
-/// Changes to [`Limits`]; what is not named stays as it is.
+/// Changes to [`Limits`]; what is not named stays as it is: of a new move the default in brackets, of a running one what it
+/// has.
 #[derive(Debug, Clone, Default, clap::Args)]
 #[command(next_help_heading = "When to stop")]
 pub(super) struct LimitArgs {
@@ -55,5 +59,33 @@ impl LimitArgs {
             max_throttle_percent: self.max_throttle.unwrap_or(limits.max_throttle_percent),
             post_copy_after: self.post_copy.or(limits.post_copy_after),
         }
+    }
+
+    /// The changes, for a migration that runs.
+    pub(super) fn changes(&self) -> steer::Limits {
+        steer::Limits {
+            downtime_us: self.downtime.map(micros),
+            max_downtime_us: self.max_downtime.map(micros),
+            max_rounds: self.max_rounds,
+            timeout_us: self.timeout.map(micros),
+            on_timeout: self.on_timeout.as_ref().and_then(word),
+            on_stall: self.on_stall.as_ref().map(|all| all.iter().filter_map(word).collect()),
+            max_throttle_percent: self.max_throttle,
+            post_copy_after: self.post_copy,
+            bandwidth_bytes_per_s: None,
+        }
+    }
+}
+
+fn word<T: ValueEnum>(value: &T) -> Option<String> {
+    Some(value.to_possible_value()?.get_name().to_owned())
+}
+
+/// The help of an option without the default that it has in a new move.
+pub(super) fn without_default(option: clap::Arg) -> clap::Arg {
+    let help = option.get_help().map(ToString::to_string).unwrap_or_default();
+    match help.split_once(" [default: ") {
+        Some((help, _)) => option.help(help.to_owned()),
+        None => option,
     }
 }

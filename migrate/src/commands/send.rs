@@ -78,8 +78,8 @@ pub struct Args {
     /// Write everything that each decision looks at to this file: see migrate replay.
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
-    /// For measurements: whether pages that are dirty in every round wait for the last one.
-    #[arg(long, hide = true, action = clap::ArgAction::Set, default_value_t = false)]
+    /// For measurements: whether pages that are dirty in every round wait while there is much else to send.
+    #[arg(long, hide = true, action = clap::ArgAction::Set, default_value_t = true)]
     hot_pages_last: bool,
     /// How long to wait for a peer that says nothing.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = units::duration)]
@@ -151,8 +151,8 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let carried = history.as_ref().map(|history| history.carried(&peer)).unwrap_or_default();
     options.connections = connections::choose(args.connections, &carried, Host::now());
     options.page_streams = options.page_streams.max(options.connections.number);
-    if args.hot_pages_last {
-        options.hot = HotRule::default();
+    if !args.hot_pages_last {
+        options.hot = HotRule::NEVER;
     }
     options.stall = args.link_timeout;
     options.ask = args.ask_timeout;

@@ -52,9 +52,18 @@ impl Forecast {
         let held = last.held_pages.min(last.remaining_pages) as f64;
         // Pages that are held back take no part in the next round, and are there behind it as before.
         let next = overhead + transfer_of(remaining - held);
-        // A round that took no time says nothing of the rate; then the next is taken to promise nothing.
-        let grows = if took > 0.0 { next / took } else { 1.0 };
-        let after = held + (remaining - held) * grows.min(1.0);
+        // What a round left grows with its length. A round that took no time says nothing of the rate; then the next is
+        // taken to promise nothing.
+        let left = |pages: f64, took: f64| pages * if took > 0.0 { (next / took).min(1.0) } else { 1.0 };
+        let after = if held > 0.0 {
+            held + left(remaining - held, took)
+        } else {
+            // Pages that waited were left by the round that sent them last, which was a longer one.
+            let waited = last.waiting_pages.min(last.remaining_pages) as f64;
+            let sent_them = rounds.iter().rev().find(|round| round.waiting_pages == 0);
+            let sent_them = sent_them.map_or(took, |round| round.duration.as_secs_f64());
+            left(remaining - waited, took) + left(waited, sent_them)
+        };
         Self { fixed, overhead, transfer: transfer_of(remaining), transfer_after_another: transfer_of(after) }
     }
 

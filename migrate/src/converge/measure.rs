@@ -18,6 +18,9 @@ pub struct Measured {
     pub remaining_pages: u64,
     /// Those of them that the next live round would hold back, because they are dirty in every round.
     pub held_pages: u64,
+    /// Those of them that this round held back. Traces of before do not have it: nothing was held back then.
+    #[serde(default)]
+    pub waiting_pages: u64,
     /// The share of its time that the workload was made to stand still, in percent.
     pub throttle_percent: u8,
 }

@@ -471,6 +471,7 @@ mod tests {
                 sent_bytes,
                 remaining_pages,
                 held_pages,
+                waiting_pages: held_pages / 2,
                 throttle_percent,
                 duration: Duration::from_micros(u64::from(us)),
             },

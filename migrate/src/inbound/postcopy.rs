@@ -132,6 +132,7 @@ impl Inbound<'_> {
     }
 
     fn serve(&mut self, following: &mut Following, migration: MigrationId) -> Result<()> {
+        let _answers = self.cancel.answers();
         let mut interrupted = false;
         let mut looked = Instant::now();
         let mut told = Instant::now();

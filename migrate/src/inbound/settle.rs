@@ -38,14 +38,17 @@ impl Inbound<'_> {
         let Options { linger, forget, keep, .. } = *self.options;
         let without_link = if self.comes_back_when_loaded() { keep.max(forget) } else { forget };
         let (what, until, mut told) = ("Commit, or a question about it", Instant::now() + linger, false);
-        let missing_it = |me: &mut Self| {
+        let look = |me: &mut Self| {
+            if me.talk.link().is_ok() {
+                return Ok(());
+            }
             if me.comes_back_when_loaded() && !std::mem::replace(&mut told, true) {
                 let reason = "it was lost before Commit arrived".into();
                 me.observer.event(&Event::LinkLost { reason, wait_us: micros(without_link) });
             }
             me.may_be_given_up()
         };
-        match self.next_word(what, until, without_link, missing_it)? {
+        match self.next_word(what, until, without_link, look)? {
             Word::Said(Downstream::Commit { migration }) if Some(migration) == ours => Ok(Order::Start),
             Word::Said(Downstream::Ask { migration }) if Some(migration) == ours => Ok(Order::Answer),
             // It has not committed.
@@ -125,8 +128,13 @@ impl Inbound<'_> {
     /// The outcome is known here: sees to it that the sender knows it too, for as long as it may be without a link.
     pub(super) fn settle(&mut self, without_link: Duration) {
         let until = Instant::now() + self.options.linger;
+        let outcome = self.report.migration.map(|migration| self.desk.ledger().outcome(migration));
+        let started = outcome == Some(Outcome::Started);
+        let _answers = started.then(|| self.cancel.answers());
+        let mut warned = false;
         loop {
-            match self.next_word("the sender to know the outcome", until, without_link, |_| Ok(())) {
+            let look = |me: &mut Self| if started { me.heed(&mut warned, until) } else { Ok(()) };
+            match self.next_word("the sender to know the outcome", until, without_link, look) {
                 Ok(Word::Said(Downstream::Done { .. })) => return,
                 Ok(Word::Said(Downstream::Ask { migration })) => {
                     let outcome = self.desk.ledger().outcome(migration);
@@ -146,6 +154,25 @@ impl Inbound<'_> {
         }
     }
 
+    /// It runs here. The first wish to stop is answered with what it would mean, the second one is followed.
+    fn heed(&self, warned: &mut bool, until: Instant) -> Result<()> {
+        if !self.cancel.take() {
+            return Ok(());
+        }
+        let name = &self.report.workload;
+        if std::mem::replace(warned, true) {
+            return Err(Error::Interrupted(format!(
+                "{name} runs here; migrate recover there asks whoever receives here next"
+            )));
+        }
+        let left = until.saturating_duration_since(Instant::now()).as_secs();
+        tracing::warn!(
+            "{name} runs here already, and its sender does not know it yet: it is waited for up to {left} s; interrupted once more \
+             this ends, {name} runs on, and at the source migrate recover {name} asks the next migrate receive"
+        );
+        Ok(())
+    }
+
     /// Loaded, and without a link: no `Commit` can come any more, so whoever wants it ends the wait.
     fn may_be_given_up(&mut self) -> Result<()> {
         self.cancel.reopen();
@@ -157,13 +184,13 @@ impl Inbound<'_> {
     }
 
     /// The next message about this migration, on this link or, if it is silent or lost, on a new one that takes its
-    /// place; `without_link` is how long a lost one is missed, unless `missing_it` ends the wait.
+    /// place; `without_link` is how long a lost one is missed, unless `look` ends the wait.
     fn next_word(
         &mut self,
         what: &'static str,
         until: Instant,
         without_link: Duration,
-        mut missing_it: impl FnMut(&mut Self) -> Result<()>,
+        mut look: impl FnMut(&mut Self) -> Result<()>,
     ) -> Result<Word> {
         let begun = Instant::now();
         let mut linked = begun;
@@ -174,12 +201,12 @@ impl Inbound<'_> {
                 Err(Error::Link(_)) => self.talk.hang_up("lost"),
                 Err(error) => return Err(error),
             }
+            look(self)?;
             let now = Instant::now();
             let left = if self.talk.link().is_ok() {
                 linked = now;
                 until.saturating_duration_since(now)
             } else {
-                missing_it(self)?;
                 without_link.saturating_sub(now - linked)
             };
             if left.is_zero() {

@@ -1,10 +1,12 @@
 //! The one step that cannot be taken back, and what is known behind it.
 
 use super::Outbound;
+use super::ticker::Ticker;
+use crate::cancel::CancelFlag;
 use crate::conversation::{Sender, out_of_order};
 use crate::error::{Error, Result, clean};
 use crate::link::Link;
-use crate::report::micros;
+use crate::report::{Report, micros};
 use crate::source::Committed;
 use protocol::MigrationId;
 use protocol::control::{self, Downstream, MAX_BLOB_BYTES, Upstream};
@@ -13,6 +15,9 @@ use std::time::{Duration, Instant};
 
 /// The longest wait for one answer of a destination that is asked; then it is asked again.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How often it is looked whether somebody wants to stop.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// How long to wait before asking again, at first and at most.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(2));
@@ -30,7 +35,9 @@ impl Outbound<'_> {
     pub(super) fn commit(&mut self) -> Result<Answer> {
         let (migration, stall) = (self.options.migration, self.options.stall);
         self.talk.say(&Downstream::Commit { migration }, &[], stall)?;
-        match self.talk.hear("the destination to start", stall, &mut || Ok(0))?.0 {
+        let Self { talk, cancel, ticker, report, .. } = self;
+        let mut watch = || heed(cancel, ticker, report).map(|()| 0);
+        match talk.hear("the destination to start", stall, &mut watch)?.0 {
             Upstream::Started { migration: started } if started == migration => Ok(self.started()),
             Upstream::Failed { reason } => {
                 Ok(Answer::Discarded(Error::PeerFailed { reason: clean(&reason) }))
@@ -41,6 +48,10 @@ impl Outbound<'_> {
 
     /// Asks over new connections until there is an answer. `lost` is why it must.
     pub(super) fn ask(&mut self, lost: Error) -> Result<Answer> {
+        if matches!(lost.root(), Error::InDoubt(_)) {
+            // It is wanted no more.
+            return Err(lost);
+        }
         // Only once this end is closed does the destination stop waiting on it.
         self.talk.hang_up("no answer to Commit");
         let (begun, mut pause, mut lost) = (Instant::now(), PAUSE.0, lost);
@@ -67,7 +78,11 @@ impl Outbound<'_> {
             if pause >= self.options.ask.saturating_sub(begun.elapsed()) {
                 return Err(self.in_doubt(&lost.to_string()));
             }
-            std::thread::sleep(pause);
+            let until = Instant::now() + pause;
+            while Instant::now() < until {
+                heed(self.cancel, &mut self.ticker, &self.report)?;
+                std::thread::sleep(LOOK.min(until.saturating_duration_since(Instant::now())));
+            }
             pause = (pause * 2).min(PAUSE.1);
         }
     }
@@ -93,12 +108,32 @@ impl Outbound<'_> {
     }
 
     fn in_doubt(&self, why: &str) -> Error {
-        let (name, peer) = (&self.report.workload, &self.report.peer);
-        Error::InDoubt(format!(
-            "{name} was committed to {peer} and no answer came back ({why}). It stands still here and nothing is \
-             lost: find out whether it runs at {peer}, then settle it with `migrate recover {name}`"
-        ))
+        in_doubt(&self.report, why)
     }
+}
+
+fn in_doubt(report: &Report, why: &str) -> Error {
+    let (name, peer) = (&report.workload, &report.peer);
+    Error::InDoubt(format!(
+        "{name} was committed to {peer} and no answer came back ({why}). It stands still here and nothing is \
+         lost: find out whether it runs at {peer}, then settle it with `migrate recover {name}`"
+    ))
+}
+
+/// Behind `Commit` the first wish to stop is answered with what it would mean, the second one is followed.
+fn heed(cancel: &CancelFlag, ticker: &mut Ticker<'_>, report: &Report) -> Result<()> {
+    if !cancel.take() {
+        return Ok(());
+    }
+    if ticker.warned() {
+        return Err(in_doubt(report, "it was interrupted"));
+    }
+    let (name, peer) = (&report.workload, &report.peer);
+    tracing::warn!(
+        "{name} was committed to {peer} and may run there already, so the answer is waited for; interrupted once more this ends, \
+         {name} stands still here, and migrate recover {name} finds out"
+    );
+    Ok(())
 }
 
 /// Asks what became of a migration, for an operator who settles a source that was left in doubt. Each answer is waited

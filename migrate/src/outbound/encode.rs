@@ -12,6 +12,8 @@ mod choice;
 mod look;
 mod seen;
 
+pub(crate) use choice::LEARNS_BYTES;
+
 use super::lanes::{Contents, Sent};
 use crate::codec::{Packer, Packing};
 use bytes::Bytes;

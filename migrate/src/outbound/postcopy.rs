@@ -71,6 +71,7 @@ impl Donation<'_, '_> {
         mut missing: Option<Vec<PageSet>>,
     ) -> Result<Completed> {
         let begun = Instant::now();
+        let _answers = self.cancel.answers();
         let mut pause = PAUSE.0;
         // A link that comes and goes without a page arriving is as good as none: the time to make another goes on.
         let (mut lost_at, mut fewest, mut gained) = (begun, u64::MAX, true);

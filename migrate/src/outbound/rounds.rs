@@ -34,9 +34,9 @@ impl Outbound<'_> {
         let mut harvested_at = Instant::now();
         let mut dirty = self.first_harvest()?;
         loop {
-            let live = self.hot.begin(dirty);
-            self.probe(&live.probes)?;
-            let mut round = self.live_round(live.sends, harvested_at)?;
+            let waiting_pages = self.hot.held_pages();
+            let sends = self.hot.begin(dirty);
+            let mut round = self.live_round(sends, harvested_at)?;
             harvested_at = Instant::now();
             dirty = self.harvest(Selector::Precopy)?;
             self.hot.end(&dirty);
@@ -49,6 +49,7 @@ impl Outbound<'_> {
                 duration: Duration::from_micros(round.duration_us),
                 remaining_pages: round.remaining_pages,
                 held_pages: round.held_pages,
+                waiting_pages,
                 throttle_percent: self.throttle_percent,
             });
             let entry = self.decide(begun.elapsed());
@@ -110,14 +111,6 @@ impl Outbound<'_> {
     fn harvest(&mut self, selector: Selector) -> Result<Vec<PageSet>> {
         let harvest = self.source.harvest()?;
         selector.plan(&self.source.workload().layout, harvest)
-    }
-
-    /// Takes pages without sending them: they are owed, unless they are written again.
-    fn probe(&mut self, pages: &[PageSet]) -> Result<()> {
-        for Batch { space, first, count, .. } in batches(pages) {
-            self.take(space, first, count)?;
-        }
-        Ok(())
     }
 
     pub(super) fn take(&mut self, space: SpaceId, first: u64, count: u64) -> Result<()> {

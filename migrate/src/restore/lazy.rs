@@ -174,6 +174,7 @@ impl<'a> Serving<'a> {
     /// Tells how it goes, and ends it.
     fn attend(&self, cancel: &CancelFlag, observer: &mut dyn FnMut(&Event)) -> Result<()> {
         let name = self.workload.name();
+        let _answers = cancel.answers();
         let (mut interrupted, mut told) = (false, None::<Instant>);
         loop {
             let mut state = self.lock();

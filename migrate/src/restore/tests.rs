@@ -17,7 +17,6 @@ use protocol::control::{Offer, RefuseCode};
 use protocol::page::PageSet;
 use protocol::state::State;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 /// A scripted destination that is given the state of a sample.
 struct Place(Box<Scripted>, CheckpointId);
@@ -309,15 +308,16 @@ fn what_an_ended_restore_left_is_taken_up_from_the_same_checkpoint_only() {
     let scene = Scene::new(9, 2);
     let whole = damage(&scene, 0);
     let (witness, site) = (scene.witness(2), Site::default());
-    let signal = Arc::new(AtomicBool::new(false));
-    let cancel = CancelFlag::over(signal.clone());
+    let cancel = CancelFlag::default();
     let place = Scripted::at(site.clone(), witness.clone(), None);
     let (mut troubled, mut migration) = (false, None);
     let error = scene
         .restore_to(2, place, true, &cancel, &mut |event| {
             troubled |= matches!(event, Event::StoreTrouble { .. });
             // Once and once more, as an operator would.
-            signal.store(troubled, Ordering::Relaxed);
+            if troubled {
+                cancel.set_all();
+            }
             if let Event::Running { migration: of, .. } = event {
                 migration = Some(*of);
             }

@@ -12,7 +12,7 @@ use proptest::prelude::*;
 use std::time::Duration;
 
 /// Holds back whatever was dirty twice, habit or not.
-const EAGER: HotRule = HotRule { least_dirty_pages: 0, least_candidates: 0, dirty_again: 0.0 };
+const EAGER: HotRule = HotRule { least_pages: 0, others_part: 0.0, falls_below: f64::MAX, habit: 0.0 };
 
 fn eager() -> Options {
     let options = Options { hot: EAGER, ..sending() };

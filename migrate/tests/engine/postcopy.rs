@@ -192,14 +192,14 @@ fn the_first_interrupt_is_answered_and_the_second_leaves_the_donor() {
     for interrupts in [1, 2] {
         let world = busy(5);
         let network = Network::new(Profile { bytes_per_s: 4_000_000, ..Profile::default() }, None);
-        let operator = Arc::new(AtomicBool::new(false));
-        let cancel = CancelFlag::over(operator.clone());
+        let cancel = CancelFlag::default();
+        let operator = cancel.for_one();
         let mut left = interrupts;
         world.machine.on_call(move |call, count| {
             // Long enough after each other that both are seen.
             if call == Call::Donate && count % 2 == 0 && left > 0 {
                 left -= 1;
-                operator.store(true, Ordering::Release);
+                operator.set_all();
                 std::thread::sleep(Duration::from_millis(120));
             }
             Ok(())

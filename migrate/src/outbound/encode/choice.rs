@@ -28,6 +28,9 @@ const PACKING_FEE: f64 = 1.2;
 /// Memory whose time is measured before it says something.
 const ENOUGH_BYTES: f64 = (8 << 20) as f64;
 
+/// What is sent as it is before a way of packing is tried at all.
+pub(crate) const LEARNS_BYTES: u64 = SETTLE_BYTES + ENOUGH_BYTES as u64;
+
 /// Memory after which a measurement counts half.
 const HALF_LIFE_BYTES: f64 = (32 << 20) as f64;
 
