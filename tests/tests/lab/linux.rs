@@ -3,6 +3,7 @@
 
 use super::{HOST_KVM, MIGRATE, Pair, laboratory, machine, wait_until};
 use e2e::Host;
+use e2e::host::introduce;
 use e2e::lab::image;
 use serde_json::Value;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -66,23 +67,6 @@ impl Site {
         Some(Self { pair, client })
     }
 
-    /// Boots the guest on the first host, with more options than it always has, and waits until it is at work.
-    fn boot(&self, more: &[&str]) {
-        let here = Host::new(Path::new(MIGRATE));
-        std::fs::create_dir(here.path("files")).expect("a directory");
-        std::fs::write(here.path("files/work"), image::script(WORK)).expect("a file");
-        let files = here.copy_to(&self.pair.a, "files");
-        sh(&self.pair.a, &format!("cat /boot/initramfs {0}/work >{0}/initramfs", files.display()));
-        let (initramfs, card) = (files.join("initramfs"), format!("tap={TAP},mac={MAC}"));
-        let fixed = [
-            &["vm", "run", "--detach", "--name", "v", "--memory", "256MiB", "--kernel", "/boot/vmlinuz"][..],
-            &["--initrd", &initramfs.to_string_lossy(), "--cmdline", "console=ttyS0 quiet panic=-1"],
-            &["--net", &card, "--rng"],
-        ];
-        self.pair.a.run(&[&fixed.concat()[..], more].concat()).success();
-        wait_until("the guest to work", || self.pair.a.log("v").contains("at work"));
-    }
-
     /// What the guest's kernel logged since it works.
     fn kernel_log(&self) -> String {
         let mut command = self.client.there(Path::new("nc"));
@@ -98,6 +82,23 @@ impl Site {
     }
 }
 
+/// Boots the guest, with more options than it always has, and waits until it is at work.
+fn boot(host: &Host, more: &[&str]) {
+    let here = Host::new(Path::new(MIGRATE));
+    std::fs::create_dir(here.path("files")).expect("a directory");
+    std::fs::write(here.path("files/work"), image::script(WORK)).expect("a file");
+    let files = here.copy_to(host, "files");
+    sh(host, &format!("cat /boot/initramfs {0}/work >{0}/initramfs", files.display()));
+    let (initramfs, card) = (files.join("initramfs"), format!("tap={TAP},mac={MAC}"));
+    let fixed = [
+        &["vm", "run", "--detach", "--name", "v", "--memory", "256MiB", "--kernel", "/boot/vmlinuz"][..],
+        &["--initrd", &initramfs.to_string_lossy(), "--cmdline", "console=ttyS0 quiet panic=-1"],
+        &["--net", &card, "--rng", "--serial", &console(host, 0)],
+    ];
+    host.run(&[&fixed.concat()[..], more].concat()).success();
+    wait_until("the guest to work", || said(host, 0).contains("at work"));
+}
+
 /// A shell's output on a host.
 fn sh(host: &Host, script: &str) -> String {
     let mut command = host.there(Path::new("sh"));
@@ -106,9 +107,22 @@ fn sh(host: &Host, script: &str) -> String {
     String::from_utf8_lossy(&done.stdout).into_owned()
 }
 
-/// Moves `v`, with its console in a file, and gives the sender's report.
-fn hop(from: &Host, to: &Host, more: &[&str]) -> Value {
-    let (receiver, address) = to.receive(&[&["--taps", TAP][..], more].concat());
+/// Where the guest's console goes during its stay of this number on a host.
+fn console(host: &Host, stay: u32) -> String {
+    host.path(&format!("console-{stay}")).to_string_lossy().into_owned()
+}
+
+/// What it said there.
+fn said(host: &Host, stay: u32) -> String {
+    let mut command = host.there(Path::new("cat"));
+    let read = command.arg(console(host, stay)).stdin(Stdio::null()).output().expect("cat");
+    String::from_utf8_lossy(&read.stdout).into_owned()
+}
+
+/// Moves `v` to its stay of this number, and gives the sender's report.
+fn hop(from: &Host, to: &Host, stay: u32, more: &[&str]) -> Value {
+    let console = console(to, stay);
+    let (receiver, address) = to.receive(&[&["--taps", TAP, "--serial", &console][..], more].concat());
     // Emulated hosts with other work may be slower than the guest: then it is stopped behind the third round.
     let limits =
         ["--downtime", "400ms", "--max-downtime", "10s", "--max-rounds", "3", "--on-timeout", "force"];
@@ -182,7 +196,7 @@ fn a_linux_guest_keeps_its_memory_its_clock_and_its_connections() {
         return;
     };
     let Site { pair: Pair { a, b, .. }, client } = site;
-    site.boot(&["--vcpus", "2"]);
+    boot(a, &["--vcpus", "2"]);
     let mut connection = client.there(Path::new("nc"));
     connection.args([GUEST, "5000"]);
     let connection = Talk::start(connection, true);
@@ -190,16 +204,13 @@ fn a_linux_guest_keeps_its_memory_its_clock_and_its_connections() {
     ping.args(["-i", "0.2", "-W", "1", GUEST]);
     let ping = Talk::start(ping, false);
 
-    let mut console = String::new();
     let mut down_s = 0.0;
-    for (from, to) in [(a, b), (b, a)] {
-        let report = hop(from, to, &[]);
+    for (stay, from, to) in [(1, a, b), (2, b, a)] {
+        let report = hop(from, to, stay, &[]);
         down_s += report["downtime_us"].as_f64().expect("a downtime") / 1e6;
-        console += &from.log("v");
-        let seen = clock(&to.log("v")).len();
-        wait_until("the guest to say more", || clock(&to.log("v")).len() > seen + 4);
+        wait_until("the guest to say more", || clock(&said(to, stay)).len() > 4);
     }
-    console += &a.log("v");
+    let console = [said(a, 0), said(b, 1), said(a, 2)].concat();
 
     let (asked, answers) = connection.finish();
     let expected: Vec<_> = (0..asked).map(|number| format!("line {number}")).collect();
@@ -233,7 +244,8 @@ fn a_linux_guest_keeps_its_memory_its_clock_and_its_connections() {
 fn a_linux_guest_writes_on_its_disk_while_it_moves() {
     let Some(site) = &Site::new("a_linux_guest_writes_on_its_disk_while_it_moves") else { return };
     // Both ends on one machine see the same file, as on shared storage.
-    let (a, b) = (&site.pair.a, &laboratory().keys[1].anew_at(machine(&laboratory().lab, 0)));
+    let [a, b] = &[(); 2].map(|()| Host::new(Path::new(MIGRATE)).moved_to(machine(&laboratory().lab, 0)));
+    introduce(a, b);
     let folder = a.path("disks").to_string_lossy().into_owned();
     let disk = format!("{folder}/disk");
     sh(
@@ -242,19 +254,19 @@ fn a_linux_guest_writes_on_its_disk_while_it_moves() {
             "mkdir -p {folder} && truncate -s 96M {disk} && mke2fs -q -F -O has_journal,extents,metadata_csum {disk}"
         ),
     );
-    site.boot(&["--disk", &disk]);
-    let wrote = |host: &Host| host.log("v").lines().filter(|line| line.starts_with("wrote ")).count();
-    wait_until("writes", || wrote(a) > 3);
-    for (from, to) in [(a, b), (b, a)] {
-        hop(from, to, &["--disks", &folder]);
-        let before = wrote(to);
-        wait_until("writes behind a move", || wrote(to) > before + 3);
+    boot(a, &["--disk", &disk]);
+    let wrote =
+        |host: &Host, stay| said(host, stay).lines().filter(|line| line.starts_with("wrote ")).count();
+    wait_until("writes", || wrote(a, 0) > 3);
+    for (stay, from, to) in [(1, a, b), (2, b, a)] {
+        hop(from, to, stay, &["--disks", &folder]);
+        wait_until("writes behind a move", || wrote(to, stay) > 3);
     }
     let log = site.kernel_log();
     assert!(!COMPLAINTS.iter().any(|word| log.contains(word)), "{log}");
     site.end();
     a.wait_phase("v", None);
-    let console = a.log("v");
+    let console = [said(a, 0), said(b, 1), said(a, 2)].concat();
     let files =
         console.lines().find_map(|line| line.strip_prefix("files: ")).unwrap_or_else(|| panic!("{console}"));
     let (right, all) = files
