@@ -48,6 +48,7 @@ need_lab() {
   need_command qemu-system-x86_64 qemu-system-x86
   need_command setpriv util-linux
   need_command dpkg dpkg
+  need_command /sbin/mke2fs e2fsprogs
   need_command apt-get apt
 }
 

@@ -5,7 +5,8 @@
 //!                          │ guest, touched memory, account: the same for all
 //!                          ├ ours (and the raw pipe)
 //!                          ├ qemu (qmp, certificates)
-//!                          └ checkpoints: taken and restored
+//!                          ├ checkpoints: taken and restored
+//!                          └ laboratory: Linux guests, ours and QEMU's, in an emulated host
 //! ```
 
 mod options;
@@ -23,6 +24,7 @@ mod figures;
 mod targets;
 mod alone;
 mod peer;
+mod laboratory;
 
 pub use options::Options;
 
@@ -34,7 +36,13 @@ pub use options::Options;
 pub fn run(options: &Options) -> std::io::Result<()> {
     // What an interrupted benchmark left would be measured along.
     crate::network::sweep();
-    let result = if options.peer { peer::run(options) } else { alone::run(options) };
+    let result = if options.lab {
+        laboratory::run(options)
+    } else if options.peer {
+        peer::run(options)
+    } else {
+        alone::run(options)
+    };
     if let Some(out) = &options.out {
         std::fs::write(out, format!("{result:#}\n"))?;
     }

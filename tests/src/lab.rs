@@ -26,6 +26,7 @@ pub mod wire;
 pub mod agent;
 pub mod access;
 pub mod transfer;
+pub mod load;
 
 pub use access::Lab;
 

@@ -19,6 +19,8 @@ pub struct Running {
     seen: Vec<Value>,
     stderr: Option<JoinHandle<String>>,
     exit: Option<i32>,
+    /// How long each step of it may take; [`STEP_LIMIT`] unless told otherwise.
+    pub limit: Duration,
 }
 
 /// A program that ended.
@@ -69,7 +71,7 @@ impl Running {
             }
         });
         let stderr = std::thread::spawn(move || std::io::read_to_string(stderr).unwrap_or_default());
-        Self { what, child, lines, seen: Vec::new(), stderr: Some(stderr), exit: None }
+        Self { what, child, lines, seen: Vec::new(), stderr: Some(stderr), exit: None, limit: STEP_LIMIT }
     }
 
     /// Its process id.
@@ -80,9 +82,9 @@ impl Running {
     /// Waits for the first line that `wanted` accepts, and gives it.
     ///
     /// # Panics
-    /// After [`STEP_LIMIT`], or when the program ends first.
+    /// After its limit, or when the program ends first.
     pub fn wait_for(&mut self, why: &str, wanted: impl Fn(&Value) -> bool) -> Value {
-        let until = Instant::now() + STEP_LIMIT;
+        let until = Instant::now() + self.limit;
         loop {
             match self.lines.recv_timeout(until.saturating_duration_since(Instant::now())) {
                 Ok(line) => {
@@ -129,9 +131,9 @@ impl Running {
     /// Waits until the program has stopped itself (see `MIGRATE_TEST_HOLD` in docs/scripting.md).
     ///
     /// # Panics
-    /// After [`STEP_LIMIT`], or when it ends instead.
+    /// After its limit, or when it ends instead.
     pub fn wait_held(&mut self) {
-        if !self.is_held_within(STEP_LIMIT) {
+        if !self.is_held_within(self.limit) {
             self.wait_for("a hold", |_| false);
         }
     }
@@ -165,9 +167,9 @@ impl Running {
     /// Waits for the end.
     ///
     /// # Panics
-    /// After [`STEP_LIMIT`].
+    /// After its limit.
     pub fn finish(mut self) -> Finished {
-        let until = Instant::now() + STEP_LIMIT;
+        let until = Instant::now() + self.limit;
         let status = loop {
             if let Some(status) = self.child.try_wait().expect("wait for a child") {
                 break status;

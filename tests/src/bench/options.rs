@@ -9,6 +9,8 @@ pub struct Options {
     pub program: PathBuf,
     /// Against QEMU.
     pub peer: bool,
+    /// Linux guests in a laboratory.
+    pub lab: bool,
     /// How often.
     pub runs: u64,
     /// Cases, and parts of a comparison, whose name contains this.
@@ -33,6 +35,7 @@ impl Options {
         let mut options = Self {
             program: program.into(),
             peer: false,
+            lab: false,
             runs: 5,
             only: None,
             quick: false,
@@ -48,6 +51,7 @@ impl Options {
                     "qemu" => options.peer = true,
                     other => return Err(format!("there is no peer {other}, only qemu")),
                 },
+                "--lab" => options.lab = true,
                 "--runs" => runs = Some(value()?.parse().map_err(|_| "--runs takes a number")?),
                 "--only" => options.only = Some(value()?),
                 "--quick" => options.quick = true,

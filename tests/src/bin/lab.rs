@@ -151,7 +151,7 @@ fn run(cli: Cli) -> Result<u8> {
         Verb::Status => status(&folder),
         Verb::Down => keeper::end(&folder).map(|()| 0),
         Verb::Keep(wishes) => keeper::keep(&folder, &plan(&wishes)?).map(|()| 0),
-        Verb::Agent => agent::serve().map(|()| 0),
+        Verb::Agent => agent::serve().map(|never| match never {}),
     }
 }
 

@@ -5,6 +5,7 @@ use super::wire::{self, Kind};
 use super::{Context as _, Result, image, machine};
 use rustix::process::{Pid, Signal};
 use serde_json::Value;
+use std::convert::Infallible;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -23,27 +24,39 @@ const LAST_OUTPUT: Duration = Duration::from_secs(2);
 /// Pieces of standard input that may wait for a command.
 const INPUT_PIECES: usize = 64;
 
+/// Of /proc/PID/oom_score_adj (proc(5)): never killed for want of memory, and as likely as any.
+const NEVER_FOR_MEMORY: &str = "-1000";
+const AS_ANY: &str = "0";
+
 /// Serves until the host ends.
 ///
 /// # Errors
 /// If it cannot listen.
-pub fn serve() -> Result<()> {
+pub fn serve() -> Result<Infallible> {
     let token = std::fs::read_to_string(image::TOKEN).context(|| image::TOKEN.into())?;
     let token: Arc<str> = token.into();
     let listener = TcpListener::bind((machine::CONTROL_IP, machine::AGENT_PORT))
         .context(|| "the agent's port".into())?;
+    // With this process the host ends. Where memory runs out, what it started is to go first.
+    std::fs::write("/proc/self/oom_score_adj", NEVER_FOR_MEMORY)
+        .context(|| "the agent's oom_score_adj".into())?;
     println!("the agent listens");
-    for stream in listener.incoming() {
-        let stream = stream.context(|| "the agent's port".into())?;
-        let token = token.clone();
-        std::thread::spawn(move || {
-            if let Err(error) = attend(&stream, &token) {
-                eprintln!("lab: {error}");
-            }
-            stream.shutdown(Shutdown::Both).ok();
+    loop {
+        let attended = listener.accept().and_then(|(stream, _)| {
+            let token = token.clone();
+            std::thread::Builder::new().spawn(move || {
+                if let Err(error) = attend(&stream, &token) {
+                    eprintln!("lab: {error}");
+                }
+                stream.shutdown(Shutdown::Both).ok();
+            })
         });
+        // A host without threads or descriptors to spare has some again when a command ends.
+        if let Err(error) = attended {
+            eprintln!("lab: the agent's port: {error}");
+            std::thread::sleep(Duration::from_millis(100));
+        }
     }
-    Ok(())
 }
 
 /// A command's process group, as long as it may be signalled.
@@ -132,18 +145,26 @@ fn start(mut command: Command, terminal: &Value) -> Result<(Child, Input, Output
         let (near, far) = open_terminal(terminal)?;
         let copy = || far.try_clone().context(|| "the terminal".into());
         command.stdin(copy()?).stdout(copy()?).stderr(copy()?).env("TERM", "linux");
-        let child = command.spawn().context(|| what)?;
+        let child = spawn(&mut command).context(|| what)?;
         let reader = near.try_clone().context(|| "the terminal".into())?;
         return Ok((child, Box::new(near), vec![(Kind::Stdout, Box::new(reader))]));
     }
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut child = command.spawn().context(|| what.clone())?;
+    let mut child = spawn(&mut command).context(|| what.clone())?;
     let (Some(input), Some(stdout), Some(stderr)) =
         (child.stdin.take(), child.stdout.take(), child.stderr.take())
     else {
         return Err(format!("{what}: no pipes"));
     };
     Ok((child, Box::new(input), vec![(Kind::Stdout, Box::new(stdout)), (Kind::Stderr, Box::new(stderr))]))
+}
+
+/// Starts it as a process that may be killed for want of memory, other than this one.
+fn spawn(command: &mut Command) -> std::io::Result<Child> {
+    let child = command.spawn()?;
+    // It fails if the command has ended.
+    std::fs::write(format!("/proc/{}/oom_score_adj", child.id()), AS_ANY).ok();
+    Ok(child)
 }
 
 /// A pair of ends (pty(7)): the one to read and write here, and the one for the command.

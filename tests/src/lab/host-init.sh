@@ -24,6 +24,8 @@ ip link set eth0 up
 brctl addbr br0
 ip link set eth1 up
 brctl addif br0 eth1
+# Else it is the lowest of its ports' addresses, which changes when a tap comes or goes, and the other hosts talk to nobody.
+ip link set br0 address "$(cat /sys/class/net/eth1/address)"
 # Else it would be as small as the smallest tap's.
 ip link set br0 mtu "$(cat /sys/class/net/eth1/mtu)"
 ip addr add "10.78.0.$number/24" dev br0

@@ -72,6 +72,24 @@ pub fn host(packages: &Packages, programs: &[Program], token: &str, work: &Path)
     archive.file(TOKEN.trim_start_matches('/'), 0o600, token.as_bytes());
     archive.copy(GUEST_KERNEL, 0o644, &packages.kernel())?;
     archive.file(GUEST_IMAGE, 0o644, &base(packages, GUEST_INIT, GUEST_MODULES)?.finish());
+    add_programs(&mut archive, programs, work)?;
+    Ok(archive.finish())
+}
+
+/// What, behind the first file system of a Linux guest (`/boot/initramfs` in a host), makes it run this script, with these programs, and
+/// power off. `work` is a directory for what lies there for a moment.
+///
+/// # Errors
+/// If a program cannot be read or a library is missing.
+pub fn script(script: &str, programs: &[Program], work: &Path) -> Result<Vec<u8>> {
+    let mut archive = Archive::default();
+    archive.file("run.sh", 0o755, script.as_bytes());
+    add_programs(&mut archive, programs, work)?;
+    Ok(archive.finish())
+}
+
+/// Programs in /bin, and the shared libraries of all of them.
+fn add_programs(archive: &mut Archive, programs: &[Program], work: &Path) -> Result<()> {
     let mut libraries = BTreeSet::new();
     for program in programs {
         let stripped = strip(&program.path, work)?;
@@ -81,14 +99,7 @@ pub fn host(packages: &Packages, programs: &[Program], token: &str, work: &Path)
     for library in libraries {
         archive.copy(library.to_string_lossy().trim_start_matches('/'), 0o755, &library)?;
     }
-    Ok(archive.finish())
-}
-
-/// What, behind the first file system of a Linux guest (`/boot/initramfs` in a host), makes it run this script and power off.
-pub fn script(script: &str) -> Vec<u8> {
-    let mut archive = Archive::default();
-    archive.file("run.sh", 0o755, script.as_bytes());
-    archive.finish()
+    Ok(())
 }
 
 /// Busybox under all of its names, modules and the list in which they are loaded, and the first program.

@@ -13,8 +13,7 @@ use std::fs::File;
 use std::io::{BufRead as _, Read as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 /// What is said on the keeper's standard input to let it stay when that ends.
@@ -52,22 +51,28 @@ pub struct Plan {
 
 /// Reasons to end that come from outside.
 struct Watch {
-    told: Arc<AtomicBool>,
+    told: Arc<OnceLock<String>>,
     until: Instant,
 }
 
 impl Watch {
     fn start(limit: Duration) -> Result<Self> {
-        let told = Arc::new(AtomicBool::new(false));
         use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-        for signal in [SIGHUP, SIGINT, SIGTERM] {
-            signal_hook::flag::register(signal, told.clone()).context(|| "signals".into())?;
-        }
-        let flag = told.clone();
+        let told = Arc::new(OnceLock::new());
+        let mut signals =
+            signal_hook::iterator::Signals::new([SIGHUP, SIGINT, SIGTERM]).context(|| "signals".into())?;
+        let by_signal = told.clone();
+        std::thread::spawn(move || {
+            for signal in &mut signals {
+                let name = signal_hook::low_level::signal_name(signal).unwrap_or("a signal");
+                by_signal.set(format!("told to end by {name}")).ok();
+            }
+        });
+        let by_input = told.clone();
         std::thread::spawn(move || {
             let mut lines = std::io::stdin().lock().lines().map_while(std::io::Result::ok);
             if !lines.any(|line| line == STAY) {
-                flag.store(true, Ordering::Relaxed);
+                by_input.set("who asked for it is gone".into()).ok();
             }
         });
         Ok(Self { told, until: Instant::now() + limit })
@@ -75,8 +80,8 @@ impl Watch {
 
     /// Whether to go on.
     fn check(&self) -> Result<()> {
-        if self.told.load(Ordering::Relaxed) {
-            return Err("told to end".into());
+        if let Some(why) = self.told.get() {
+            return Err(why.clone());
         }
         if Instant::now() > self.until {
             return Err("its time is over".into());
@@ -218,12 +223,19 @@ pub fn keep(folder: &Path, plan: &Plan) -> Result<()> {
     lab.publish()?;
     // Who asked for it may be gone; then standard input says so.
     writeln!(std::io::stdout(), "{READY}").and_then(|()| std::io::stdout().flush()).ok();
-    while watch.check().is_ok() && !machines.is_empty() {
-        // What a host said last is said here, too: its logs may be removed, and who works with it hears of a refused connection.
+    // A laboratory never ends without a word: its logs may be removed, and who works with it hears of a refused connection.
+    let why = loop {
+        if let Err(why) = watch.check() {
+            break why;
+        }
         machines
             .retain_mut(|machine| machine.check(&logs).inspect_err(|why| eprintln!("lab: {why}")).is_ok());
+        if machines.is_empty() {
+            break "no host is left".into();
+        }
         std::thread::sleep(TICK);
-    }
+    };
+    eprintln!("lab: the laboratory in {} ends: {why}", folder.path.display());
     drop(machines);
     Ok(())
 }

@@ -1,33 +1,25 @@
-//! A Linux guest as a distribution ships it: its memory, its clock, its connections and its disk outlive moves under load. The guest
-//! says itself whether it holds what it must (`work.sh`); a third host talks to it all the time.
+//! Linux guests as a distribution ships them: memory, clocks, connections and disks outlive moves under load. A guest says itself whether it
+//! holds what it must (`work.sh`), and a third host, which knows what it must hear, talks to it all the time.
 
+use super::trip::{Trip, clock, sh};
 use super::{HOST_KVM, MIGRATE, Pair, laboratory, machine, wait_until};
 use e2e::Host;
-use e2e::lab::image;
-use serde_json::Value;
-use std::io::{BufRead as _, BufReader, Write as _};
+use e2e::host::introduce;
+use std::io::{BufRead as _, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
-/// What the guest does.
-const WORK: &str = include_str!("work.sh");
-
-/// Where `work.sh` puts it on the private network.
+/// Where `work.sh` puts the guest on the private network.
 const GUEST: &str = "10.78.0.100";
 
-const MAC: &str = "02:00:00:00:01:00";
-
 /// The tap on both hosts.
-const TAP: &str = "tap-guest";
+pub(super) const TAP: &str = "tap-guest";
 
-/// How often a third host asks, and how long a move may keep it waiting beyond the downtime: an emulated host takes its time to start a
-/// VMM's threads, and a connection waits for a retransmission, whose time doubles.
-const ASKED_EVERY: Duration = Duration::from_millis(200);
-const PATIENCE: Duration = Duration::from_secs(3);
+/// How often a third host pings, in seconds, and how long a move may keep it waiting beyond the downtime: an emulated host takes its
+/// time to start a VMM's threads.
+const PING_EVERY_S: f64 = 0.2;
+const PATIENCE_S: f64 = 3.0;
 
 /// What a kernel's log must not tell of the time behind booting.
 const COMPLAINTS: &[&str] = &[
@@ -66,203 +58,149 @@ impl Site {
         Some(Self { pair, client })
     }
 
-    /// Boots the guest on the first host, with more options than it always has, and waits until it is at work.
-    fn boot(&self, more: &[&str]) {
-        let here = Host::new(Path::new(MIGRATE));
-        std::fs::create_dir(here.path("files")).expect("a directory");
-        std::fs::write(here.path("files/work"), image::script(WORK)).expect("a file");
-        let files = here.copy_to(&self.pair.a, "files");
-        sh(&self.pair.a, &format!("cat /boot/initramfs {0}/work >{0}/initramfs", files.display()));
-        let (initramfs, card) = (files.join("initramfs"), format!("tap={TAP},mac={MAC}"));
-        let fixed = [
-            &["vm", "run", "--detach", "--name", "v", "--memory", "256MiB", "--kernel", "/boot/vmlinuz"][..],
-            &["--initrd", &initramfs.to_string_lossy(), "--cmdline", "console=ttyS0 quiet panic=-1"],
-            &["--net", &card, "--rng"],
-        ];
-        self.pair.a.run(&[&fixed.concat()[..], more].concat()).success();
-        wait_until("the guest to work", || self.pair.a.log("v").contains("at work"));
+    fn on_client(&self, program: &str, arguments: &[&str]) -> Command {
+        let mut command = self.client.there(Path::new(program));
+        command.args(arguments);
+        command
     }
 
     /// What the guest's kernel logged since it works.
     fn kernel_log(&self) -> String {
-        let mut command = self.client.there(Path::new("nc"));
-        let log = command.args([GUEST, "5001"]).stdin(Stdio::null()).output().expect("nc");
-        let log = String::from_utf8_lossy(&log.stdout).into_owned();
-        log.split_once("lab: at work").unwrap_or_else(|| panic!("no log of a kernel: {log}")).1.to_owned()
+        let mut log = String::new();
+        // A connection may be made while the network learns where the guest is.
+        wait_until("the kernel's log", || {
+            let said = self.on_client("nc", &["-w", "10", GUEST, "5001"]).stdin(Stdio::null()).output();
+            log = String::from_utf8_lossy(&said.expect("nc").stdout).into_owned();
+            log.contains("lab: at work")
+        });
+        log.split_once("lab: at work").map(|(_, log)| log.to_owned()).unwrap_or_default()
     }
 
-    /// Tells the guest to end.
-    fn end(&self) {
-        let mut command = self.client.there(Path::new("nc"));
-        command.args([GUEST, "5002"]).stdin(Stdio::null()).output().expect("nc");
+    /// Nothing that every guest must keep was lost: neither its clocks nor its kernel noticed anything, and it says nothing is broken.
+    fn assert_well(&self, trip: &Trip<'_>) {
+        let now = || sh(trip.here(), "date +%s").trim().parse::<f64>().expect("a time");
+        let before = now();
+        let seen = clock(&trip.console()).len();
+        wait_until("the time", || clock(&trip.console()).len() > seen + 1);
+        let (behind, console) = (now(), trip.console());
+        assert!(!console.contains("BROKEN"), "{console}");
+        let times = clock(&console);
+        let (first_up, first_wall) = times[0];
+        for pair in times.windows(2) {
+            let [(up_before, wall_before), (up, wall)] = pair else { continue };
+            assert!(up >= up_before && wall >= wall_before, "a clock went backwards: {pair:?}\n{console}");
+            let apart = (wall - first_wall) - (up - first_up);
+            assert!(apart.abs() < 3.0, "the clocks are {apart} s apart: {pair:?}\n{console}");
+        }
+        let guest = times[times.len() - 1].1;
+        assert!(
+            (before - 2.0..=behind + 2.0).contains(&guest),
+            "the guest's wall time is {guest}, the host's {before} to {behind}"
+        );
+        let log = self.kernel_log();
+        assert!(!COMPLAINTS.iter().any(|word| log.contains(word)), "{log}");
     }
 }
 
-/// A shell's output on a host.
-fn sh(host: &Host, script: &str) -> String {
-    let mut command = host.there(Path::new("sh"));
-    let done = command.args(["-c", script]).stdin(Stdio::null()).output().expect("it can be started");
-    assert!(done.status.success(), "{script}: {}", String::from_utf8_lossy(&done.stderr));
-    String::from_utf8_lossy(&done.stdout).into_owned()
-}
-
-/// Moves `v`, with its console in a file, and gives the sender's report.
-fn hop(from: &Host, to: &Host, more: &[&str]) -> Value {
-    let (receiver, address) = to.receive(&[&["--taps", TAP][..], more].concat());
-    // Emulated hosts with other work may be slower than the guest: then it is stopped behind the third round.
-    let limits =
-        ["--downtime", "400ms", "--max-downtime", "10s", "--max-rounds", "3", "--on-timeout", "force"];
-    let sent = from.run(&[&["send", "v", &address][..], &limits].concat()).success();
-    receiver.finish().success();
-    let report = sent.event("report").unwrap_or_else(|| panic!("{sent:#?}")).clone();
-    assert_eq!(report["outcome"]["type"], "moved");
-    println!("moved in {} us, down for {} us", report["total_us"], report["downtime_us"]);
-    report
-}
-
-/// A command on the client that is asked line by line or speaks by itself, until it is finished.
+/// A program on the client that says something line by line.
 struct Talk {
     child: Child,
-    asking: Option<JoinHandle<u64>>,
     hearing: JoinHandle<Vec<String>>,
-    enough: Arc<AtomicBool>,
 }
 
 impl Talk {
-    /// `asked`: lines with a number are written to it, one in [`ASKED_EVERY`].
-    fn start(mut command: Command, asked: bool) -> Self {
-        command.stdin(if asked { Stdio::piped() } else { Stdio::null() }).stdout(Stdio::piped());
-        let mut child = command.spawn().expect("it can be started");
+    fn start(mut command: Command) -> Self {
+        let mut child =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("it can be started");
         let said = BufReader::new(child.stdout.take().expect("stdout is piped"));
         let hearing = std::thread::spawn(move || said.lines().map_while(Result::ok).collect());
-        let enough = Arc::new(AtomicBool::new(false));
-        let asking = child.stdin.take().map(|mut stdin| {
-            let enough = enough.clone();
-            std::thread::spawn(move || {
-                let mut asked = 0;
-                while !enough.load(Ordering::Relaxed) && writeln!(stdin, "line {asked}").is_ok() {
-                    asked += 1;
-                    std::thread::sleep(ASKED_EVERY);
-                }
-                asked
-            })
-        });
-        Self { child, asking, hearing, enough }
+        Self { child, hearing }
     }
 
-    /// How many lines were asked, and what was said.
-    fn finish(mut self) -> (u64, Vec<String>) {
-        self.enough.store(true, Ordering::Relaxed);
-        let asked = match self.asking.take() {
-            Some(asking) => asking.join().expect("it asks until it is told to stop"),
-            None => {
-                self.child.kill().expect("it runs");
-                0
-            }
-        };
-        let child = &mut self.child;
-        let mut ended = || child.try_wait().expect("it is a child").is_some();
-        wait_until("the end of a connection", &mut ended);
-        (asked, self.hearing.join().expect("it hears until the end"))
+    /// Tells it by the end of its input, or ends it; and what it said.
+    fn finish(mut self, kill: bool) -> Vec<String> {
+        drop(self.child.stdin.take());
+        if kill {
+            self.child.kill().expect("it runs");
+        }
+        wait_until("the end of a program", || self.child.try_wait().expect("it is a child").is_some());
+        self.hearing.join().expect("it hears until the end")
     }
-}
-
-/// "T UPTIME EPOCH" of a console.
-fn clock(console: &str) -> Vec<(f64, f64)> {
-    let times = console.lines().filter_map(|line| {
-        let (uptime, epoch) = line.trim().strip_prefix("T ")?.split_once(' ')?;
-        Some((uptime.parse().ok()?, epoch.parse().ok()?))
-    });
-    times.collect()
 }
 
 #[test]
-fn a_linux_guest_keeps_its_memory_its_clock_and_its_connections() {
-    let Some(site) = &Site::new("a_linux_guest_keeps_its_memory_its_clock_and_its_connections") else {
-        return;
-    };
-    let Site { pair: Pair { a, b, .. }, client } = site;
-    site.boot(&["--vcpus", "2"]);
-    let mut connection = client.there(Path::new("nc"));
-    connection.args([GUEST, "5000"]);
-    let connection = Talk::start(connection, true);
-    let mut ping = client.there(Path::new("ping"));
-    ping.args(["-i", "0.2", "-W", "1", GUEST]);
-    let ping = Talk::start(ping, false);
-
-    let mut console = String::new();
-    let mut down_s = 0.0;
-    for (from, to) in [(a, b), (b, a)] {
-        let report = hop(from, to, &[]);
-        down_s += report["downtime_us"].as_f64().expect("a downtime") / 1e6;
-        console += &from.log("v");
-        let seen = clock(&to.log("v")).len();
-        wait_until("the guest to say more", || clock(&to.log("v")).len() > seen + 4);
+fn a_key_value_server_and_its_connection_outlive_moves() {
+    let Some(site) = &Site::new("a_key_value_server_and_its_connection_outlive_moves") else { return };
+    let Pair { a, b, .. } = &site.pair;
+    let mut trip = Trip::begin([a, b], "serve,memory", &["--vcpus", "2"]);
+    let asking = Talk::start(site.on_client("lab-load", &["ask", &format!("{GUEST}:5000"), "11"]));
+    let ping = Talk::start(site.on_client("ping", &["-i", &PING_EVERY_S.to_string(), "-W", "1", GUEST]));
+    for _ in 0..4 {
+        trip.hop(&[]);
+        trip.wait_for("checked ", 1);
     }
-    console += &a.log("v");
-
-    let (asked, answers) = connection.finish();
-    let expected: Vec<_> = (0..asked).map(|number| format!("line {number}")).collect();
-    assert_eq!(answers, expected, "a connection lost, doubled or reordered something");
-    let (_, replies) = ping.finish();
-    let numbers =
-        replies.iter().filter_map(|line| line.split_once("seq=")?.1.split(' ').next()?.parse::<u32>().ok());
-    let (last, heard) = numbers.fold((0, 0), |(_, heard), number| (number, heard + 1));
-    let lost = last + 1 - heard;
-    println!("{} answers, {lost} of {} pings lost, down for {down_s:.3} s in all", answers.len(), last + 1);
-    let explained = (down_s + 2.0 * PATIENCE.as_secs_f64()) / ASKED_EVERY.as_secs_f64();
-    assert!(f64::from(lost) <= explained, "{lost} pings lost, {explained} explained: {replies:#?}");
-
-    assert!(!console.contains("BROKEN") && console.contains("kept"), "{console}");
-    let times = clock(&console);
-    for pair in times.windows(2) {
-        let [(before, wall_before), (behind, wall_behind)] = pair else { continue };
-        let (went, wall) = (behind - before, wall_behind - wall_before);
-        assert!(went >= 0.0 && wall >= 0.0, "a clock went backwards: {pair:?}\n{console}");
-        assert!((went - wall).abs() < 2.5, "the clocks disagree: {pair:?}\n{console}");
-        assert!(went < 2.0 + down_s + PATIENCE.as_secs_f64(), "time jumped: {pair:?}\n{console}");
-    }
-    let guest = times.last().expect("it says the time").1;
-    let host: f64 = sh(a, "date +%s").trim().parse().expect("a time");
-    assert!((guest - host).abs() < 5.0, "the guest's wall time is {guest}, the host's {host}");
-    let log = site.kernel_log();
-    assert!(!COMPLAINTS.iter().any(|word| log.contains(word)), "{log}");
+    let replies = ping.finish(true);
+    let said = asking.finish(false);
+    let sent = replies.iter().filter_map(|line| line.split_once("seq=")?.1.split(' ').next()?.parse().ok());
+    let (last, heard) = sent.fold((0.0, 0.0), |(_, heard), number: f64| (number, heard + 1.0));
+    let lost = last + 1.0 - heard;
+    let explained = (trip.down_s + f64::from(trip.hops()) * PATIENCE_S) / PING_EVERY_S;
+    println!("{said:?}; {lost} of {} pings lost, down for {:.3} s in all", last + 1.0, trip.down_s);
+    assert!(said.last().is_some_and(|line| line.starts_with("asked ")), "{said:?}\n{}", trip.console());
+    assert!(heard > 0.0 && lost <= explained, "{lost} pings lost, {explained} explained: {replies:#?}");
+    site.assert_well(&trip);
 }
 
 #[test]
-fn a_linux_guest_writes_on_its_disk_while_it_moves() {
-    let Some(site) = &Site::new("a_linux_guest_writes_on_its_disk_while_it_moves") else { return };
-    // Both ends on one machine see the same file, as on shared storage.
-    let (a, b) = (&site.pair.a, &laboratory().keys[1].anew_at(machine(&laboratory().lab, 0)));
+fn four_vcpus_compress_and_check_memory_while_they_move() {
+    let Some(site) = &Site::new("four_vcpus_compress_and_check_memory_while_they_move") else { return };
+    let Pair { a, b, .. } = &site.pair;
+    let mut trip = Trip::begin([a, b], "compress,memory", &["--vcpus", "4"]);
+    for _ in 0..2 {
+        trip.hop(&[]);
+        trip.wait_for("packed ", 1);
+        trip.wait_for("checked ", 1);
+    }
+    site.assert_well(&trip);
+}
+
+#[test]
+fn an_idle_guest_moves_and_notices_nothing() {
+    let Some(site) = &Site::new("an_idle_guest_moves_and_notices_nothing") else { return };
+    let Pair { a, b, .. } = &site.pair;
+    let mut trip = Trip::begin([a, b], "", &[]);
+    for _ in 0..2 {
+        trip.hop(&[]);
+        trip.wait_for("T ", 5);
+    }
+    site.assert_well(&trip);
+}
+
+#[test]
+fn files_are_durable_on_a_disk_that_both_ends_see() {
+    let Some(site) = &Site::new("files_are_durable_on_a_disk_that_both_ends_see") else { return };
+    // Both ends on one machine see the same file, as on shared storage. A disk that moves itself goes between `site.pair`'s hosts.
+    let [a, b] = &[(); 2].map(|()| Host::new(Path::new(MIGRATE)).moved_to(machine(&laboratory().lab, 0)));
+    introduce(a, b);
     let folder = a.path("disks").to_string_lossy().into_owned();
     let disk = format!("{folder}/disk");
-    sh(
-        a,
-        &format!(
-            "mkdir -p {folder} && truncate -s 96M {disk} && mke2fs -q -F -O has_journal,extents,metadata_csum {disk}"
-        ),
-    );
-    site.boot(&["--disk", &disk]);
-    let wrote = |host: &Host| host.log("v").lines().filter(|line| line.starts_with("wrote ")).count();
-    wait_until("writes", || wrote(a) > 3);
-    for (from, to) in [(a, b), (b, a)] {
-        hop(from, to, &["--disks", &folder]);
-        let before = wrote(to);
-        wait_until("writes behind a move", || wrote(to) > before + 3);
+    let options = "has_journal,extents,metadata_csum";
+    sh(a, &format!("mkdir -p {folder} && truncate -s 96M {disk} && mke2fs -q -F -O {options} {disk}"));
+    let mut trip = Trip::begin([a, b], "write", &["--disk", &disk]);
+    trip.wait_for("wrote ", 4);
+    for _ in 0..4 {
+        trip.hop(&["--disks", &folder]);
+        trip.wait_for("wrote ", 4);
     }
-    let log = site.kernel_log();
-    assert!(!COMPLAINTS.iter().any(|word| log.contains(word)), "{log}");
-    site.end();
-    a.wait_phase("v", None);
-    let console = a.log("v");
-    let files =
-        console.lines().find_map(|line| line.strip_prefix("files: ")).unwrap_or_else(|| panic!("{console}"));
-    let (right, all) = files
-        .trim()
-        .strip_suffix(" are right")
-        .and_then(|files| files.split_once(" of "))
-        .expect("two numbers");
+    site.assert_well(&trip);
+    site.on_client("nc", &["-w", "10", GUEST, "5002"]).stdin(Stdio::null()).output().expect("nc");
+    trip.here().wait_phase("v", None);
+    let console = trip.console();
+    let files = console.lines().find_map(|line| line.trim().strip_prefix("files: "));
+    let files = files.unwrap_or_else(|| panic!("{console}"));
     println!("{files}");
-    assert!(right == all && !console.contains("BROKEN"), "{console}");
+    let counted = files.strip_suffix(" are right").and_then(|files| files.split_once(" of "));
+    assert!(counted.is_some_and(|(right, all)| right == all), "{console}");
+    assert!(!console.contains("BROKEN"), "{console}");
     sh(a, &format!("e2fsck -f -n {disk}"));
 }

@@ -11,14 +11,14 @@
 
 mod itself;
 mod linux;
+mod trip;
 mod moves;
 
 use e2e::Host;
-use e2e::host::{Bench, Place, introduce};
+use e2e::host::{Bench, EMULATED_STEP_LIMIT, Place, introduce};
 use e2e::lab::Lab;
 use e2e::lab::keeper::READY;
 use e2e::network::{self, Cable};
-use e2e::process::STEP_LIMIT;
 use std::io::BufRead as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -27,6 +27,7 @@ use std::time::{Duration, Instant};
 
 const MIGRATE: &str = env!("CARGO_BIN_EXE_migrate-under-test");
 const LAB: &str = env!("CARGO_BIN_EXE_lab");
+const LOAD: &str = env!("CARGO_BIN_EXE_lab-load");
 
 /// The exit code of the laboratory's program when it fails itself.
 const LAB_FAILED: i32 = 255;
@@ -81,6 +82,8 @@ fn laboratory() -> &'static Shared {
             "3",
             "--program",
             &program,
+            "--program",
+            LOAD,
             // Disks of Linux guests are made and checked in a host.
             "--program",
             "/sbin/mke2fs",
@@ -147,7 +150,7 @@ impl Pair {
 }
 
 fn wait_until(what: &str, mut come: impl FnMut() -> bool) {
-    let until = Instant::now() + STEP_LIMIT;
+    let until = Instant::now() + EMULATED_STEP_LIMIT;
     while !come() {
         assert!(Instant::now() < until, "waited for {what}");
         std::thread::sleep(Duration::from_millis(20));

@@ -325,12 +325,19 @@ fn a_device_with_fewer_queues_is_restored_as_older_releases_saved_it() {
 #[test]
 fn a_tap_is_handed_over_and_whoever_has_none_is_refused_by_name() {
     let Some(interface) = Interface::make(2) else { return };
-    let (here, there) = (interface.driver(), interface.driver());
+    let (mut here, mut there) = (interface.driver(), interface.driver());
     here.handle.acquire().unwrap();
     let error = there.handle.acquire().unwrap_err().to_string();
     assert!(error.contains("in use") && error.contains(&interface.name), "{error}");
+    // Its worker waits for frames, and none comes.
+    here.handle.resume();
+    assert_eq!(here.start(MERGE, true), 15);
+    std::thread::sleep(Duration::from_millis(20));
+    here.handle.ask_pause();
+    here.handle.wait_paused();
     here.handle.release().unwrap();
-    there.handle.acquire().unwrap();
+    // Another test that starts a program just now has a copy of everything for a moment.
+    there.wait("the tap", |there| there.handle.acquire().is_ok());
     for (name, says) in
         [("nosuchtap", "does not exist"), ("lo", "no tap"), ("a/b", "no name"), ("", "no name")]
     {

@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     thread::JoinHandle,
@@ -41,6 +41,9 @@ pub(super) struct Core {
     end: AtomicBool,
     pub(super) kick: EventFd,
     engine: Mutex<Engine>,
+    /// Whether the worker has a duplicate of what it waits for. It becomes true under the engine's lock only.
+    held: Mutex<bool>,
+    let_go: Condvar,
 }
 
 impl Core {
@@ -60,6 +63,8 @@ impl Core {
             end: AtomicBool::new(false),
             kick,
             engine: Mutex::new(Engine { backend, rings: Vec::new() }),
+            held: Mutex::new(false),
+            let_go: Condvar::new(),
         }))
     }
 
@@ -108,6 +113,10 @@ impl Core {
         }
     }
 
+    fn held(&self) -> MutexGuard<'_, bool> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Waits until there may be something to do, or it is time to.
     fn wait(&self) {
         // Only for the descriptor: the worker is the only one to change what it waits for, but for a reset or a pause, which
@@ -119,6 +128,7 @@ impl Core {
             if !engine.rings.is_empty() && !self.broken.load(Ordering::SeqCst) {
                 source = engine.backend.source().and_then(|source| source.try_clone_to_owned().ok());
                 due = engine.backend.due();
+                *self.held() = source.is_some();
             }
         }
         // A time that does not fit is no earlier than the next kick.
@@ -131,6 +141,10 @@ impl Core {
             && error != rustix::io::Errno::INTR
         {
             tracing::warn!(device = self.name, %error, "waiting for work");
+        }
+        if source.take().is_some() {
+            *self.held() = false;
+            self.let_go.notify_all();
         }
         // It fails when nobody kicked.
         let _ = self.kick.read();
@@ -201,7 +215,11 @@ impl Handle {
     /// # Errors
     /// When what was written could not be made safe; it is let go of all the same.
     pub(crate) fn release(&self) -> Result<()> {
-        self.core.engine().backend.release()
+        let outcome = self.core.engine().backend.release();
+        // Nobody else can have it as long as the worker has a duplicate. There is nothing left that it could take another of.
+        self.core.notify();
+        drop(self.core.let_go.wait_while(self.core.held(), |held| *held));
+        outcome
     }
 }
 
