@@ -185,6 +185,7 @@ mod tests {
             msrs: Vec::new(),
             events: Default::default(),
             nested: None,
+            tsc_offset: None,
         };
         vcpu.regs.rip = rip;
         vcpu.regs.rax = rax;
