@@ -43,7 +43,8 @@ use protocol::MigrationId;
 use protocol::checkpoint::name::CheckpointId;
 use protocol::checkpoint::object::Digest;
 use protocol::control::{Offer, RefuseCode};
-use protocol::page::{PageRun, PageSet};
+use protocol::layout::SpaceKind;
+use protocol::page::{PageRun, PageSet, SpaceId};
 use report::{Clock, Event, Lazily, Report, Step};
 use std::thread;
 use std::time::Instant;
@@ -250,13 +251,32 @@ impl Run<'_> {
         clock: &mut Clock<'_>,
     ) -> Result<Report> {
         let fetch = &found.fetch;
+        let layout = &self.newest.manifest.layout;
+        let is_disk = |space| layout.space(space).is_some_and(|space| space.kind == SpaceKind::Disk);
+        if layout.has_disks() {
+            // Memory can be waited for, a disk cannot: it is there whole before the start.
+            let (memory, threads, cancel) = (destination.memory(), self.options.threads, self.cancel);
+            let read = clock.time(Step::Read, |observer| {
+                eager::read_of(fetch, &*memory, &is_disk, threads, cancel, observer)
+            });
+            if let Err(error) = read {
+                return Err(discarded(destination, error));
+            }
+        }
+        let missing: Vec<PageSet> = (0..)
+            .zip(&fetch.plan().data)
+            .map(
+                |(space, data)| {
+                    if is_disk(SpaceId(space)) { PageSet::empty(data.pages()) } else { data.clone() }
+                },
+            )
+            .collect();
         // What is touched first shall not wait for what can be done now.
         let (ready, pages) = thread::scope(|scope| {
             let opened = scope.spawn(|| fetch.open_all());
             let pages = scope.spawn(|| Ok(Pages::of(fetch, &found.recorded)));
             let loaded = clock.time(Step::Load, |_| self.load(destination.as_mut(), state));
-            let expected =
-                loaded.and_then(|()| clock.time(Step::Expect, |_| destination.expect(&fetch.plan().data)));
+            let expected = loaded.and_then(|()| clock.time(Step::Expect, |_| destination.expect(&missing)));
             (expected.and(joined(opened.join())), joined(pages.join()))
         });
         let ready = ready.and(pages).and_then(|pages| self.cancel.pass().map(|()| pages));
@@ -310,7 +330,7 @@ impl Run<'_> {
             name,
             links: found.links,
             merged_links: found.merged_links,
-            memory_bytes: manifest.layout.total_bytes(),
+            memory_bytes: manifest.layout.memory_bytes(),
             data_pages: plan.data_pages(),
             stored_bytes: plan.stored_bytes(),
             steps: clock.steps().to_vec(),
