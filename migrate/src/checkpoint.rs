@@ -190,7 +190,7 @@ impl<'env, 'run> Taking<'env, 'run> {
         progress: &'env Progress,
     ) -> Self {
         let workload = source.workload();
-        let memory_bytes = workload.layout.total_bytes();
+        let memory_bytes = workload.layout.memory_bytes();
         let stage = Stage::new(&workload.layout, options.stage_bytes);
         let report = CheckpointReport::new(options.id, &workload.name, vault.place(), memory_bytes);
         Self {

@@ -138,4 +138,11 @@ pub trait PageMemory: PageReader {
     /// # Errors
     /// `Host`.
     fn zero(&self, run: PageRun) -> Result<()>;
+
+    /// Makes safe what this thread has written and what must outlive this host's power: the disks. When every thread that wrote has
+    /// called it behind its last write, and all calls have come back, all is.
+    ///
+    /// # Errors
+    /// `Host`.
+    fn settle(&self) -> Result<()>;
 }

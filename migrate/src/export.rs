@@ -1,4 +1,4 @@
-//! A checkpoint as files that other programs read: its memory as it lies in the guest, or an ELF core for a debugger.
+//! A checkpoint as files that other programs read: its memory as it lies in the guest, an ELF core for a debugger, or its disks.
 //!
 //! Both are sparse: pages of zeros are holes. A file that is there is never written over, and one that could not be finished is removed.
 
@@ -8,12 +8,13 @@ use crate::cancel::CancelFlag;
 use crate::error::{Error, Result};
 use crate::restore::image::Image;
 use crate::vault::Vault;
-use protocol::layout::{Layout, Space};
-use protocol::page::{PAGE_SIZE, PageRun};
+use protocol::layout::{Layout, Space, SpaceKind};
+use protocol::page::{PAGE_SIZE, PageRun, PageSet, SpaceId};
 use protocol::state::State;
 use std::fs::File;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
+use vmm::devices::virtio::Description;
 use vmm::state::VcpuState;
 
 /// What was written.
@@ -41,8 +42,8 @@ pub fn raw(image: &Image, path: &Path, cancel: &CancelFlag) -> Result<Exported> 
 /// # Errors
 /// `Store`.
 pub fn raw_forecast(image: &Image) -> Result<Exported> {
-    let spaces = &layout(image)?.spaces;
-    let bytes = spaces.iter().map(|space| space.guest_address + length(space)).max().unwrap_or(0);
+    let spaces = layout(image)?.of_kind(SpaceKind::Memory);
+    let bytes = spaces.map(|space| space.guest_address + length(space)).max().unwrap_or(0);
     Ok(Exported { bytes, data_bytes: data_bytes(image) })
 }
 
@@ -59,7 +60,7 @@ pub fn core(vault: &Vault, image: &Image, path: &Path, cancel: &CancelFlag) -> R
 /// # Errors
 /// `Store`, as of [`core()`].
 pub fn core_forecast(vault: &Vault, image: &Image) -> Result<Exported> {
-    let core = elf::Core::new(&layout(image)?.spaces, &vcpus(vault, image)?);
+    let core = elf::Core::new(&memory_of(layout(image)?), &vcpus(vault, image)?);
     Ok(Exported { bytes: core.bytes(), data_bytes: data_bytes(image) })
 }
 
@@ -80,7 +81,7 @@ fn vcpus(vault: &Vault, image: &Image) -> Result<Vec<VcpuState>> {
 
 fn core_of(image: &Image, vcpus: &[VcpuState], path: &Path, cancel: &CancelFlag) -> Result<Exported> {
     let layout = layout(image)?;
-    let core = elf::Core::new(&layout.spaces, vcpus);
+    let core = elf::Core::new(&memory_of(layout), vcpus);
     let at = |space: &Space| core.offset(space.id);
     new_file(path, |file| write(image, layout, file, path, core.head(), core.bytes(), &at, cancel))
 }
@@ -90,9 +91,60 @@ fn layout(image: &Image) -> Result<&Layout> {
     Ok(&newest.manifest.layout)
 }
 
-/// Bytes of the pages that are not zeros.
+fn memory_of(layout: &Layout) -> Vec<Space> {
+    layout.of_kind(SpaceKind::Memory).cloned().collect()
+}
+
+/// Bytes of the pages of memory that are not zeros.
 fn data_bytes(image: &Image) -> u64 {
-    image.plan().data_pages() * PAGE_SIZE as u64
+    let spaces = layout(image).map(memory_of).unwrap_or_default();
+    let data = spaces.iter().filter_map(|space| image.plan().data.get(usize::from(space.id.0)));
+    data.map(PageSet::count).sum::<u64>() * PAGE_SIZE as u64
+}
+
+/// The images of the disks in a checkpoint: the name of each, its space, and its length in bytes.
+///
+/// # Errors
+/// `Store` when the checkpoint is not of a VM of ours.
+pub fn disks_of(vault: &Vault, image: &Image) -> Result<Vec<(String, SpaceId, u64)>> {
+    let newest = image.chain().first().ok_or_else(|| Error::Store("the chain is empty".into()))?;
+    let (machine, _) = vault.state(&newest.manifest)?;
+    let (_, devices) = vmm::state::Machine::decode(&machine)?;
+    let copied = devices.iter().filter_map(|device| match device {
+        Description::Copied { path, sectors, .. } => Some((path, *sectors)),
+        _ => None,
+    });
+    let spaces = newest.manifest.layout.of_kind(SpaceKind::Disk);
+    let disks = copied.zip(spaces).map(|((path, sectors), space)| {
+        let name = Path::new(path).file_name().and_then(|name| name.to_str());
+        let fits = sectors.checked_mul(512).filter(|bytes| *bytes <= length(space));
+        name.zip(fits).map(|(name, bytes)| (name.to_owned(), space.id, bytes)).ok_or_else(|| {
+            Error::Store(format!("checkpoint {}: disk {path} does not fit its space", newest.manifest.id))
+        })
+    });
+    disks.collect()
+}
+
+/// Writes the image of a disk.
+///
+/// # Errors
+/// As [`raw`].
+pub fn disk(image: &Image, space: SpaceId, bytes: u64, path: &Path, cancel: &CancelFlag) -> Result<Exported> {
+    new_file(path, |file| {
+        file.set_len(bytes).map_err(|error| unwritable(path, &error))?;
+        let mut data_bytes = 0;
+        image.each(cancel, &mut |run: PageRun, pages, _| {
+            if run.space != space {
+                return Ok(());
+            }
+            // The last page may go beyond the disk's end.
+            let inside = usize::try_from(bytes.saturating_sub(run.offset())).unwrap_or(usize::MAX);
+            let pages = &pages[..inside.min(pages.len())];
+            data_bytes += pages.len() as u64;
+            file.write_all_at(pages, run.offset()).map_err(|error| unwritable(path, &error))
+        })?;
+        Ok(Exported { bytes, data_bytes })
+    })
 }
 
 /// A space's length in bytes.
@@ -157,6 +209,9 @@ fn write(
     file.write_all_at(head, 0).map_err(|error| failed(&error))?;
     let mut data_bytes = 0;
     image.each(cancel, &mut |run: PageRun, pages, _| {
+        if layout.space(run.space).is_some_and(|space| space.kind == SpaceKind::Disk) {
+            return Ok(());
+        }
         let start = layout.space(run.space).and_then(at);
         let start =
             start.ok_or_else(|| Error::Store(format!("space {} is not in the layout", run.space.0)))?;

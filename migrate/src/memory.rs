@@ -3,10 +3,16 @@
 //! They could be mapped as well. Reading costs the same either way; writing fresh memory costs half (November 2026: 768 MiB
 //! in 64 KiB pieces took 0.28 to 0.48 s by pwrite(2) and 0.69 to 0.93 s through a mapping, which takes a fault for every
 //! page and clears it before it is overwritten). A file cannot end this process with a bus error either.
+//!
+//! The images of disks that go with a workload are spaces, too, and differ in two things: the last page may go beyond their end, and
+//! what is written to them must outlive this host's power (`disk`).
+
+mod disk;
 
 use crate::destination::PageMemory;
 use crate::error::{Error, Result};
-use protocol::layout::Layout;
+use disk::Disk;
+use protocol::layout::{Layout, SpaceKind};
 use protocol::page::{PAGE_SIZE, PageRun, PageSet, SpaceId};
 use rustix::fs::SeekFrom;
 use std::fs::File;
@@ -37,18 +43,23 @@ pub struct GuestMemory {
 
 struct Space {
     file: File,
+    /// Of its pages.
     bytes: u64,
+    /// Of the file: a disk may end in the middle of its last page.
+    file_bytes: u64,
+    disk: Option<Disk>,
     /// Pages that were found allocated. They stay so, or it does no harm to take them for allocated; and the kernel walks all
     /// of a piece to find its end (10 ms for 768 MiB), so that must not be asked twice.
     allocated: PageSet,
 }
 
 impl GuestMemory {
-    /// Takes one memfd for each space of a layout, each exactly as long as its space.
+    /// Takes one memfd for each space of a layout, each exactly as long as its space, and the images of its disks. Those have
+    /// names, in their order, for errors.
     ///
     /// # Errors
     /// `Workload` when the descriptors do not fit the layout, `Host` when they cannot be examined.
-    pub fn open(layout: &Layout, files: Vec<OwnedFd>) -> Result<Self> {
+    pub fn open(layout: &Layout, files: Vec<OwnedFd>, disks: &[String]) -> Result<Self> {
         if files.len() != layout.spaces.len() {
             return Err(Error::Workload(format!(
                 "the VMM sent {} memory files for {} spaces",
@@ -56,8 +67,16 @@ impl GuestMemory {
                 layout.spaces.len()
             )));
         }
+        let mut names = disks.iter();
         let spaces = layout.spaces.iter().zip(files).map(|(space, file)| {
             let bytes = space.pages * PAGE_SIZE as u64;
+            let allocated = PageSet::empty(space.pages);
+            if space.kind == SpaceKind::Disk {
+                let disk = Disk::named(names.next().map_or("of the VM", String::as_str));
+                let file = File::from(file);
+                let file_bytes = disk.length(&file, bytes)?;
+                return Ok(Space { file, bytes, file_bytes, disk: Some(disk), allocated });
+            }
             let found = rustix::fs::fstat(&file)
                 .map_err(|error| {
                     Error::Host(format!("the memory file of space {} is unusable: {error}", space.id.0))
@@ -69,7 +88,7 @@ impl GuestMemory {
                     space.id.0
                 )));
             }
-            Ok(Space { file: File::from(file), bytes, allocated: PageSet::empty(space.pages) })
+            Ok(Space { file: File::from(file), bytes, file_bytes: bytes, disk: None, allocated })
         });
         Ok(Self { spaces: spaces.collect::<Result<_>>()? })
     }
@@ -84,7 +103,9 @@ impl GuestMemory {
                 .file
                 .try_clone()
                 .map_err(|error| Error::Host(format!("a memory file cannot be duplicated: {error}")))?;
-            Ok(Space { file, bytes: space.bytes, allocated: PageSet::empty(0) })
+            let Space { bytes, file_bytes, .. } = *space;
+            let disk = space.disk.as_ref().map(|disk| Disk::named(disk.name()));
+            Ok(Space { file, bytes, file_bytes, disk, allocated: PageSet::empty(0) })
         });
         Ok(Self { spaces: spaces.collect::<Result<_>>()? })
     }
@@ -101,7 +122,9 @@ impl GuestMemory {
     /// `Workload` when they lie outside the space, `Host` when the kernel does not give them.
     pub fn read(&self, space: SpaceId, offset: u64, buffer: &mut [u8]) -> Result<()> {
         let space = self.range(space, offset, buffer.len())?;
-        space.file.read_exact_at(buffer, offset).map_err(|error| refused("read", &error))
+        let (inside, behind) = buffer.split_at_mut(space.inside(offset, buffer.len()));
+        behind.fill(0);
+        space.file.read_exact_at(inside, offset).map_err(|error| space.refused("read", &error))
     }
 
     /// Removes from `pages` what lies in the range and was never touched, by asking the memfd for its holes
@@ -152,11 +175,19 @@ impl GuestMemory {
     }
 }
 
-fn refused(what: &str, error: &std::io::Error) -> Error {
-    Error::Host(format!("the guest's memory could not be {what}: {error}"))
-}
-
 impl Space {
+    /// How many of these bytes from `offset` on the file has.
+    fn inside(&self, offset: u64, bytes: usize) -> usize {
+        usize::try_from(self.file_bytes.saturating_sub(offset)).unwrap_or(usize::MAX).min(bytes)
+    }
+
+    fn refused(&self, what: &str, error: &std::io::Error) -> Error {
+        match &self.disk {
+            Some(disk) => Error::Host(format!("disk {}: it could not be {what}: {error}", disk.name())),
+            None => Error::Host(format!("the guest's memory could not be {what}: {error}")),
+        }
+    }
+
     /// The first allocated pages at or behind `page`, in one piece; empty at the end of the space if there are none.
     fn next_data(&self, page: u64) -> Result<Range<u64>> {
         let pages = self.bytes / PAGE_SIZE as u64;
@@ -194,13 +225,30 @@ impl PageReader for GuestMemory {
 impl PageMemory for GuestMemory {
     fn write(&self, space: SpaceId, offset: u64, bytes: &[u8]) -> Result<()> {
         let space = self.range(space, offset, bytes.len())?;
-        space.file.write_all_at(bytes, offset).map_err(|error| refused("written", &error))
+        let inside = &bytes[..space.inside(offset, bytes.len())];
+        space.file.write_all_at(inside, offset).map_err(|error| space.refused("written", &error))?;
+        match &space.disk {
+            Some(disk) => disk.wrote(&space.file, inside.len() as u64),
+            None => Ok(()),
+        }
+    }
+
+    fn settle(&self) -> Result<()> {
+        self.spaces.iter().try_for_each(|space| match &space.disk {
+            Some(disk) => disk.settle(&space.file),
+            None => Ok(()),
+        })
     }
 
     fn zero(&self, run: PageRun) -> Result<()> {
         const ZEROS: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
         let space = self.range(run.space, run.offset(), run.bytes())?;
         let mut at = run.first;
+        if let (Some(disk), Some(_)) = (&space.disk, space.first_data(at)?.filter(|page| *page < run.end()))
+            && disk.punch(&space.file, run.offset(), run.bytes() as u64)?
+        {
+            return Ok(());
+        }
         while let Some(page) = space.first_data(at)?.filter(|page| *page < run.end()) {
             self.write(run.space, page * PAGE_SIZE as u64, &ZEROS)?;
             at = page + 1;
@@ -212,7 +260,7 @@ impl PageMemory for GuestMemory {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use protocol::layout::{Space, SpaceKind};
+    use protocol::layout::Space;
     use rustix::fs::MemfdFlags;
 
     fn memfd(pages: u64) -> OwnedFd {
@@ -228,15 +276,43 @@ mod tests {
     #[test]
     fn memory_of_another_length_is_refused() {
         for pages in [7, 9] {
-            assert!(GuestMemory::open(&layout(8), vec![memfd(pages)]).is_err());
+            assert!(GuestMemory::open(&layout(8), vec![memfd(pages)], &[]).is_err());
         }
-        assert!(GuestMemory::open(&layout(8), vec![]).is_err());
+        assert!(GuestMemory::open(&layout(8), vec![], &[]).is_err());
+    }
+
+    #[test]
+    fn an_image_may_end_inside_its_last_page_and_keeps_its_holes() {
+        let layout = Layout { spaces: vec![Space { kind: SpaceKind::Disk, ..layout(4).spaces[0].clone() }] };
+        let open = |bytes: u64| {
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(bytes).unwrap();
+            GuestMemory::open(&layout, vec![file.into()], &["/srv/a".into()])
+        };
+        for bytes in [3 * 4096, 4 * 4096 + 1] {
+            let error = open(bytes).err().unwrap().to_string();
+            assert!(error.contains("/srv/a"), "{error}");
+        }
+        let memory = open(3 * 4096 + 512).unwrap();
+        let (space, at) = (SpaceId(0), 3 * 4096);
+        memory.write(space, at, &[7; 4096]).unwrap();
+        let mut page = [1; 4096];
+        memory.read(space, at, &mut page).unwrap();
+        assert!(page[..512] == [7; 512] && page[512..] == [0; 3584]);
+        memory.settle().unwrap();
+        memory.write(space, 0, &[7; 4096]).unwrap();
+        memory.zero(PageRun { space, first: 0, count: 4 }).unwrap();
+        let file = &memory.spaces[0].file;
+        assert_eq!(
+            (file.metadata().unwrap().len(), rustix::fs::fstat(file).unwrap().st_blocks),
+            (at + 512, 0)
+        );
     }
 
     #[test]
     fn zero_runs_and_hole_tests_allocate_nothing() {
         let pages = 4096;
-        let mut memory = GuestMemory::open(&layout(pages), vec![memfd(pages)]).unwrap();
+        let mut memory = GuestMemory::open(&layout(pages), vec![memfd(pages)], &[]).unwrap();
         let space = SpaceId(0);
         let allocated = |memory: &GuestMemory| rustix::fs::fstat(&memory.spaces[0].file).unwrap().st_blocks;
         memory.zero(PageRun { space, first: 0, count: pages as u32 }).unwrap();

@@ -282,7 +282,8 @@ impl<'a> Outbound<'a> {
             peer: link.peer(),
             outcome: Outcome::Underway,
             tracking: String::new(),
-            memory_bytes: workload.layout.total_bytes(),
+            memory_bytes: workload.layout.memory_bytes(),
+            disk_bytes: workload.layout.disk_bytes(),
             page_streams: options.page_streams,
             connections: options.connections.clone(),
             phases: Vec::new(),
@@ -424,6 +425,7 @@ impl<'a> Outbound<'a> {
                         Connections { number: 1, reason: "the destination's release takes only one".into() };
                 }
                 self.agreed = capabilities;
+                self.check_disks()?;
                 self.check_verify()
             }
             other => Err(out_of_order("Hello", other.name())),

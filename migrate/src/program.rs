@@ -275,7 +275,7 @@ impl Program {
         let files = files
             .collect::<std::io::Result<Vec<_>>>()
             .map_err(|error| Error::Host(format!("a memory file cannot be duplicated: {error}")))?;
-        GuestMemory::open(&self.workload.layout, files)
+        GuestMemory::open(&self.workload.layout, files, &[])
     }
 }
 

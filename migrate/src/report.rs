@@ -221,6 +221,9 @@ pub struct Report {
     pub tracking: String,
     /// The workload's memory in bytes.
     pub memory_bytes: u64,
+    /// Bytes of the disks that go with it, holes included.
+    #[serde(default)]
+    pub disk_bytes: u64,
     /// The page streams that were used.
     pub page_streams: u16,
     /// The connections that they were spread over.

@@ -44,7 +44,8 @@ use protocol::MigrationId;
 use protocol::checkpoint::name::CheckpointId;
 use protocol::checkpoint::object::Digest;
 use protocol::control::{Offer, RefuseCode};
-use protocol::page::{PageRun, PageSet};
+use protocol::layout::SpaceKind;
+use protocol::page::{PageRun, PageSet, SpaceId};
 use report::{Clock, Event, Lazily, Report, Step};
 use std::thread;
 use std::time::Instant;
@@ -253,13 +254,29 @@ impl Run<'_> {
         clock: &mut Clock<'_>,
     ) -> Result<Report> {
         let fetch = &found.fetch;
+        let layout = &self.newest.manifest.layout;
+        let is_disk = |space| layout.space(space).is_some_and(|space| space.kind == SpaceKind::Disk);
+        if layout.has_disks() {
+            // Memory can be waited for, a disk cannot: it is there whole before the start.
+            let (memory, threads, cancel) = (destination.memory(), self.options.threads, self.cancel);
+            let read = clock.time(Step::Read, |observer| {
+                eager::read_of(fetch, &*memory, &is_disk, threads, cancel, observer)
+            });
+            if let Err(error) = read {
+                return Err(discarded(destination, error));
+            }
+        }
+        let awaited = |(space, data): (u16, &PageSet)| {
+            if is_disk(SpaceId(space)) { PageSet::empty(data.pages()) } else { data.clone() }
+        };
+        let missing: Vec<PageSet> = (0..).zip(&fetch.plan().data).map(awaited).collect();
         thread::scope(|scope| {
             let opened = scope.spawn(|| timed("segments", || fetch.open_all()));
             // What is touched first waits for it, and the start does not.
             let pages = scope.spawn(|| timed("places", || Ok(Pages::of(fetch, &found.recorded))));
             let ready = clock
                 .time(Step::Load, |_| self.load(destination.as_mut(), state))
-                .and_then(|()| clock.time(Step::Expect, |_| destination.expect(&fetch.plan().data)))
+                .and_then(|()| clock.time(Step::Expect, |_| destination.expect(&missing)))
                 .and(joined(opened.join()))
                 .and_then(|()| self.cancel.pass());
             if let Err(error) = ready {
@@ -312,7 +329,7 @@ impl Run<'_> {
             name,
             links: found.links,
             merged_links: found.merged_links,
-            memory_bytes: manifest.layout.total_bytes(),
+            memory_bytes: manifest.layout.memory_bytes(),
             data_pages: plan.data_pages(),
             stored_bytes: plan.stored_bytes(),
             steps: clock.steps().to_vec(),

@@ -1,10 +1,12 @@
 //! Where pages come from.
 
+mod copied;
 pub mod vm;
 pub mod scripted;
 
 use crate::error::Result;
 use crate::memory::PageReader;
+pub use copied::Copied;
 use protocol::MigrationId;
 use protocol::checkpoint::name::CheckpointId;
 use protocol::control::WorkloadKind;

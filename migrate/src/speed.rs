@@ -7,7 +7,7 @@
 use crate::memory::GuestMemory;
 use crate::report::{Event, GuestSpeed, Observer, Phase, rate};
 use ledger::Stats;
-use protocol::layout::Layout;
+use protocol::layout::{Layout, SpaceKind};
 use protocol::page::PAGE_SIZE;
 use std::time::{Duration, Instant};
 
@@ -38,8 +38,7 @@ impl Gauge {
             };
             let found = self
                 .layout
-                .spaces
-                .iter()
+                .of_kind(SpaceKind::Memory)
                 .find_map(|space| Some((space.id, inside(space.guest_address, space.pages)?)));
             match found {
                 Some((space, offset)) => {

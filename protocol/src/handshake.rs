@@ -62,9 +62,23 @@ pub const VERIFY: &str = "verify";
 /// The receiver may have a checkpoint from which the sender's pages are counted: see [`Seed`](crate::control::Seed).
 pub const SEED: &str = "seed";
 
+/// A layout may have [disks](crate::layout::SpaceKind::Disk).
+pub const DISKS: &str = "disks";
+
 /// The capabilities of this release. All of version 1.0 is the base.
-pub const CAPABILITIES: &[&str] =
-    &[POST_COPY, PACKED_PAGES, DELTA_PAGES, KNOWN_PAGES, PROBE, RESUME, ANEW, CONNECTIONS, VERIFY, SEED];
+pub const CAPABILITIES: &[&str] = &[
+    POST_COPY,
+    PACKED_PAGES,
+    DELTA_PAGES,
+    KNOWN_PAGES,
+    PROBE,
+    RESUME,
+    ANEW,
+    CONNECTIONS,
+    VERIFY,
+    SEED,
+    DISKS,
+];
 
 /// First bytes of a control stream, decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -49,6 +49,14 @@ pub enum Request {
     Status,
     /// What is it? Answered by `Description`, its machine blob, and one memfd for each space.
     Describe,
+    /// For the rest of this session these disks are spaces behind those of memory, in the order of the devices: their pages
+    /// are tracked, harvested and taken like memory's, and their images go where the workload goes. Not while it is tracked; only
+    /// to a VMM that said `can_copy_disks`. Answered as `Describe`, with a descriptor for the image of each.
+    CopyDisks {
+        /// The images, as the machine's description names them, of disks that the guest may write. Others are named in the
+        /// error.
+        disks: Vec<String>,
+    },
     /// Begin to track writes; every page counts as dirty. Answered by `Tracking`.
     TrackStart {
         /// If there is a baseline, only those pages count as dirty that are not in it.
@@ -181,12 +189,16 @@ pub enum Reply {
     },
     /// To `Status`.
     Status(Status),
-    /// To `Describe` and `Prepare`. The blob describes the machine; memfds come along, in the order of the layout.
+    /// To `Describe`, `CopyDisks` and `Prepare`. The blob describes the machine; memfds, and the images of disks, come along, in
+    /// the order of the layout.
     Description {
         /// The name.
         name: String,
         /// Its memory.
         layout: Layout,
+        /// Whether this VMM knows [`Request::CopyDisks`].
+        #[serde(default, skip_serializing_if = "is_false")]
+        can_copy_disks: bool,
     },
     /// To `TrackStart`.
     Tracking {

@@ -20,7 +20,7 @@ use std::path::Path;
 const DOCUMENTS: [&str; 2] = ["wire-protocol.md", "control-protocol.md"];
 
 /// Public constants that are not numbers or texts of the wire.
-const NOT_LIMITS: [&str; 12] = [
+const NOT_LIMITS: [&str; 13] = [
     "handshake::CAPABILITIES",
     "handshake::OURS",
     "handshake::POST_COPY",
@@ -33,6 +33,7 @@ const NOT_LIMITS: [&str; 12] = [
     "handshake::CONNECTIONS",
     "handshake::VERIFY",
     "handshake::SEED",
+    "handshake::DISKS",
 ];
 
 fn document(name: &str) -> String {
@@ -66,6 +67,7 @@ fn limits() -> BTreeMap<&'static str, String> {
         ("handshake::MAX_CAPABILITIES", number(handshake::MAX_CAPABILITIES as u64)),
         ("handshake::MINOR", number(handshake::MINOR.into())),
         ("handshake::PREAMBLE_BYTES", number(handshake::PREAMBLE_BYTES as u64)),
+        ("layout::MAX_DISK_BYTES", number(layout::MAX_DISK_BYTES)),
         ("layout::MAX_SPACES", number(layout::MAX_SPACES as u64)),
         ("layout::MAX_SPACE_PAGES", number(layout::MAX_SPACE_PAGES)),
         ("monitor::MAX_BLOB_BYTES", number(monitor::MAX_BLOB_BYTES.into())),

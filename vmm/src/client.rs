@@ -10,7 +10,7 @@ use std::{
 use protocol::{
     MigrationId,
     checkpoint::name::CheckpointId,
-    layout::Layout,
+    layout::{Layout, SpaceKind},
     monitor::{Reply, Request, Role, Status, TrackingMode, VERSION},
     page::{PAGE_SIZE, PageRun, PageSet},
     sparse,
@@ -35,8 +35,10 @@ pub struct Description {
     pub layout: Layout,
     /// Its machine description: bytes for another VMM, opaque to the engine.
     pub machine: Vec<u8>,
-    /// One memfd for each space of the layout, in its order.
+    /// One memfd or disk image for each space of the layout, in its order.
     pub memory: Vec<OwnedFd>,
+    /// Whether the VMM can make disks spaces.
+    pub can_copy_disks: bool,
 }
 
 /// How to put pages in place that a VM misses.
@@ -127,6 +129,17 @@ impl Client {
     pub fn describe(&mut self) -> Result<Description> {
         let answer = self.call(&Request::Describe, &[], "describe itself")?;
         description(answer, "describe itself")
+    }
+
+    /// Makes disks spaces behind those of memory for this session, by their images as the machine's description names them. Only
+    /// for a VMM that can.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] that names the disk that cannot be one, or as all calls.
+    pub fn copy_disks(&mut self, disks: Vec<String>) -> Result<Description> {
+        const WHAT: &str = "choose the disks that go along";
+        let answer = self.call(&Request::CopyDisks { disks }, &[], WHAT)?;
+        description(answer, WHAT)
     }
 
     /// Begins to track writes. With `keep` only those pages count as dirty that the baseline lacks, if there is one, and
@@ -392,7 +405,9 @@ fn unexpected(asked: &'static str, reply: Reply) -> Error {
 }
 
 fn description((reply, message): (Reply, Message), asked: &'static str) -> Result<Description> {
-    let Reply::Description { name, layout } = reply else { return Err(unexpected(asked, reply)) };
+    let Reply::Description { name, layout, can_copy_disks } = reply else {
+        return Err(unexpected(asked, reply));
+    };
     layout.validate(u64::MAX).map_err(|error| Error::Protocol(error.to_string()))?;
     if message.fds.len() != layout.spaces.len() {
         return Err(Error::Protocol(format!(
@@ -402,9 +417,12 @@ fn description((reply, message): (Reply, Message), asked: &'static str) -> Resul
         )));
     }
     for (space, fd) in layout.spaces.iter().zip(&message.fds) {
-        check_memory(fd, space.pages.saturating_mul(PAGE_SIZE as u64))?;
+        // A disk's image is never mapped, and is what its file system lets it be.
+        if space.kind == SpaceKind::Memory {
+            check_memory(fd, space.pages.saturating_mul(PAGE_SIZE as u64))?;
+        }
     }
-    Ok(Description { name, layout, machine: message.blob, memory: message.fds })
+    Ok(Description { name, layout, machine: message.blob, memory: message.fds, can_copy_disks })
 }
 
 /// Checks that memory can be mapped without ever meeting a SIGBUS: it is large enough and stays so.
@@ -442,11 +460,7 @@ fn open(path: &Path, limit: Duration) -> Result<UnixStream> {
 mod tests {
     use std::io::Write;
 
-    use protocol::{
-        layout::{Space, SpaceKind},
-        monitor::Phase,
-        page::SpaceId,
-    };
+    use protocol::{layout::Space, monitor::Phase, page::SpaceId};
 
     use super::*;
 

@@ -68,7 +68,7 @@ pub(crate) type Map = GuestMemoryMmap<OwnWrites>;
 /// One mapped space.
 pub(crate) type Region = GuestRegionMmap<OwnWrites>;
 
-/// One bit a page that the VMM itself wrote since the last harvest: KVM's log does not have those.
+/// One bit a page that the VMM itself wrote since the last harvest, of memory or of a disk: KVM's log does not have those.
 ///
 /// The mapping carries it, so that every write through it is marked, by a device's ring as by a loader. The mark comes after
 /// the bytes: a harvest in between misses neither, because it either sees the mark or leaves it for the next harvest, and the last
@@ -114,7 +114,7 @@ impl OwnWrites {
     }
 
     /// Moves the marks into `bits`.
-    fn drain(&self, bits: &mut [u64]) {
+    pub(crate) fn drain(&self, bits: &mut [u64]) {
         for (word, own) in bits.iter_mut().zip(&self.0) {
             // Most words are zero; a load is far cheaper than an exchange.
             if own.load(Ordering::Acquire) != 0 {

@@ -277,22 +277,37 @@ pub(crate) enum FileLock {
     Exclusive,
 }
 
+impl FileLock {
+    fn request(self) -> io::Result<libc::flock> {
+        let kind = match self {
+            FileLock::None => libc::F_UNLCK,
+            FileLock::Shared => libc::F_RDLCK,
+            FileLock::Exclusive => libc::F_WRLCK,
+        };
+        let no_lock = |_| io::Error::from(io::ErrorKind::InvalidInput);
+        Ok(libc::flock {
+            l_type: kind.try_into().map_err(no_lock)?,
+            l_whence: libc::SEEK_SET.try_into().map_err(no_lock)?,
+            // From the beginning to the end, wherever that will be.
+            l_start: 0,
+            l_len: 0,
+            l_pid: 0,
+        })
+    }
+}
+
+/// Whether somebody else has locked an open file exclusively (fcntl(2), F_OFD_GETLK).
+pub(crate) fn is_locked(file: &std::fs::File) -> io::Result<bool> {
+    // A shared lock is in the way of an exclusive one alone.
+    let mut request = FileLock::Shared.request()?;
+    // SAFETY: the kernel reads and writes one `flock`, which is alive, and touches no other memory of ours.
+    let answer = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut request) };
+    if answer == 0 { Ok(i32::from(request.l_type) != libc::F_UNLCK) } else { Err(io::Error::last_os_error()) }
+}
+
 /// Changes the lock of an open file (fcntl(2), F_OFD_SETLK). `false`: somebody else holds one that is in the way.
 pub(crate) fn lock_file(file: &std::fs::File, kind: FileLock) -> io::Result<bool> {
-    let kind = match kind {
-        FileLock::None => libc::F_UNLCK,
-        FileLock::Shared => libc::F_RDLCK,
-        FileLock::Exclusive => libc::F_WRLCK,
-    };
-    let no_lock = |_| io::Error::from(io::ErrorKind::InvalidInput);
-    let request = libc::flock {
-        l_type: kind.try_into().map_err(no_lock)?,
-        l_whence: libc::SEEK_SET.try_into().map_err(no_lock)?,
-        // From the beginning to the end, wherever that will be.
-        l_start: 0,
-        l_len: 0,
-        l_pid: 0,
-    };
+    let request = kind.request()?;
     // SAFETY: the kernel reads one `flock`, which is alive, and touches no other memory of ours.
     let answer = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const request) };
     if answer == 0 {

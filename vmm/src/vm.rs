@@ -1,13 +1,19 @@
 //! A VM: memory, vCPUs and devices under one roof, and what can be done with them together.
 
 use std::{
+    os::fd::OwnedFd,
     sync::{Arc, mpsc::Sender},
     time::{Duration, Instant},
 };
 
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, nested::KvmNestedStateBuffer};
 use kvm_ioctls::{VcpuFd, VmFd};
-use protocol::{checkpoint::name::CheckpointId, state::State};
+use protocol::{
+    checkpoint::name::CheckpointId,
+    layout::{Layout, MAX_DISK_BYTES, Space, SpaceKind},
+    page::SpaceId,
+    state::State,
+};
 
 use crate::{
     addresses::{KVM_IDENTITY_MAP, KVM_TSS, PAGE_SIZE, SERIAL_IRQ},
@@ -16,12 +22,12 @@ use crate::{
     device::Interrupt,
     devices::{
         Devices, Input, InputThread, SerialSink, Slot,
-        virtio::{self, DeviceConfig},
+        virtio::{self, Description, DeviceConfig, Image},
     },
     dirty::{KvmLog, LogMode, Tracker},
     error::{Error, Result},
     host::Host,
-    memory::{GuestMemory, spaces_for},
+    memory::{GuestMemory, MAX_MEMORY_BYTES, SpaceInfo, spaces_for},
     state::{
         self, Catchup, MACHINE_SECTION, Machine, VERSION, VM_SECTION, VcpuContext, VcpuState, VmState,
         device_section, vcpu_section,
@@ -47,6 +53,8 @@ pub(crate) struct Vm {
     clock_realtime: bool,
     /// The guest's TSC runs at another rate than this host's.
     tsc_scaled: bool,
+    /// The places of the disks that are spaces for the session that holds the VM.
+    copied: Vec<usize>,
 }
 
 /// How large a VM is, and which processor its guest is shown.
@@ -150,7 +158,88 @@ impl Vm {
     /// # Errors
     /// [`Error::State`] when it cannot be encoded.
     pub(crate) fn describe(&self) -> Result<Vec<u8>> {
-        self.machine.encode(self.virtio.descriptions())
+        let mut descriptions = self.virtio.descriptions().to_vec();
+        for (place, image) in self.copied_disks() {
+            if let Some(Description::Block { path, sectors, features, .. }) = descriptions.get(place).cloned()
+            {
+                let allocated_bytes = image.allocated_bytes()?;
+                descriptions[place] = Description::Copied { path, sectors, allocated_bytes, features };
+            }
+        }
+        self.machine.encode(&descriptions)
+    }
+
+    /// The disks that are spaces for the session that holds the VM, by their places.
+    fn copied_disks(&self) -> impl Iterator<Item = (usize, &Arc<Image>)> {
+        let all = self.virtio.writable().iter().map(|(place, image)| (*place, image));
+        all.filter(|(place, _)| self.copied.contains(place))
+    }
+
+    fn choose(&mut self, places: Vec<usize>) {
+        let disks = self.virtio.writable().iter().enumerate();
+        let disks: Vec<usize> =
+            disks.filter(|(_, (place, _))| places.contains(place)).map(|(disk, _)| disk).collect();
+        self.tracker.choose_disks(&disks);
+        self.copied = places;
+    }
+
+    /// Makes the disks with these images, which the guest may write, spaces behind those of memory; the ones that were chosen
+    /// before are none any more.
+    ///
+    /// # Errors
+    /// [`Error::Config`] that names the image that cannot be one; all is as before then.
+    pub(crate) fn copy_disks(&mut self, images: &[String]) -> Result<()> {
+        let mut places = Vec::new();
+        for image in images {
+            let is_it = |device: &Description| device.writable_disk().is_some_and(|path| path == image);
+            let wrong = |why: &str| Error::Config(format!("disk {image}: {why}"));
+            let place = self.virtio.descriptions().iter().position(is_it);
+            let place = place.ok_or_else(|| wrong("the VM has no such disk that its guest may write"))?;
+            if places.contains(&place) {
+                return Err(wrong("it was named twice"));
+            }
+            places.push(place);
+        }
+        let chosen = self.virtio.writable().iter().filter(|(place, _)| places.contains(place));
+        let disk_bytes = chosen.fold(0_u64, |sum, (_, image)| sum.saturating_add(image.pages() * PAGE_SIZE));
+        let most = MAX_DISK_BYTES.min(MAX_MEMORY_BYTES.saturating_sub(self.memory.total_bytes()));
+        if disk_bytes > most {
+            return Err(Error::Config(format!(
+                "{disk_bytes} bytes of disks cannot go with a VM of this much memory, {most} can: keep them on storage that both \
+                 hosts share"
+            )));
+        }
+        self.choose(places);
+        Ok(())
+    }
+
+    /// The memory and the disks of the session that holds the VM.
+    pub(crate) fn layout(&self) -> Layout {
+        let disk_pages: Vec<u64> = self.copied_disks().map(|(_, image)| image.pages()).collect();
+        layout_of(&self.memory.layout(), &disk_pages)
+    }
+
+    /// One descriptor for each space, for another process; writable ones for the disks of a VM that has not started.
+    ///
+    /// # Errors
+    /// [`Error::Host`].
+    pub(crate) fn share(&self, writable: bool) -> Result<Vec<OwnedFd>> {
+        let mut fds = Vec::new();
+        for index in 0..self.memory.layout().len() {
+            fds.extend(self.memory.share(index)?);
+        }
+        for (_, image) in self.copied_disks() {
+            fds.push(image.share(writable)?);
+        }
+        Ok(fds)
+    }
+
+    /// Makes the images that came with the VM files of this host, because it starts.
+    ///
+    /// # Errors
+    /// What names the one that cannot be, and why; nothing was changed then.
+    pub(crate) fn publish(&self) -> Result<()> {
+        self.virtio.publish()
     }
 
     /// Takes the disks and whatever else only one VM may have.
@@ -161,12 +250,12 @@ impl Vm {
         self.virtio.acquire()
     }
 
-    /// Lets go of it, so that another VM may have it. The VM stands still.
+    /// Lets go of it, so that another VM may have it, but not of disks that go along: they are nobody else's. The VM stands still.
     ///
     /// # Errors
     /// When what was written could not be made safe; nothing is let go of then.
     pub(crate) fn release(&self) -> Result<()> {
-        self.virtio.release().inspect_err(|_| {
+        self.virtio.release(&self.copied).inspect_err(|_| {
             if let Err(error) = self.virtio.acquire() {
                 tracing::error!(%error, "taking the devices back");
             }
@@ -192,7 +281,7 @@ impl Vm {
     #[cfg(test)]
     pub(crate) fn cap_log_mode(&mut self, best: LogMode) {
         let log = KvmLog::new(self.vm.clone(), self.memory.clone(), best);
-        self.tracker = Tracker::new(self.memory.clone(), Box::new(log));
+        self.tracker = Tracker::new(self.memory.clone(), Vec::new(), Box::new(log));
     }
 
     /// Lets all vCPUs and devices run.
@@ -311,6 +400,19 @@ impl Vm {
     }
 }
 
+/// The layout of memory and of disks of these lengths in pages.
+pub(crate) fn layout_of(memory: &[SpaceInfo], disk_pages: &[u64]) -> Layout {
+    let memory = memory.iter().map(|space| (SpaceKind::Memory, space.pages, space.base));
+    let disks = disk_pages.iter().map(|pages| (SpaceKind::Disk, *pages, 0));
+    let spaces = (0_u16..).zip(memory.chain(disks)).map(|(index, (kind, pages, guest_address))| Space {
+        id: SpaceId(index),
+        kind,
+        pages,
+        guest_address,
+    });
+    Layout { spaces: spaces.collect() }
+}
+
 impl Parts {
     fn build(
         host: &Host,
@@ -380,8 +482,9 @@ impl Parts {
             .collect::<Result<Vec<_>>>()?
             .into();
         let log = KvmLog::new(vm.clone(), memory.clone(), LogMode::ManualInitiallySet);
-        let tracker = Tracker::new(memory.clone(), Box::new(log));
-        Ok(Vm {
+        let disks = virtio.writable().iter().map(|(_, image)| Arc::clone(image)).collect();
+        let tracker = Tracker::new(memory.clone(), disks, Box::new(log));
+        let mut vm = Vm {
             _input: input.map(|input| InputThread::start(input, devices.clone())).transpose()?,
             throttle: None,
             vcpus,
@@ -393,6 +496,11 @@ impl Parts {
             machine,
             clock_realtime: host.clock_realtime,
             tsc_scaled,
-        })
+            copied: Vec::new(),
+        };
+        // What comes along is the whole disk, as for whoever sends it.
+        let arriving = vm.virtio.arriving().to_vec();
+        vm.choose(arriving);
+        Ok(vm)
     }
 }

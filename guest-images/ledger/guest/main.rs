@@ -30,6 +30,8 @@ mod devices;
 
 mod ring;
 
+mod disk;
+
 mod workload;
 
 mod mem;

@@ -7,6 +7,7 @@ use crate::block::{Block, Error};
 use crate::clock::{self, Pace};
 use crate::data::Data;
 use crate::devices::Devices;
+use crate::disk::Disk;
 use crate::model::layout::{PAGE_SIZE, Ranges};
 use crate::model::page::{self, Damage, Identity};
 use crate::model::params::{Params, Rate};
@@ -37,6 +38,7 @@ struct Workload {
     devices: Devices,
     data: Data,
     ring: Option<Ring>,
+    disk: Option<Disk>,
     clock: clock::Rate,
     writes: Pace,
     scrub: Pace,
@@ -58,6 +60,7 @@ pub fn run(params: Params, ranges: Ranges, block: Block, devices: Devices) -> ! 
         devices,
         data: Data::new(ranges, params.fill_pages()),
         ring: None,
+        disk: None,
         clock,
         writes: Pace::never(),
         scrub: Pace::never(),
@@ -101,6 +104,10 @@ impl Workload {
         self.block.put(at::TSC_START, now);
         self.block.put(at::TSC_LAST, now);
         self.ring = self.params.ring.map(Ring::open);
+        if self.params.disk_mb_s != 0 && self.devices.has_pad() {
+            let pace = Pace::at(self.params.disk_mb_s, self.clock, self.tick_cycles, now);
+            self.disk = Disk::open(&self.params, self.clock, pace);
+        }
         self.block.set_state(State::Running);
         let boot_us = self.clock.us(now.wrapping_sub(self.block.get(at::TSC_BOOT)));
         let _ = writeln!(self.devices, "ledger: running boot_us={boot_us} {}", self.params);
@@ -119,6 +126,7 @@ impl Workload {
                 }
             }
             busy |= self.ring.as_mut().is_some_and(Ring::turn);
+            busy |= self.disk.as_mut().is_some_and(|disk| disk.turn(now));
             if self.scrub.take(now) {
                 let number = self.scrub_next;
                 self.check(number, Finder::Scrub);
@@ -145,6 +153,9 @@ impl Workload {
             self.start = self.start.wrapping_sub(self.last - now);
             self.writes.restart(now);
             self.scrub.restart(now);
+            if let Some(disk) = &mut self.disk {
+                disk.restart(now);
+            }
             self.next_report = now.wrapping_add(self.report_cycles);
         } else {
             let gap = now - self.last;

@@ -36,6 +36,9 @@ mod verify;
 
 mod ring;
 
+mod disk;
+
+pub use disk::{DiskAccount, DiskFault};
 pub use model::layout::{PAGE_SIZE, Range, Ranges};
 pub use model::mail::Account;
 pub use model::page::{Content, Damage};

@@ -26,9 +26,9 @@ fn params() -> impl Strategy<Value = Params> {
     let sizes = (1..=1u64 << 20).prop_flat_map(|fill| (Just(fill), 1..=fill));
     let numbers = (any::<u64>(), 10..=1_000_000u64, 0..=3_600_000u64, 0..=1_000_000u64);
     let more = (0..=100_000_000u64, any::<u64>(), prop_oneof![Just(Park::Pad), Just(Park::Spin)]);
-    let more = (more, prop::option::of(0..=1u64 << 40));
+    let more = (more, prop::option::of(0..=1u64 << 40), (0..=1_000_000u64, 0..=u64::from(u32::MAX)));
     (sizes, rate, patterns(), contents(), serial, numbers, more).prop_map(
-        |((fill, ws), rate, pattern, content, serial, numbers, ((tsc_khz, stop_after, park), ring))| {
+        |((fill, ws), rate, pattern, content, serial, numbers, ((tsc_khz, stop_after, park), ring, disk))| {
             let (seed, tick_us, report_ms, scrub_mb_s) = numbers;
             let (fill_bytes, ws_bytes) = (fill * PAGE_SIZE, ws * PAGE_SIZE);
             Params {
@@ -44,6 +44,8 @@ fn params() -> impl Strategy<Value = Params> {
                 tsc_khz,
                 stop_after,
                 ring,
+                disk_mb_s: disk.0,
+                disk_stop: disk.1,
                 serial,
                 park,
             }

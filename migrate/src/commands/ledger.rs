@@ -7,9 +7,10 @@ use crate::error::{Error, Result};
 use crate::exit;
 use crate::memory::GuestMemory;
 use crate::paths::RuntimeDir;
+use crate::source::Copied;
 use crate::units;
-use ledger::{Stats, Verdict};
-use protocol::layout::Layout;
+use ledger::{DiskAccount, DiskFault, Stats, Verdict};
+use protocol::layout::{Layout, SpaceKind};
 use protocol::page::PAGE_SIZE;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -40,9 +41,13 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let mut client = Target::find(&runtime, &args.vm)?.hold("migrate ledger", ANSWER_LIMIT)?;
     let name = client.welcome().name.clone();
     let wrong = |error: &dyn std::fmt::Display| Error::Workload(format!("{name}: {error}"));
-    let description = client.describe().map_err(|error| wrong(&error))?;
+    let mut description = client.describe().map_err(|error| wrong(&error))?;
+    let disks = Copied::All.of(&name, &description.machine)?;
+    if args.verify && description.can_copy_disks && !disks.is_empty() {
+        description = client.copy_disks(disks.clone()).map_err(|error| wrong(&error))?;
+    }
     let layout = description.layout;
-    let memory = GuestMemory::open(&layout, description.memory)?;
+    let memory = GuestMemory::open(&layout, description.memory, &disks)?;
     if args.verify {
         client.freeze().map_err(|error| wrong(&error))?;
     }
@@ -52,10 +57,21 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         true => Some(ledger::verify(&stats, read).map_err(|error| wrong(&error))?),
         false => None,
     };
+    let disk = DiskAccount::read(read)?;
+    let image = layout.of_kind(SpaceKind::Disk).next();
+    let disk_faults = match (&disk, image) {
+        (Some(disk), Some(image)) => {
+            Some(disk.verify(|offset, buffer| memory.read(image.id, offset, buffer))?)
+        }
+        _ => None,
+    };
     if args.verify {
         client.resume(None).map_err(|error| wrong(&error))?;
     }
-    let account = Account::new(&name, &stats, verdict.as_ref(), args.since_tsc);
+    let mut account = Account::new(&name, &stats, verdict.as_ref(), args.since_tsc);
+    if let Some(disk) = disk {
+        account.add_disk(&disk, disk_faults.as_deref());
+    }
     if common.json {
         emit(&account);
     } else {
@@ -65,7 +81,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
 }
 
 fn read_guest(layout: &Layout, memory: &GuestMemory, gpa: u64, buffer: &mut [u8]) -> Result<()> {
-    let space = layout.spaces.iter().find(|space| {
+    let space = layout.of_kind(SpaceKind::Memory).find(|space| {
         gpa >= space.guest_address && gpa - space.guest_address < space.pages * PAGE_SIZE as u64
     });
     match space {
@@ -91,7 +107,19 @@ struct Account {
     last_tick_tsc: u64,
     tsc_khz: Option<u64>,
     verified: Option<Verified>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    disk: Option<Disk>,
     message: Option<String>,
+}
+
+/// The disk that the guest writes.
+#[derive(Debug, serde::Serialize)]
+struct Disk {
+    written_blocks: u64,
+    flushed_blocks: u64,
+    guest_errors: u64,
+    /// Blocks that are not as the writes must have left them, the first of them; missing where it was not looked.
+    faults: Option<Vec<String>>,
 }
 
 #[derive(Debug, serde::Serialize)]
@@ -127,7 +155,18 @@ impl Account {
                 faults: verdict.faults.iter().map(ToString::to_string).collect(),
             }),
             message: (!stats.message.is_empty()).then(|| stats.message.clone()),
+            disk: None,
         }
+    }
+
+    fn add_disk(&mut self, disk: &DiskAccount, faults: Option<&[DiskFault]>) {
+        self.sound &= disk.errors == 0 && faults.is_none_or(<[_]>::is_empty);
+        self.disk = Some(Disk {
+            written_blocks: disk.written,
+            flushed_blocks: disk.flushed,
+            guest_errors: disk.errors,
+            faults: faults.map(|faults| faults.iter().map(ToString::to_string).collect()),
+        });
     }
 
     fn show(&self) {
@@ -145,6 +184,15 @@ impl Account {
                 verified.pages, verified.damaged_pages
             ));
             for fault in &verified.faults {
+                say(&format!("  {fault}"));
+            }
+        }
+        if let Some(disk) = &self.disk {
+            say(&format!(
+                "disk: {} blocks written, {} of them safe, {} errors found by the guest",
+                disk.written_blocks, disk.flushed_blocks, disk.guest_errors
+            ));
+            for fault in disk.faults.iter().flatten() {
                 say(&format!("  {fault}"));
             }
         }

@@ -21,6 +21,7 @@ pub enum Call {
     Prepare,
     Write,
     Zero,
+    Settle,
     Load,
     Expect,
     Start,
@@ -28,8 +29,8 @@ pub enum Call {
 
 impl Call {
     /// All of them.
-    pub const ALL: [Self; 6] =
-        [Self::Prepare, Self::Write, Self::Zero, Self::Load, Self::Expect, Self::Start];
+    pub const ALL: [Self; 7] =
+        [Self::Prepare, Self::Write, Self::Zero, Self::Settle, Self::Load, Self::Expect, Self::Start];
 }
 
 /// A destination that writes down what becomes of it.
@@ -203,5 +204,9 @@ impl PageMemory for Memory {
     fn zero(&self, run: PageRun) -> Result<()> {
         fail(self.fail_at, Call::Zero)?;
         self.change(run.space, run.offset(), run.bytes(), |memory| memory.fill(0))
+    }
+
+    fn settle(&self) -> Result<()> {
+        fail(self.fail_at, Call::Settle)
     }
 }

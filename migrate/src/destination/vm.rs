@@ -19,7 +19,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vmm::Client;
-use vmm::devices::virtio::Allowed;
+use vmm::devices::virtio::{Allowed, Description};
 
 /// How long the VMM may take for one answer; making the memory of a large VM takes seconds on a busy host.
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
@@ -105,7 +105,8 @@ impl VmDestination {
                 };
                 refuse(code, error.to_string())
             })?;
-            let memory = GuestMemory::open(&offer.layout, description.memory)
+            let disks = disks_of(&description.machine);
+            let memory = GuestMemory::open(&offer.layout, description.memory, &disks)
                 .map_err(|error| refuse(RefuseCode::Host, error.to_string()))?;
             Ok((client, memory))
         });
@@ -145,6 +146,16 @@ impl VmDestination {
             .spawn()
             .map_err(|error| host("the VMM cannot be started", error))
     }
+}
+
+/// The images of the disks that are spaces, in their order. What cannot be read has no names, which only errors need.
+pub(crate) fn disks_of(machine: &[u8]) -> Vec<String> {
+    let devices = vmm::state::Machine::decode(machine).map(|(_, devices)| devices).unwrap_or_default();
+    let copied = devices.into_iter().filter_map(|device| match device {
+        Description::Copied { path, .. } => Some(path),
+        _ => None,
+    });
+    copied.collect()
 }
 
 fn refuse(code: RefuseCode, reason: String) -> Refusal {

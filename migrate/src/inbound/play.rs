@@ -36,6 +36,10 @@ impl PageReader for Memory {
 }
 
 impl PageMemory for Memory {
+    fn settle(&self) -> Result<()> {
+        Ok(())
+    }
+
     fn write(&self, _: SpaceId, offset: u64, bytes: &[u8]) -> Result<()> {
         self.with(offset, bytes.len(), |memory| memory.copy_from_slice(bytes));
         Ok(())

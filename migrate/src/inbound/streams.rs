@@ -269,7 +269,10 @@ fn run(
                     decoder.write(memory, run, encoding, parser.payload())?;
                     shared.arrived(run);
                 }
-                Item::RoundEnd(round) => shared.change(|state| state.streams[number].rounds = round + 1),
+                Item::RoundEnd(round) => {
+                    memory.settle()?;
+                    shared.change(|state| state.streams[number].rounds = round + 1);
+                }
             }
         }
     }

@@ -126,7 +126,7 @@ impl Visitor {
     /// The memory of the workload that it offers, in bytes.
     pub(super) fn memory_bytes(&self) -> u64 {
         match &self.wish {
-            Wish::Offer(offer, _) => offer.layout.total_bytes(),
+            Wish::Offer(offer, _) => offer.layout.memory_bytes(),
             _ => 0,
         }
     }

@@ -5,6 +5,7 @@ use super::report::Event;
 use crate::cancel::CancelFlag;
 use crate::destination::PageMemory;
 use crate::error::{Error, Result};
+use protocol::page::SpaceId;
 use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::PoisonError;
@@ -29,11 +30,30 @@ pub(crate) fn read(
     cancel: &CancelFlag,
     observer: &mut dyn FnMut(&Event),
 ) -> Result<()> {
-    let groups = fetch.plan().groups(GAP_BYTES, GROUP_BYTES);
-    let total_pages = fetch.plan().data_pages();
+    read_of(fetch, memory, &|_| true, threads, cancel, observer)
+}
+
+/// Reads every page of some spaces. Behind an error they are good for nothing.
+pub(super) fn read_of(
+    fetch: &Fetch,
+    memory: &dyn PageMemory,
+    wanted: &(dyn Fn(SpaceId) -> bool + Sync),
+    threads: usize,
+    cancel: &CancelFlag,
+    observer: &mut dyn FnMut(&Event),
+) -> Result<()> {
+    let plan = fetch.plan();
+    let mut groups = plan.groups(GAP_BYTES, GROUP_BYTES);
+    groups.retain(|group| {
+        let needs = plan.needs.get(group.clone()).unwrap_or_default();
+        needs.iter().any(|need| plan.parts(need).iter().any(|part| wanted(part.run().space)))
+    });
+    let of_wanted = (0..).zip(&plan.data).filter(|(space, _)| wanted(SpaceId(*space)));
+    let total_pages = of_wanted.map(|(_, data)| data.count()).sum::<u64>();
     let work = Work {
         fetch,
         memory,
+        wanted,
         groups,
         next: AtomicUsize::new(0),
         done_pages: AtomicU64::new(0),
@@ -64,12 +84,14 @@ pub(crate) fn read(
         Ok::<_, Error>(())
     })?;
     let failed = work.failed.lock().unwrap_or_else(PoisonError::into_inner).take();
-    failed.map_or(Ok(()), Err)
+    failed.map_or(Ok(()), Err)?;
+    memory.settle()
 }
 
 struct Work<'a> {
     fetch: &'a Fetch,
     memory: &'a dyn PageMemory,
+    wanted: &'a (dyn Fn(SpaceId) -> bool + Sync),
     groups: Vec<Range<usize>>,
     next: AtomicUsize,
     done_pages: AtomicU64,
@@ -89,6 +111,9 @@ impl Work<'_> {
 
     fn group(&self, group: Range<usize>, scratch: &mut Scratch) -> Result<()> {
         self.fetch.group(group, scratch, &mut |run, bytes| {
+            if !(self.wanted)(run.space) {
+                return Ok(());
+            }
             self.memory.write(run.space, run.offset(), bytes)?;
             self.done_pages.fetch_add(u64::from(run.count), Relaxed);
             Ok(())

@@ -37,7 +37,7 @@ pub fn restore_group(
     let mut memory_bytes = 0_u64;
     for member in &group.members {
         let manifest = vault.manifest(member.id)?.manifest;
-        memory_bytes = memory_bytes.saturating_add(manifest.layout.total_bytes());
+        memory_bytes = memory_bytes.saturating_add(manifest.layout.memory_bytes());
         names.push(manifest.workload);
     }
     if memory_bytes > options.max_memory_bytes {

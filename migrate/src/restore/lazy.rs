@@ -17,7 +17,8 @@ use crate::cancel::CancelFlag;
 use crate::destination::Incomplete;
 use crate::error::{Error, Result};
 use crate::report::micros;
-use protocol::page::{PageRun, SpaceId};
+use protocol::layout::SpaceKind;
+use protocol::page::{PageRun, PageSet, SpaceId};
 use std::collections::HashMap;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -92,23 +93,27 @@ impl<'a> Serving<'a> {
     pub(super) fn new(workload: &'a dyn Incomplete, pages: Pages<'a>) -> Result<Self> {
         let Pages { fetch, places, mut order, recorded_extents } = pages;
         let plan = fetch.plan();
-        let fits = workload.missing().len() == plan.data.len();
-        let strange = |(missing, data): (&protocol::page::PageSet, &protocol::page::PageSet)| {
+        // Disks, which stand behind memory, miss nothing; whoever takes it up does not know of them.
+        let mut all_missing = workload.missing().to_vec();
+        let known = all_missing.len();
+        all_missing.extend(plan.data.iter().skip(known).map(|data| PageSet::empty(data.pages())));
+        let fits = known > 0 && known <= plan.data.len();
+        let strange = |(missing, data): (&PageSet, &PageSet)| {
             let mut missing = missing.clone();
             missing.subtract(data);
             !missing.is_empty()
         };
-        if !fits || workload.missing().iter().zip(&plan.data).any(strange) {
+        if !fits || all_missing.iter().zip(&plan.data).any(strange) {
             return Err(Error::Workload(format!(
                 "{} misses pages that this checkpoint does not have: it was restored from another one",
                 workload.name()
             )));
         }
         // A workload that was just started misses all of it.
-        if workload.missing() != plan.data {
+        if all_missing != plan.data {
             for (number, need) in (0..).zip(&plan.needs) {
                 let missing = |run: &PageRun| {
-                    workload.missing()[usize::from(run.space.0)].count_in(run.first, u64::from(run.count)) > 0
+                    all_missing[usize::from(run.space.0)].count_in(run.first, u64::from(run.count)) > 0
                 };
                 if !plan.parts(need).iter().any(|part| missing(&part.run())) {
                     order.placed(number);
@@ -116,7 +121,7 @@ impl<'a> Serving<'a> {
             }
         }
         let report = Lazily { recorded_extents, ..Lazily::default() };
-        let missing_pages = workload.missing().iter().map(protocol::page::PageSet::count).sum();
+        let missing_pages = workload.missing().iter().map(PageSet::count).sum();
         let state = State {
             order,
             recorder: Recorder::new(workload.layout()),
@@ -298,7 +303,12 @@ impl<'a> Serving<'a> {
     }
 
     fn bring(&self, extent: u32, scratch: &mut Scratch) -> Result<()> {
-        self.fetch.one(extent as usize, scratch, &mut |run, bytes| self.workload.place(run, bytes))
+        let layout = self.workload.layout();
+        let is_memory = |space| layout.space(space).is_some_and(|space| space.kind == SpaceKind::Memory);
+        self.fetch.one(extent as usize, scratch, &mut |run, bytes| {
+            // An extent may have pages of both, and a disk's are there already.
+            if is_memory(run.space) { self.workload.place(run, bytes) } else { Ok(()) }
+        })
     }
 
     fn placed(&self, extent: u32) {

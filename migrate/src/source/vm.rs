@@ -1,8 +1,9 @@
 //! A VM under the `vmm` crate as a source.
 
+use crate::destination::vm::disks_of;
 use crate::error::{Error, Result};
 use crate::memory::{GuestMemory, PageReader};
-use crate::source::{Committed, Completed, Dirty, Donor, Durable, Source, Workload};
+use crate::source::{Committed, Completed, Copied, Dirty, Donor, Durable, Source, Workload};
 use crate::speed::Gauge;
 use protocol::MigrationId;
 use protocol::checkpoint::name::CheckpointId;
@@ -13,7 +14,6 @@ use protocol::page::{PageRun, PageSet, SpaceId};
 use std::path::Path;
 use std::time::Duration;
 use vmm::Client;
-use vmm::devices::virtio::Description;
 
 /// How long the VMM may take for one answer. Stopping its vCPUs takes well under a millisecond; a host that swaps may
 /// take seconds.
@@ -36,12 +36,12 @@ pub struct VmSource {
 
 impl VmSource {
     /// Takes hold of the VM behind a control socket. `destination` is the address it will go to, as an operator writes
-    /// it: the VMM remembers it with the pledge, so that `migrate recover` knows whom to ask.
+    /// it: the VMM remembers it with the pledge, so that `migrate recover` knows whom to ask. `copied` are the disks that go with it.
     ///
     /// # Errors
-    /// `Workload` when there is no such VM or somebody else holds it.
-    pub fn connect(name: &str, socket: &Path, destination: &str) -> Result<Self> {
-        Self::hold(name, socket, destination, "migrate send")
+    /// `Workload` when there is no such VM or somebody else holds it, `Usage` for disks that cannot go with it.
+    pub fn connect(name: &str, socket: &Path, destination: &str, copied: &Copied) -> Result<Self> {
+        Self::hold(name, socket, destination, "migrate send", copied)
     }
 
     /// Takes hold of the VM to watch it, not to move it.
@@ -49,23 +49,16 @@ impl VmSource {
     /// # Errors
     /// As [`VmSource::connect`].
     pub fn watch(name: &str, socket: &Path) -> Result<Self> {
-        Self::hold(name, socket, "", "migrate estimate")
+        Self::hold(name, socket, "", "migrate estimate", &Copied::None)
     }
 
-    /// Takes hold of the VM to write it down, not to move it.
+    /// Takes hold of the VM to write it down, not to move it: with every disk that it writes, which would be newer than the memory
+    /// when that is restored.
     ///
     /// # Errors
-    /// As [`VmSource::connect`]; and `Workload` for a VM that writes to disks, of which a checkpoint has no copy.
+    /// As [`VmSource::connect`].
     pub fn checkpoint(name: &str, socket: &Path) -> Result<Self> {
-        let source = Self::hold(name, socket, "", "migrate checkpoint")?;
-        let (_, devices) = vmm::state::Machine::decode(&source.workload.machine)?;
-        match devices.iter().find_map(Description::writable_disk) {
-            None => Ok(source),
-            Some(disk) => Err(Error::Workload(format!(
-                "{name} cannot be written down: a checkpoint has no copy of its disk {disk}, which would be newer than the \
-                 memory when it is restored; move it with migrate send, or run it with ,readonly disks"
-            ))),
-        }
+        Self::hold(name, socket, "", "migrate checkpoint", &Copied::All)
     }
 
     /// A look at how fast the guest is, if it says so itself.
@@ -73,12 +66,23 @@ impl VmSource {
         Gauge::on(&self.workload.layout, self.memory.duplicate().ok()?)
     }
 
-    fn hold(name: &str, socket: &Path, destination: &str, who: &str) -> Result<Self> {
+    fn hold(name: &str, socket: &Path, destination: &str, who: &str, copied: &Copied) -> Result<Self> {
         let mut client = Client::connect(socket, Role::Session, who, ANSWER_LIMIT)
             .map_err(|error| Error::Workload(format!("the VM {name} cannot be taken: {error}")))?;
-        let description = client.describe()?;
+        let mut description = client.describe()?;
+        let disks = copied.of(name, &description.machine)?;
+        if !disks.is_empty() {
+            if !description.can_copy_disks {
+                return Err(Error::Workload(format!(
+                    "{name}: its disk {} cannot be copied with its memory, because its VMM is too old for that",
+                    disks[0]
+                )));
+            }
+            description = client.copy_disks(disks)?;
+        }
         description.layout.validate(u64::MAX)?;
-        let memory = GuestMemory::open(&description.layout, description.memory)?;
+        let memory =
+            GuestMemory::open(&description.layout, description.memory, &disks_of(&description.machine))?;
         let workload = Workload {
             kind: WorkloadKind::Vm,
             name: description.name,
@@ -248,7 +252,7 @@ impl VmDonor {
         }
         let description = client.describe()?;
         description.layout.validate(u64::MAX)?;
-        let memory = GuestMemory::open(&description.layout, description.memory)?;
+        let memory = GuestMemory::open(&description.layout, description.memory, &[])?;
         Ok(Self { client, name: description.name, layout: description.layout, memory })
     }
 }

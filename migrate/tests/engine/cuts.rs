@@ -13,7 +13,7 @@ use protocol::control::Outcome;
 use std::sync::Arc;
 use std::time::Duration;
 
-fn any_cut() -> impl Strategy<Value = Cut> {
+pub(crate) fn any_cut() -> impl Strategy<Value = Cut> {
     prop_oneof![
         (0u64..3_000_000).prop_map(|bytes| Cut::Bytes(Direction::Down, bytes)),
         (0u64..2_000).prop_map(|bytes| Cut::Bytes(Direction::Down, bytes)),

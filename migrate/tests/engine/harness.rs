@@ -99,8 +99,12 @@ impl World {
     }
 
     pub(crate) fn named(name: &str, seed: u64, pages_per_call: u64) -> Self {
+        Self::of(layout(), name, seed, pages_per_call)
+    }
+
+    pub(crate) fn of(layout: Layout, name: &str, seed: u64, pages_per_call: u64) -> Self {
         let witness = Witness::default();
-        let machine = Machine::new(layout(), seed, pages_per_call, witness.clone()).named(name);
+        let machine = Machine::new(layout, seed, pages_per_call, witness.clone()).named(name);
         Self { name: name.into(), witness, machine, ledger: Arc::default(), site: place::Site::default() }
     }
 

@@ -25,3 +25,4 @@ mod hot;
 mod verify;
 mod baseline;
 mod seed;
+mod disks;

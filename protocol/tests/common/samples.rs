@@ -48,7 +48,7 @@ pub(crate) const UPSTREAM_TYPES: [&str; 17] = [
     "seeded",
     "anew",
 ];
-pub(crate) const REQUEST_TYPES: [&str; 23] = [
+pub(crate) const REQUEST_TYPES: [&str; 24] = [
     "hello",
     "status",
     "describe",
@@ -72,6 +72,7 @@ pub(crate) const REQUEST_TYPES: [&str; 23] = [
     "complete",
     "throttle",
     "baseline",
+    "copy-disks",
 ];
 pub(crate) const REPLY_TYPES: [&str; 10] = [
     "welcome",
@@ -158,6 +159,7 @@ pub(crate) fn request_type(message: &Request) -> &'static str {
         Request::Complete => 20,
         Request::Throttle { .. } => 21,
         Request::Baseline { .. } => 22,
+        Request::CopyDisks { .. } => 23,
     }]
 }
 
@@ -265,6 +267,7 @@ pub(crate) fn requests() -> Vec<Request> {
         },
         Request::Status,
         Request::Describe,
+        Request::CopyDisks { disks: vec!["/srv/vms/web-1.img".into()] },
         Request::TrackStart { keep: false },
         Request::Harvest { sparse: false },
         Request::Take { space: 1, first: 4096, count: 512 },
@@ -322,7 +325,7 @@ pub(crate) fn replies() -> Vec<Reply> {
         },
         Reply::Refused { reason: "migrate send (pid 4712) holds this VM".into(), holder_pid: Some(4712) },
         Reply::Status(status()),
-        Reply::Description { name: "web-1".into(), layout: layout() },
+        Reply::Description { name: "web-1".into(), layout: layout(), can_copy_disks: false },
         Reply::Tracking { mode: TrackingMode::ManualInitiallySet, baseline: None, can_keep: false },
         Reply::Dirty { pages: 1_048_576, sparse: false },
         Reply::Saved,
@@ -460,7 +463,7 @@ pub(crate) const REFUSE_CODES: [RefuseCode; 8] = [
 ];
 pub(crate) const OUTCOMES: [Outcome; 3] = [Outcome::Started, Outcome::Discarded, Outcome::Unknown];
 pub(crate) const WORKLOAD_KINDS: [WorkloadKind; 2] = [WorkloadKind::Vm, WorkloadKind::Program];
-pub(crate) const SPACE_KINDS: [SpaceKind; 1] = [SpaceKind::Memory];
+pub(crate) const SPACE_KINDS: [SpaceKind; 2] = [SpaceKind::Memory, SpaceKind::Disk];
 pub(crate) const ROLES: [Role; 2] = [Role::Query, Role::Session];
 pub(crate) const TRACKING_MODES: [TrackingMode; 3] =
     [TrackingMode::ManualInitiallySet, TrackingMode::Manual, TrackingMode::Plain];
@@ -505,6 +508,7 @@ pub(crate) fn complete() -> bool {
     });
     let spaces = SPACE_KINDS.map(|kind| match kind {
         SpaceKind::Memory => 0,
+        SpaceKind::Disk => 1,
     });
     let roles = ROLES.map(|role| match role {
         Role::Query => 0,

@@ -149,6 +149,7 @@ pub(crate) fn request() -> impl Strategy<Value = Request> {
         migration().prop_map(|migration| Request::HandOver { migration }),
         (text(), any_layout()).prop_map(|(name, layout)| Request::Prepare { name, layout }),
         migration().prop_map(|migration| Request::Start { migration }),
+        vec(text(), 0..4).prop_map(|disks| Request::CopyDisks { disks }),
     ]
 }
 
@@ -191,7 +192,11 @@ pub(crate) fn reply() -> impl Strategy<Value = Reply> {
         (text(), option::of(any::<u32>()))
             .prop_map(|(reason, holder_pid)| Reply::Refused { reason, holder_pid }),
         status().prop_map(Reply::Status),
-        (text(), any_layout()).prop_map(|(name, layout)| Reply::Description { name, layout }),
+        (text(), any_layout(), any::<bool>()).prop_map(|(name, layout, can_copy_disks)| Reply::Description {
+            name,
+            layout,
+            can_copy_disks
+        }),
         (select(&samples::TRACKING_MODES[..]), option::of(checkpoint()), any::<bool>())
             .prop_map(|(mode, baseline, can_keep)| Reply::Tracking { mode, baseline, can_keep }),
         any::<(u64, bool)>().prop_map(|(pages, sparse)| Reply::Dirty { pages, sparse }),

@@ -1,4 +1,5 @@
-//! Which pages changed: KVM's log, OR-ed with the VMM's own writes, and the books about them.
+//! Which pages changed, of memory and of disks: KVM's log, OR-ed with the VMM's own writes, and the books about them. A disk has
+//! only the latter: nobody but its device writes to it.
 //!
 //! ```text
 //! guest writes ──> KVM's log ─┐
@@ -31,6 +32,7 @@ pub use books::{Books, Words};
 pub use kvm::KvmLog;
 
 use crate::{
+    devices::virtio::Image,
     error::{Error, Result},
     memory::GuestMemory,
 };
@@ -82,9 +84,13 @@ pub trait DirtyLog: Send {
 /// Dirty tracking of one VM.
 pub struct Tracker {
     memory: Arc<GuestMemory>,
+    /// Every disk that the guest may write: a baseline must cover all, whoever asks for which.
+    disks: Vec<Arc<Image>>,
     log: Box<dyn DirtyLog>,
-    /// One a space; empty when the log is off.
+    /// One a space of memory, then one a disk; empty when the log is off.
     books: Vec<Books>,
+    /// Which books are the spaces that a session knows, in its order.
+    spaces: Vec<usize>,
     /// What the log said last of one space: kept, because fresh memory for it costs a harvest more than the reading. Empty when
     /// the log is off.
     log_bits: Vec<u64>,
@@ -95,9 +101,29 @@ pub struct Tracker {
 }
 
 impl Tracker {
-    /// A tracker at rest.
-    pub fn new(memory: Arc<GuestMemory>, log: Box<dyn DirtyLog>) -> Self {
-        Self { memory, log, books: Vec::new(), log_bits: Vec::new(), baseline: None, in_session: false }
+    /// A tracker at rest. Its spaces are those of memory.
+    pub(crate) fn new(memory: Arc<GuestMemory>, disks: Vec<Arc<Image>>, log: Box<dyn DirtyLog>) -> Self {
+        let spaces = (0..memory.layout().len()).collect();
+        let (books, log_bits) = (Vec::new(), Vec::new());
+        Self { memory, disks, log, books, spaces, log_bits, baseline: None, in_session: false }
+    }
+
+    /// Lets the spaces be those of memory and, behind them, these disks. Only while no session tracks.
+    pub(crate) fn choose_disks(&mut self, disks: &[usize]) {
+        let memory = self.memory.layout().len();
+        self.spaces = (0..memory).chain(disks.iter().map(|disk| memory + disk)).collect();
+    }
+
+    /// The pages of each space.
+    pub fn space_pages(&self) -> Vec<u64> {
+        let all = self.all_pages();
+        self.spaces.iter().filter_map(|space| all.get(*space).copied()).collect()
+    }
+
+    /// The pages of whatever has books.
+    fn all_pages(&self) -> Vec<u64> {
+        let memory = self.memory.layout().into_iter().map(|space| space.pages);
+        memory.chain(self.disks.iter().map(|disk| disk.pages())).collect()
     }
 
     /// How the host keeps its log.
@@ -123,7 +149,7 @@ impl Tracker {
     pub fn start(&mut self, keep: bool) -> Result<()> {
         if self.books.is_empty() {
             self.log.start()?;
-            self.books = self.memory.layout().iter().map(|space| Books::all_pending(space.pages)).collect();
+            self.books = self.all_pages().into_iter().map(Books::all_pending).collect();
         }
         for books in &mut self.books {
             if keep { books.settle() } else { books.begin_with_every_page() }
@@ -141,8 +167,11 @@ impl Tracker {
         if !self.books.is_empty() {
             return Err(Error::WrongState { asked: "begin from a checkpoint", state: "being tracked" });
         }
+        if self.spaces.len() != self.all_pages().len() {
+            return Err(uncovered());
+        }
         self.log.start_clean()?;
-        self.books = self.memory.layout().iter().map(|space| Books::none_pending(space.pages)).collect();
+        self.books = self.all_pages().into_iter().map(Books::none_pending).collect();
         self.baseline = Some(checkpoint);
         Ok(())
     }
@@ -153,6 +182,9 @@ impl Tracker {
     /// [`Error::WrongState`] when not tracking.
     pub fn set_baseline(&mut self, checkpoint: CheckpointId) -> Result<()> {
         self.must_track("have a baseline")?;
+        if self.spaces.len() != self.books.len() {
+            return Err(uncovered());
+        }
         self.books.iter_mut().for_each(Books::cover);
         self.baseline = Some(checkpoint);
         Ok(())
@@ -185,11 +217,17 @@ impl Tracker {
     }
 
     fn read_log(&mut self) -> Result<()> {
+        let memory = self.memory.layout().len();
         for (index, books) in self.books.iter_mut().enumerate() {
             self.log_bits.clear();
             self.log_bits.resize(books.pending().len(), 0);
-            self.log.get(index, &mut self.log_bits)?;
-            self.memory.drain_own_writes(index, &mut self.log_bits);
+            match index.checked_sub(memory).and_then(|disk| self.disks.get(disk)) {
+                Some(disk) => disk.drain_writes(&mut self.log_bits),
+                None => {
+                    self.log.get(index, &mut self.log_bits)?;
+                    self.memory.drain_own_writes(index, &mut self.log_bits);
+                }
+            }
             books.merge(&self.log_bits);
         }
         Ok(())
@@ -197,12 +235,16 @@ impl Tracker {
 
     /// The number of pending pages of each space, as of the last harvest.
     pub fn pending(&self) -> Vec<u64> {
-        self.books.iter().map(Books::pending_pages).collect()
+        self.books_of_spaces().map(Books::pending_pages).collect()
+    }
+
+    fn books_of_spaces(&self) -> impl Iterator<Item = &Books> {
+        self.spaces.iter().filter_map(|space| self.books.get(*space))
     }
 
     /// The pending pages of each space as words from page 0 on, as of the last harvest.
     pub fn pending_words(&self) -> impl Iterator<Item = &[u64]> {
-        self.books.iter().map(Books::pending)
+        self.books_of_spaces().map(Books::pending)
     }
 
     /// Takes the pending pages of a range: re-arms their write protection and returns them. Only then may
@@ -213,14 +255,17 @@ impl Tracker {
     /// when the host refuses; nothing is taken then.
     pub fn take(&mut self, space: usize, first: u64, pages: u64) -> Result<Words> {
         self.must_track("take dirty pages")?;
-        let books = self.books.get_mut(space).ok_or_else(|| no_such_space(space))?;
+        let place = self.spaces.get(space).copied().ok_or_else(|| no_such_space(space))?;
+        let is_disk = place >= self.memory.layout().len();
+        let books = self.books.get_mut(place).ok_or_else(|| no_such_space(space))?;
         let words = books.peek(first, pages)?;
         if words.count() > 0 {
-            if self.log.mode() != LogMode::Plain {
+            // A disk's writes are marked whatever was marked before: there is nothing to arm anew.
+            if !is_disk && self.log.mode() != LogMode::Plain {
                 // Bits that are not set in the words stay as they are, so the span may be wider than
                 // what was asked for.
                 let logged = books.owed_of(&words);
-                self.log.clear(space, logged.first, books.span(&logged), &logged.bits)?;
+                self.log.clear(place, logged.first, books.span(&logged), &logged.bits)?;
             }
             books.move_to_taken(&words);
         }
@@ -234,7 +279,8 @@ impl Tracker {
     /// tracking.
     pub fn redirty(&mut self, space: usize, first: u64, bits: &[u64]) -> Result<()> {
         self.must_track("give dirty pages back")?;
-        let books = self.books.get_mut(space).ok_or_else(|| no_such_space(space))?;
+        let place = self.spaces.get(space).copied().ok_or_else(|| no_such_space(space))?;
+        let books = self.books.get_mut(place).ok_or_else(|| no_such_space(space))?;
         books.redirty(first, bits)
     }
 
@@ -264,6 +310,12 @@ impl Tracker {
     fn must_track(&self, asked: &'static str) -> Result<()> {
         if self.is_tracking() { Ok(()) } else { Err(Error::WrongState { asked, state: "not being tracked" }) }
     }
+}
+
+fn uncovered() -> Error {
+    Error::Protocol(
+        "a checkpoint that is a baseline has all of the VM's writable disks: choose them all first".into(),
+    )
 }
 
 fn no_such_space(space: usize) -> Error {

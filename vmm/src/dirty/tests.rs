@@ -92,7 +92,7 @@ impl DirtyLog for Simulated {
 
 fn tracker(log: &Simulated) -> Tracker {
     let memory = Arc::new(GuestMemory::create(PAGES * 4096).unwrap());
-    Tracker::new(memory, Box::new(log.clone()))
+    Tracker::new(memory, Vec::new(), Box::new(log.clone()))
 }
 
 const MODES: [LogMode; 3] = [LogMode::ManualInitiallySet, LogMode::Manual, LogMode::Plain];

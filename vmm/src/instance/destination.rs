@@ -4,20 +4,20 @@ use std::time::Instant;
 
 use protocol::{
     MigrationId,
-    layout::Layout,
+    layout::{Layout, SpaceKind},
     monitor::{Phase, Reply},
     page::PageSet,
 };
 
-use super::{Answer, Expectation, Instance, ending, layout_of};
+use super::{Answer, Expectation, Instance, ending};
 use crate::{
     config::{ExitReason, check_name},
-    devices::virtio,
+    devices::virtio::{self, Description},
     error::{Error, Result},
     faults::Awaited,
     memory::spaces_for,
     state::Machine,
-    vm::Vm,
+    vm::{Vm, layout_of},
 };
 
 impl Instance {
@@ -29,11 +29,17 @@ impl Instance {
         layout
             .validate(expectation.max_memory_bytes)
             .map_err(|error| Error::Config(format!("the memory that is to come: {error}")))?;
-        let memory_bytes = layout.total_bytes();
-        if *layout != layout_of(&spaces_for(memory_bytes)?) {
-            return Err(Error::Config("this VMM lays out memory in another way than the source".into()));
-        }
+        let memory_bytes = layout.memory_bytes();
         let (machine, devices) = Machine::decode(blob)?;
+        let disks = devices.iter().filter_map(|device| match device {
+            Description::Copied { sectors, .. } => Some(virtio::pages_of(*sectors)),
+            _ => None,
+        });
+        if *layout != layout_of(&spaces_for(memory_bytes)?, &disks.collect::<Vec<_>>()) {
+            return Err(Error::Config(
+                "this VMM lays out memory and disks in another way than the source".into(),
+            ));
+        }
         machine.check(&expectation.host, &expectation.cpu)?;
         let devices = virtio::rebuild_all(&devices, &expectation.allowed)?;
         // From here on only the host can refuse; the expectation is used up.
@@ -57,6 +63,7 @@ impl Instance {
     pub(super) fn start(&mut self, migration: MigrationId) -> Result<Answer> {
         let vm = self.in_phase(Phase::Loaded, "start")?;
         vm.acquire()?;
+        vm.publish()?;
         vm.resume();
         self.phase = Phase::Running;
         self.arrived_by = Some(migration);
@@ -69,7 +76,7 @@ impl Instance {
         let mut rest = blob;
         let wrong = |error: protocol::ProtocolError| Error::Protocol(error.to_string());
         let mut sets = Vec::new();
-        for space in vm.memory().layout() {
+        for space in vm.layout().spaces {
             let length = usize::try_from(PageSet::byte_len(space.pages)).unwrap_or(usize::MAX);
             let (bytes, behind) = rest.split_at_checked(length).ok_or_else(|| {
                 Error::Protocol(format!("the page sets have {} bytes, which is too few", blob.len()))
@@ -93,9 +100,13 @@ impl Instance {
                 "a guest in 32-bit PAE mode cannot be started without all of its memory: move it without post-copy".into(),
             ));
         }
-        let missing = self.sets_of(blob)?;
+        let mut missing = self.sets_of(blob)?;
         let started = Instant::now();
         let vm = self.in_phase(Phase::Loaded, "expect pages")?;
+        let disks = missing.split_off(vm.memory().layout().len());
+        if disks.iter().any(|set| !set.is_empty()) {
+            return Err(Error::Protocol("a disk cannot miss pages: only memory can wait for them".into()));
+        }
         let awaited = Awaited::begin(vm.memory(), missing)?;
         tracing::debug!(took = ?started.elapsed(), "pages are expected");
         self.awaited = Some(awaited);
@@ -113,6 +124,10 @@ impl Instance {
         }
         let mut blob = Vec::new();
         awaited.missing().iter().for_each(|set| set.write_to(&mut blob));
+        for space in vm.layout().of_kind(SpaceKind::Disk) {
+            addresses.push(0);
+            PageSet::empty(space.pages).write_to(&mut blob);
+        }
         let fds = vec![awaited.share(vm.memory())?];
         Ok(Answer { reply: Reply::PageFaults { pages, addresses }, blob, fds, end: None })
     }

@@ -40,9 +40,8 @@ use std::{
 
 use protocol::{
     MigrationId,
-    layout::{Layout, Space, SpaceKind},
     monitor::{ErrorCode, Phase, Pledge, Reply, Request, Status},
-    page::{PageSet, SpaceId},
+    page::PageSet,
 };
 
 use crate::{
@@ -52,7 +51,6 @@ use crate::{
     error::{Error, Result},
     faults::Awaited,
     host::Host,
-    memory::SpaceInfo,
     vcpu::Event,
     vm::Vm,
 };
@@ -207,8 +205,10 @@ impl Instance {
                 }
                 self.unthrottle();
                 self.stop_tracking();
+                self.forget_disks();
             }
             Phase::Pledged => {
+                self.forget_disks();
                 tracing::warn!(name = %self.name, "the session ended after the pledge: frozen until told otherwise");
             }
             Phase::Incoming | Phase::Prepared | Phase::Loaded => self.end(ExitReason::Discarded),
@@ -247,6 +247,7 @@ impl Instance {
             Request::Hello { .. } => Err(Error::Protocol("a second hello".into())),
             Request::Status => Ok(Reply::Status(self.status()).into()),
             Request::Describe => self.describe(),
+            Request::CopyDisks { disks } => self.copy_disks(&disks),
             Request::TrackStart { keep } => self.track_start(keep),
             Request::Harvest { sparse } => self.harvest(sparse),
             Request::Take { space, first, count } => self.take(space, first, count),
@@ -299,16 +300,6 @@ impl Instance {
 
 fn ending(reason: ExitReason) -> Answer {
     Answer { end: Some(reason), ..Reply::Done.into() }
-}
-
-fn layout_of(spaces: &[SpaceInfo]) -> Layout {
-    let spaces = (0_u16..).zip(spaces).map(|(index, space)| Space {
-        id: SpaceId(index),
-        kind: SpaceKind::Memory,
-        pages: space.pages,
-        guest_address: space.base,
-    });
-    Layout { spaces: spaces.collect() }
 }
 
 /// A text of a client, made safe for terminals and logs, and bounded.

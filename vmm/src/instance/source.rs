@@ -7,7 +7,7 @@ use protocol::{
     monitor::{Phase, Pledge, Reply},
 };
 
-use super::{Answer, Instance, ending, layout_of, plain};
+use super::{Answer, Instance, ending, plain};
 use crate::{
     config::ExitReason,
     error::{Error, Result},
@@ -17,13 +17,31 @@ impl Instance {
     pub(super) fn describe(&self) -> Result<Answer> {
         let wrong = || self.wrong("describe the VM");
         let vm = self.vm.as_ref().filter(|_| self.phase != Phase::Stopped).ok_or_else(wrong)?;
-        let layout = layout_of(&vm.memory().layout());
-        let mut fds = Vec::new();
-        for index in 0..layout.spaces.len() {
-            fds.extend(vm.memory().share(index)?);
-        }
+        let fds = vm.share(matches!(self.phase, Phase::Prepared | Phase::Loaded))?;
         let blob = vm.describe()?;
-        Ok(Answer { reply: Reply::Description { name: self.name.clone(), layout }, blob, fds, end: None })
+        let (name, layout) = (self.name.clone(), vm.layout());
+        Ok(Answer { reply: Reply::Description { name, layout, can_copy_disks: true }, blob, fds, end: None })
+    }
+
+    pub(super) fn copy_disks(&mut self, disks: &[String]) -> Result<Answer> {
+        let vm = self.live("choose the disks that go along")?;
+        if vm.tracker().is_tracking() {
+            return Err(Error::WrongState {
+                asked: "choose the disks that go along",
+                state: "being tracked",
+            });
+        }
+        vm.copy_disks(disks)?;
+        self.describe()
+    }
+
+    /// The disks that a session chose are no spaces for the next one.
+    pub(super) fn forget_disks(&mut self) {
+        if let Some(vm) = &mut self.vm
+            && let Err(error) = vm.copy_disks(&[])
+        {
+            tracing::warn!(%error, "disks are still spaces");
+        }
     }
 
     pub(super) fn freeze(&mut self) -> Result<Answer> {

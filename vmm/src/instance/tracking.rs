@@ -65,8 +65,8 @@ impl Instance {
 
     pub(super) fn redirty(&mut self, blob: &[u8]) -> Result<Answer> {
         let vm = self.live("give dirty pages back")?;
-        let spaces = vm.memory().layout();
-        let needed: u64 = spaces.iter().map(|space| space.pages.div_ceil(64) * 8).sum();
+        let spaces = vm.tracker().space_pages();
+        let needed: u64 = spaces.iter().map(|pages| pages.div_ceil(64) * 8).sum();
         if blob.len() as u64 != needed {
             return Err(Error::Protocol(format!(
                 "the page sets have {} bytes, this VM's have {needed}",
@@ -74,8 +74,8 @@ impl Instance {
             )));
         }
         let mut words = blob.as_chunks::<8>().0.iter().map(|chunk| u64::from_le_bytes(*chunk));
-        for (index, space) in spaces.iter().enumerate() {
-            let count = usize::try_from(space.pages.div_ceil(64)).unwrap_or(0);
+        for (index, pages) in spaces.iter().enumerate() {
+            let count = usize::try_from(pages.div_ceil(64)).unwrap_or(0);
             let bits: Vec<u64> = words.by_ref().take(count).collect();
             vm.tracker().redirty(index, 0, &bits)?;
         }

@@ -4,6 +4,7 @@
 //! 0x0000_0000  left to the VMM: start info, command line, memory map, its own tables
 //! 0x0010_0000  the image: code, page tables, stack          (at most 1 MiB)
 //! 0x0020_0000  the stats block                              (4 KiB)
+//! 0x0021_0000  mail and the disk: `model/mail.rs`, `model/disk.rs`
 //! 0x0040_0000  the version table, 4 bytes a filled page     (rounded up to 4 KiB)
 //! behind it    data pages 0, 1, 2, … over all further RAM, in address order, holes skipped
 //! ```
@@ -46,6 +47,12 @@ pub const PAD_PARK_NS: u64 = 0x08;
 
 /// Offset of POWER_OFF: a `u32` written here ends the VM with that exit code.
 pub const PAD_POWER_OFF: u64 = 0x10;
+
+/// Where the virtio devices are, a page each, 13 of them.
+pub const SLOTS_GPA: u64 = MMIO_GPA + 0x10_0000;
+
+/// How many there may be.
+pub const SLOTS: u64 = 13;
 
 /// How many separate stretches of RAM data pages may lie in.
 pub const MAX_RANGES: usize = 8;

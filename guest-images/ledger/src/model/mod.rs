@@ -20,3 +20,5 @@ pub mod page;
 pub mod stats;
 
 pub mod mail;
+
+pub mod disk;

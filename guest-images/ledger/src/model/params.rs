@@ -67,6 +67,10 @@ pub struct Params {
     pub stop_after: u64,
     /// The tokens it begins with in a ring of guests; `None`: it takes part in none.
     pub ring: Option<u64>,
+    /// How fast the first virtio disk is written, in megabytes (10^6 bytes) a second; 0: it is not looked for.
+    pub disk_mb_s: u64,
+    /// How many blocks are written to it; 0 is no end.
+    pub disk_stop: u64,
     /// Where lines are printed.
     pub serial: Serial,
     /// How the guest waits.
@@ -96,6 +100,8 @@ impl Default for Params {
             tsc_khz: 0,
             stop_after: 0,
             ring: None,
+            disk_mb_s: 0,
+            disk_stop: 0,
             serial: Serial::Mmio,
             park: Park::Pad,
         }
@@ -218,6 +224,8 @@ impl FromStr for Params {
                 "tsc_khz" => params.tsc_khz = number("tsc_khz", value, 0, 100_000_000)?,
                 "stop_after" => params.stop_after = number("stop_after", value, 0, u64::MAX)?,
                 "ring" => params.ring = Some(number("ring", value, 0, MAX_TOKENS)?),
+                "disk" => params.disk_mb_s = number("disk", value, 0, MAX_MB_S)?,
+                "disk_stop" => params.disk_stop = number("disk_stop", value, 0, u32::MAX.into())?,
                 "serial" => {
                     params.serial = match value {
                         "mmio" => Serial::Mmio,
@@ -294,6 +302,9 @@ impl fmt::Display for Params {
             Park::Spin => "spin",
         };
         write!(f, " tsc_khz={} stop_after={} serial={serial} park={park}", self.tsc_khz, self.stop_after)?;
+        if self.disk_mb_s != 0 || self.disk_stop != 0 {
+            write!(f, " disk={} disk_stop={}", self.disk_mb_s, self.disk_stop)?;
+        }
         self.ring.map_or(Ok(()), |tokens| write!(f, " ring={tokens}"))
     }
 }

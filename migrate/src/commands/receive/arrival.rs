@@ -104,7 +104,7 @@ impl Host {
             migration: offer.migration,
             workload: self.place.name.clone().unwrap_or_else(|| offer.name.clone()),
             peer: offered.peer().to_owned(),
-            memory_bytes: offer.layout.total_bytes(),
+            memory_bytes: offer.layout.memory_bytes(),
         };
         Board::new(subject, cancel.clone(), None)
     }

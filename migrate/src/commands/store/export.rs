@@ -1,6 +1,7 @@
 //! `migrate store export`: a checkpoint as a file.
 
 use super::StoreArgs;
+use crate::cancel::CancelFlag;
 use crate::cli::Common;
 use crate::commands::{cancel_on_signals, emit, say};
 use crate::error::{Error, Result};
@@ -9,6 +10,7 @@ use crate::units::show_bytes;
 use crate::vault::Vault;
 use crate::{archive, export};
 use protocol::checkpoint::name::CheckpointId;
+use protocol::page::SpaceId;
 use serde_json::json;
 use std::fs::File;
 use std::io::{BufWriter, Write as _};
@@ -21,6 +23,7 @@ use std::process::ExitCode;
 Examples:
   migrate store export --store /var/lib/checkpoints web --raw web.raw
   migrate store export --store /var/lib/checkpoints latest --core web.core && gdb -c web.core
+  migrate store export --store /var/lib/checkpoints web --disks /srv/vms
   migrate store export --store /var/lib/checkpoints web@latest --archive web.tar
 
 In the image each byte lies at its guest-physical address; the core has the same addresses, and each vCPU as a thread with its registers. Both
@@ -49,6 +52,9 @@ struct Into {
     /// Write an ELF core with the registers of all vCPUs.
     #[arg(long, value_name = "FILE")]
     core: Option<PathBuf>,
+    /// Write the images of its disks into this folder, under their own names.
+    #[arg(long, value_name = "FOLDER")]
+    disks: Option<PathBuf>,
     /// Write an archive (tar) of the checkpoint and all that it stands on; - is the standard output.
     #[arg(long, value_name = "FILE")]
     archive: Option<PathBuf>,
@@ -58,10 +64,16 @@ pub(super) fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let cancel = cancel_on_signals()?;
     let vault = args.store.open()?;
     let id = vault.resolve(&args.checkpoint)?;
+    if let (true, Some(folder)) = (args.dry_run, &args.into.disks) {
+        return forecast_disks(common, &vault, id, folder);
+    }
     if args.dry_run {
         return forecast(common, &vault, id, &args.into);
     }
-    let Into { raw, core, archive } = &args.into;
+    let Into { raw, core, archive, disks } = &args.into;
+    if let Some(folder) = disks {
+        return disks_into(common, &vault, id, folder, &cancel);
+    }
     if let Some(path) = archive {
         if path == Path::new("-") {
             // What is written there is the archive and nothing else.
@@ -108,7 +120,54 @@ pub(super) fn run(common: &Common, args: &Args) -> Result<ExitCode> {
 }
 
 fn no_form() -> Error {
-    Error::Usage("say as what: --raw, --core or --archive".into())
+    Error::Usage("say as what: --raw, --core, --disks or --archive".into())
+}
+
+/// The disks of a checkpoint, if it has any.
+fn disks(vault: &Vault, id: CheckpointId) -> Result<(Image, Vec<(String, SpaceId, u64)>)> {
+    let image = Image::open(vault, id)?;
+    let disks = export::disks_of(vault, &image)?;
+    if disks.is_empty() {
+        return Err(Error::Usage(format!("checkpoint {id} has no disks: its VM wrote to none")));
+    }
+    Ok((image, disks))
+}
+
+fn disks_into(
+    common: &Common,
+    vault: &Vault,
+    id: CheckpointId,
+    folder: &Path,
+    cancel: &CancelFlag,
+) -> Result<ExitCode> {
+    let (image, disks) = disks(vault, id)?;
+    for (name, space, bytes) in disks {
+        let path = folder.join(name);
+        let done = export::disk(&image, space, bytes, &path, cancel)?;
+        if common.json {
+            emit(&json!({
+                "event": "exported", "id": id, "as": "disk", "file": path, "bytes": done.bytes, "data_bytes": done.data_bytes,
+            }));
+        } else {
+            let (bytes, data) = (show_bytes(done.bytes), show_bytes(done.data_bytes));
+            say(&format!("{}: a disk of {id}, {bytes} long, {data} of it are not zeros", path.display()));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn forecast_disks(common: &Common, vault: &Vault, id: CheckpointId, folder: &Path) -> Result<ExitCode> {
+    let (_, disks) = disks(vault, id)?;
+    for (name, _, bytes) in disks {
+        let path = folder.join(name);
+        export::check_new(&path)?;
+        if common.json {
+            emit(&json!({"event": "would-export", "id": id, "as": "disk", "file": path, "bytes": bytes}));
+        } else {
+            say(&format!("would write a disk of {id} to {}: {}", path.display(), show_bytes(bytes)));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Says what would be written.
@@ -126,7 +185,7 @@ fn forecast(common: &Common, vault: &Vault, id: CheckpointId, into: &Into) -> Re
             let would = export::core_forecast(vault, &image()?)?;
             ("core", path, would.bytes, Some(would.data_bytes))
         }
-        Into { raw: None, core: None, archive: None } => return Err(no_form()),
+        Into { raw: None, core: None, archive: None, .. } => return Err(no_form()),
     };
     if path != Path::new("-") {
         export::check_new(path)?;

@@ -94,7 +94,7 @@ fn object(link: &Link) -> serde_json::Value {
         "parent": manifest.parent.as_ref().map(|parent| parent.id),
         "deltas": manifest.deltas,
         "group": manifest.group,
-        "memory_bytes": manifest.layout.total_bytes(),
+        "memory_bytes": manifest.layout.memory_bytes(),
         "own_bytes": link.own_bytes,
         "chain_bytes": link.chain_bytes,
         "wrong": link.wrong,

@@ -66,7 +66,7 @@ pub(super) fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     }
     say(&format!(
         "memory    {} in {}",
-        show_bytes(manifest.layout.total_bytes()),
+        show_bytes(manifest.layout.memory_bytes()),
         count(manifest.layout.spaces.len(), "space")
     ));
     say(&format!(

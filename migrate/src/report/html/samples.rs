@@ -58,6 +58,7 @@ pub(crate) fn busy() -> Report {
         outcome: Outcome::Moved,
         tracking: "manual-initially-set".into(),
         memory_bytes: 1 << 30,
+        disk_bytes: 0,
         page_streams: 2,
         connections: crate::report::Connections::default(),
         phases: phases.map(|(phase, duration_us)| PhaseTime { phase, duration_us }).to_vec(),

@@ -220,4 +220,12 @@ impl Backend for Block {
     fn release(&mut self) -> Result<()> {
         self.disk.release()
     }
+
+    fn publish(&mut self) -> Result<bool> {
+        self.disk.publish()
+    }
+
+    fn retract(&mut self) {
+        self.disk.retract();
+    }
 }

@@ -3,12 +3,20 @@
 use std::{
     path::{Path, PathBuf},
     str::FromStr,
+    sync::Arc,
 };
 
+use protocol::layout::MAX_DISK_BYTES;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Backend, ConsoleConfig, MacAddress, block::Block, console::Console, disk::Disk, net::Net, rng::Rng, tap,
+    Backend, ConsoleConfig, Image, MacAddress,
+    block::Block,
+    console::Console,
+    disk::{self, Disk},
+    net::Net,
+    rng::Rng,
+    tap,
 };
 use crate::{
     devices::Slot,
@@ -133,6 +141,17 @@ pub enum Description {
         /// What the guest was offered (virtio 1.2, 5.3.3).
         features: u64,
     },
+    /// A disk that is written, and whose image goes with the VM: a space of its layout.
+    Copied {
+        /// The image, an absolute path at the source; its last part is its name at the destination.
+        path: String,
+        /// Its length in sectors of 512 bytes.
+        sectors: u64,
+        /// What of it is not a hole, in bytes.
+        allocated_bytes: u64,
+        /// What the guest was offered (virtio 1.2, 5.2.3).
+        features: u64,
+    },
 }
 
 impl Description {
@@ -176,13 +195,16 @@ impl Allowed {
 
 /// The version of the section that [`encode`] makes.
 const VERSION: u16 = 1;
+/// The version of a list with [`Description::Copied`] in it.
+const WITH_COPIES: u16 = 2;
 
 /// A list of devices as the body of a section.
 ///
 /// # Errors
 /// [`Error::State`] when it cannot be encoded.
 pub(crate) fn encode(devices: &[Description]) -> Result<(u16, Vec<u8>)> {
-    Ok((VERSION, crate::state::encode(&devices)?))
+    let copies = devices.iter().any(|device| matches!(device, Description::Copied { .. }));
+    Ok((if copies { WITH_COPIES } else { VERSION }, crate::state::encode(&devices)?))
 }
 
 /// Reads a list of devices from a peer.
@@ -191,8 +213,10 @@ pub(crate) fn encode(devices: &[Description]) -> Result<(u16, Vec<u8>)> {
 /// [`Error::State`] that says what is wrong with it.
 pub(crate) fn decode(version: u16, bytes: &[u8]) -> Result<Vec<Description>> {
     let wrong = |why: String| Error::State(format!("the list of devices: {why}"));
-    if version != VERSION {
-        return Err(wrong(format!("version {version} is not {VERSION}: use a VMM as new as the source's")));
+    if !(VERSION..=WITH_COPIES).contains(&version) {
+        return Err(wrong(format!(
+            "version {version} is not known here, {WITH_COPIES} is the latest: use a VMM as new as the source's"
+        )));
     }
     let devices: Vec<Description> = match postcard::take_from_bytes(bytes) {
         Ok((devices, [])) => devices,
@@ -200,15 +224,21 @@ pub(crate) fn decode(version: u16, bytes: &[u8]) -> Result<Vec<Description>> {
         Err(error) => return Err(wrong(error.to_string())),
     };
     check_count(devices.len())?;
+    let copies = devices.iter().any(|device| matches!(device, Description::Copied { .. }));
+    if copies != (version == WITH_COPIES) {
+        return Err(wrong(format!("version {version} does not fit what is in it")));
+    }
     Ok(devices)
 }
 
 const CONSOLE: &str = "virtio-console";
+/// What a disk's name in a saved state begins with.
+const DISK_NAME: &str = "virtio-blk";
 
 /// What a device's name in a saved state begins with; its place follows.
 fn kind_name(config: &DeviceConfig) -> &'static str {
     match config {
-        DeviceConfig::Disk(_) => "virtio-blk",
+        DeviceConfig::Disk(_) => DISK_NAME,
         DeviceConfig::Net(_) => "virtio-net",
         DeviceConfig::Rng => "virtio-rng",
         DeviceConfig::Console(_) => CONSOLE,
@@ -220,6 +250,10 @@ pub(crate) struct Part {
     pub(super) name: String,
     pub(super) backend: Box<dyn Backend>,
     pub(super) description: Description,
+    /// The contents of a disk that is written.
+    pub(super) image: Option<Arc<Image>>,
+    /// They come with the VM.
+    pub(super) is_arriving: bool,
 }
 
 /// Makes devices as their operator says, and takes for this VM what only one may have.
@@ -229,7 +263,7 @@ pub(crate) struct Part {
 pub(crate) fn build_all(configs: &[DeviceConfig]) -> Result<Vec<Part>> {
     check_count(configs.len())?;
     let build = |(place, config)| {
-        let mut part = build(place, config)?;
+        let mut part = build(place, config, false)?;
         part.backend.acquire()?;
         Ok(part)
     };
@@ -242,11 +276,33 @@ pub(crate) fn build_all(configs: &[DeviceConfig]) -> Result<Vec<Part>> {
 /// [`Error::Config`] that names what is missing here or differs.
 pub(crate) fn rebuild_all(devices: &[Description], allowed: &Allowed) -> Result<Vec<Part>> {
     check_count(devices.len())?;
-    devices.iter().enumerate().map(|(place, described)| rebuild(place, described, allowed)).collect()
+    let needed_bytes = devices.iter().fold(0_u64, |sum, device| match device {
+        Description::Copied { allocated_bytes, .. } => sum.saturating_add(*allocated_bytes),
+        _ => sum,
+    });
+    if let (1.., Some(folder)) = (needed_bytes, allowed.disk_folders.first()) {
+        disk::check_room(folder, needed_bytes)?;
+    }
+    let mut parts: Vec<Part> = Vec::new();
+    for (place, described) in devices.iter().enumerate() {
+        let part = rebuild(place, described, allowed)?;
+        if let Description::Block { path, .. } = &part.description
+            && part.is_arriving
+            && parts.iter().any(
+                |other| matches!(&other.description, Description::Block { path: other, .. } if other == path),
+            )
+        {
+            return Err(Error::Config(format!("disk {path}: two disks would have that name here")));
+        }
+        parts.push(part);
+    }
+    Ok(parts)
 }
 
-fn build(place: usize, config: &DeviceConfig) -> Result<Part> {
+/// `shared`: a VM elsewhere has it still.
+fn build(place: usize, config: &DeviceConfig, shared: bool) -> Result<Part> {
     let name = format!("{}{place}", kind_name(config));
+    let mut image = None;
     let (backend, description): (Box<dyn Backend>, _) = match config {
         DeviceConfig::Disk(config) => {
             let absolute = std::path::absolute(&config.path).unwrap_or_else(|_| config.path.clone());
@@ -255,7 +311,11 @@ fn build(place: usize, config: &DeviceConfig) -> Result<Part> {
                 return Err(Error::Config(format!("disk {shown}: its path is no UTF-8, or is too long")));
             };
             let disk = Disk::open(&DiskConfig { path: absolute.clone(), readonly: config.readonly })?;
+            if shared && !config.readonly {
+                disk.check_shared()?;
+            }
             let sectors = disk.sectors();
+            image = (!config.readonly).then(|| Arc::clone(disk.image()));
             let block = Block::new(name.clone(), disk);
             let features = block.features();
             let path = path.to_owned();
@@ -270,14 +330,43 @@ fn build(place: usize, config: &DeviceConfig) -> Result<Part> {
         DeviceConfig::Rng => (Box::new(Rng), Description::Rng { features: Rng.features() }),
         DeviceConfig::Console(config) => return Ok(console(place, Some(config.clone()))),
     };
-    Ok(Part { name, backend, description })
+    Ok(Part { name, backend, description, image, is_arriving: false })
+}
+
+/// A disk whose image comes with the VM: a new file in the first of the allowed folders.
+fn arriving(place: usize, path: &str, sectors: u64, allowed: &Allowed) -> Result<Part> {
+    let wrong = |why: String| Error::Config(format!("disk {path}: {why}"));
+    let Some(folder) = allowed.disk_folders.first() else {
+        return Err(wrong(
+            "its image cannot come along: say at the destination where it may lie, with --disks FOLDER"
+                .into(),
+        ));
+    };
+    let folder = folder.canonicalize().map_err(|error| {
+        wrong(format!("the folder for it, {}, cannot be used: {error}", folder.display()))
+    })?;
+    let name = Path::new(path).file_name().and_then(|name| name.to_str());
+    let Some(name) = name.filter(|name| !name.chars().any(char::is_control)) else {
+        return Err(wrong("that is no name for a file".into()));
+    };
+    if !(1..=MAX_DISK_BYTES / disk::SECTOR).contains(&sectors) {
+        return Err(wrong(format!("{sectors} sectors cannot come along")));
+    }
+    let disk = Disk::arriving(&folder, name, sectors)?;
+    let path =
+        disk.path().to_str().map(str::to_owned).ok_or_else(|| wrong("its folder is no UTF-8".into()))?;
+    let image = Some(Arc::clone(disk.image()));
+    let name = format!("{DISK_NAME}{place}");
+    let block = Block::new(name.clone(), disk);
+    let description = Description::Block { path, readonly: false, sectors, features: block.features() };
+    Ok(Part { name, backend: Box::new(block), description, image, is_arriving: true })
 }
 
 fn console(place: usize, config: Option<ConsoleConfig>) -> Part {
     let name = format!("{CONSOLE}{place}");
     let backend = Console::new(name.clone(), config);
     let description = Description::Console { features: backend.features() };
-    Part { name, backend: Box::new(backend), description }
+    Part { name, backend: Box::new(backend), description, image: None, is_arriving: false }
 }
 
 fn rebuild(place: usize, described: &Description, allowed: &Allowed) -> Result<Part> {
@@ -310,8 +399,15 @@ fn rebuild(place: usize, described: &Description, allowed: &Allowed) -> Result<P
             DeviceConfig::Net(NetConfig { tap: tap.clone(), mac: *mac })
         }
         Description::Rng { .. } => DeviceConfig::Rng,
+        Description::Copied { path, sectors, features, .. } => {
+            let part = arriving(place, path, *sectors, allowed)?;
+            return match &part.description {
+                Description::Block { features: here, .. } if here == features => Ok(part),
+                other => Err(other_features(&part.name, other, described)),
+            };
+        }
     };
-    let part = build(place, &config)?;
+    let part = build(place, &config, true)?;
     let here = &part.description;
     if let (Description::Block { path, sectors, .. }, Description::Block { sectors: here, .. }) =
         (described, here)
@@ -322,12 +418,15 @@ fn rebuild(place: usize, described: &Description, allowed: &Allowed) -> Result<P
         )));
     }
     if here != described {
-        return Err(Error::Config(format!(
-            "{}: this VMM offers other features than the source's ({here:?}, not {described:?})",
-            part.name
-        )));
+        return Err(other_features(&part.name, here, described));
     }
     Ok(part)
+}
+
+fn other_features(name: &str, here: &Description, described: &Description) -> Error {
+    Error::Config(format!(
+        "{name}: this VMM offers other features than the source's ({here:?}, not {described:?})"
+    ))
 }
 
 fn check_count(devices: usize) -> Result<()> {
@@ -368,6 +467,61 @@ mod tests {
     }
 
     #[test]
+    fn an_image_that_comes_along_is_a_new_file_with_a_name_once_its_vm_starts() {
+        let folder = tempfile::tempdir().unwrap();
+        let allowed = Allowed { disk_folders: vec![folder.path().to_owned()], ..Allowed::default() };
+        let Description::Block { features, .. } = described(
+            tempfile::NamedTempFile::new_in(&folder)
+                .map(|file| {
+                    file.as_file().set_len(4096).unwrap();
+                    file
+                })
+                .unwrap()
+                .path(),
+            8,
+        ) else {
+            unreachable!()
+        };
+        let copied = |path: &str, sectors, allocated_bytes| Description::Copied {
+            path: path.into(),
+            sectors,
+            allocated_bytes,
+            features,
+        };
+        let files = || std::fs::read_dir(folder.path()).unwrap().count();
+        let rebuild = |devices: &[Description]| rebuild_all(devices, &allowed);
+        let refusal = |devices: &[Description]| rebuild(devices).err().unwrap().to_string();
+        let mut parts = rebuild(&[copied("/srv/a.img", 9, 4096)]).unwrap();
+        assert_eq!((files(), parts[0].image.as_ref().unwrap().pages()), (0, 2));
+        parts[0].backend.acquire().unwrap();
+        assert!(parts[0].backend.publish().unwrap());
+        let path = folder.path().canonicalize().unwrap().join("a.img");
+        assert_eq!(path.metadata().unwrap().len(), 9 * 512);
+        let Description::Block { path: named, .. } = &parts[0].description else { unreachable!() };
+        assert_eq!(named, path.to_str().unwrap());
+        assert!(refusal(&[copied("/other/a.img", 8, 0)]).contains("there already"));
+        parts[0].backend.retract();
+        assert_eq!(files(), 0);
+        // One whose name was taken meanwhile gets none.
+        std::fs::write(&path, "mine").unwrap();
+        assert!(parts[0].backend.publish().unwrap_err().to_string().contains("there already"));
+        assert_eq!(std::fs::read(&path).unwrap(), b"mine");
+        for (bad, why) in [
+            (vec![copied("/srv/b", 8, u64::MAX)], "no space"),
+            (vec![copied("/srv/b", 0, 0)], "0 sectors"),
+            (vec![copied("/srv/b", u64::MAX, 0)], "sectors"),
+            (vec![copied("/srv/b", 8, 0), copied("/var/b", 8, 0)], "two disks"),
+            (vec![copied("/srv/..", 8, 0)], "no name"),
+            (vec![copied("", 8, 0)], "no name"),
+        ] {
+            assert!(refusal(&bad).contains(why), "{bad:?}: {}", refusal(&bad));
+        }
+        let nowhere = rebuild_all(&[copied("/srv/b", 8, 0)], &Allowed::default()).err().unwrap().to_string();
+        assert!(nowhere.contains("--disks"), "{nowhere}");
+        assert_eq!(files(), 1);
+    }
+
+    #[test]
     fn a_peer_gets_the_disks_of_the_allowed_folders_and_no_others() {
         let folder = tempfile::tempdir().unwrap();
         let (inside, image) = (folder.path().join("inside"), folder.path().join("inside/image"));
@@ -375,6 +529,10 @@ mod tests {
         std::fs::write(&image, [0; 4096]).unwrap();
         let allowed =
             Allowed { disk_folders: vec![inside.clone()], taps: vec!["t0".into()], ..Allowed::default() };
+        // One that nobody has locked is not the one that its VM writes.
+        assert!(refusal(&described(&image, 8), &allowed).contains("not the file"));
+        let mut source = Disk::open(&disk(&image)).unwrap();
+        source.acquire().unwrap();
         assert_eq!(rebuild_all(&[described(&image, 8)], &allowed).unwrap().len(), 1);
         assert!(refusal(&described(&image, 8), &Allowed::default()).contains("--disks"));
         // A link out of the folder, and a path through it.
@@ -420,6 +578,12 @@ mod tests {
         assert_eq!((version, bytes.as_slice()), (1, golden.as_slice()));
         assert_eq!(decode(1, &bytes).unwrap(), list);
         assert!(decode(2, &bytes).is_err());
+        let copied =
+            [Description::Copied { path: "/d".into(), sectors: 300, allocated_bytes: 4096, features: 0x224 }];
+        let (version, bytes) = encode(&copied).unwrap();
+        assert_eq!((version, bytes.as_slice()), (2, &[1, 3, 2, b'/', b'd', 172, 2, 128, 32, 164, 4][..]));
+        assert_eq!(decode(2, &bytes).unwrap(), copied);
+        assert!(decode(1, &bytes).is_err());
         for at in 0..bytes.len() {
             assert!(decode(1, &bytes[..at]).is_err());
             let mut bad = bytes.clone();

@@ -22,6 +22,12 @@
 //!
 //! A disk's lock or a tap belongs to one VM at a time. A VM that boots takes them at once. One that arrives looks whether they are
 //! there while it is prepared, and takes them when it starts; the source let go of them when it was pledged.
+//!
+//! # Disks that go with a VM
+//!
+//! The image of such a disk is a space of the session that moves the VM, beside those of memory. Whatever its device changes is marked
+//! by pages. At the destination the image is a file without a name until the VM starts; the source's stays locked until its VM has ended,
+//! because nobody else is to have it.
 
 mod block;
 mod console;
@@ -50,6 +56,7 @@ use std::{io, os::fd::BorrowedFd, sync::atomic::AtomicBool, time::Instant};
 pub use console::ConsoleConfig;
 pub use description::{Allowed, Description, DeviceConfig, DiskConfig, NetConfig};
 pub(crate) use description::{Part, build_all, decode, encode, rebuild_all};
+pub(crate) use disk::{Image, pages_of};
 pub use net::MacAddress;
 pub(crate) use ring::{Ring, Slice};
 pub(crate) use set::Set;
@@ -100,6 +107,12 @@ pub(crate) trait Backend: Send {
     fn release(&mut self) -> Result<()> {
         Ok(())
     }
+    /// Makes what came with the VM a part of this host, because it starts. Answers whether there was something.
+    fn publish(&mut self) -> Result<bool> {
+        Ok(false)
+    }
+    /// Undoes that: it does not start.
+    fn retract(&mut self) {}
 }
 
 /// Logs what the host answered; the guest is told in its own way.

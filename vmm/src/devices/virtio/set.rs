@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use kvm_ioctls::{IoEventAddress, VmFd};
 
-use super::{Description, Handle, Part, Transport, transport::QUEUE_NOTIFY};
+use super::{Description, Handle, Image, Part, Transport, transport::QUEUE_NOTIFY};
 use crate::{
     device::Interrupt,
     devices::{Devices, Slot},
@@ -17,6 +17,10 @@ use crate::{
 pub(crate) struct Set {
     handles: Vec<Handle>,
     descriptions: Vec<Description>,
+    /// The disks that the guest may write, by their places among the devices, in that order.
+    writable: Vec<(usize, Arc<Image>)>,
+    /// The places of those whose images come with the VM.
+    arriving: Vec<usize>,
 }
 
 impl Set {
@@ -43,6 +47,9 @@ impl Set {
                 }
             }
             devices.plug(slot, Box::new(transport));
+            let place = set.handles.len();
+            set.writable.extend(part.image.map(|image| (place, image)));
+            set.arriving.extend(part.is_arriving.then_some(place));
             set.handles.push(handle);
             set.descriptions.push(part.description);
         }
@@ -52,6 +59,35 @@ impl Set {
     /// What a destination must have.
     pub(crate) fn descriptions(&self) -> &[Description] {
         &self.descriptions
+    }
+
+    /// The disks that the guest may write, by their places among the devices, in that order.
+    pub(crate) fn writable(&self) -> &[(usize, Arc<Image>)] {
+        &self.writable
+    }
+
+    /// The places of those whose images came, or come, with the VM.
+    pub(crate) fn arriving(&self) -> &[usize] {
+        &self.arriving
+    }
+
+    /// Makes what came with the VM a part of this host, because it starts.
+    ///
+    /// # Errors
+    /// What names it, and why it cannot be; nothing was changed then.
+    pub(crate) fn publish(&self) -> Result<()> {
+        let mut published = Vec::new();
+        for handle in &self.handles {
+            match handle.publish() {
+                Ok(false) => {}
+                Ok(true) => published.push(handle),
+                Err(error) => {
+                    published.into_iter().for_each(Handle::retract);
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// When this returns, no device touches guest memory, a disk or a tap, and no request is in flight. The vCPUs stand
@@ -73,18 +109,19 @@ impl Set {
     pub(crate) fn acquire(&self) -> Result<()> {
         let outcome = self.handles.iter().try_for_each(Handle::acquire);
         if outcome.is_err()
-            && let Err(error) = self.release()
+            && let Err(error) = self.release(&[])
         {
             tracing::warn!(%error, "letting go of devices");
         }
         outcome
     }
 
-    /// Lets go of it; the VM stands still.
+    /// Lets go of it, but of the devices at these places; the VM stands still.
     ///
     /// # Errors
     /// The first of those that could not be made safe; all are let go of all the same.
-    pub(crate) fn release(&self) -> Result<()> {
-        self.handles.iter().map(Handle::release).fold(Ok(()), Result::and)
+    pub(crate) fn release(&self, but: &[usize]) -> Result<()> {
+        let others = self.handles.iter().enumerate().filter(|(place, _)| !but.contains(place));
+        others.map(|(_, handle)| handle.release()).fold(Ok(()), Result::and)
     }
 }

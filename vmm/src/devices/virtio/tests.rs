@@ -1,6 +1,7 @@
 use std::{fs::File, io::Write, os::unix::fs::FileExt, path::Path, sync::atomic::Ordering};
 
 use proptest::prelude::*;
+use vm_memory::GuestAddress;
 
 use super::{
     ConsoleConfig, DiskConfig, MacAddress,
@@ -9,6 +10,7 @@ use super::{
     disk::Disk,
     mock::{DATA, Descriptor, Driver, INDIRECT, MEMORY, NEXT, SIZE, WRITE, chain, entry, memory, part},
     net::Net,
+    ring::{Segment, slices},
     rng::Rng,
     state::{Registers, Saved, SavedQueue},
 };
@@ -460,6 +462,62 @@ fn a_disk_has_one_writer_or_many_readers() {
     assert!(second.acquire().is_err());
     drop(reader);
     second.acquire().unwrap();
+}
+
+/// What changes a disk, and what copies it.
+#[derive(Debug, Clone)]
+enum Change {
+    Write(u64, u8),
+    Discard(u64, u64),
+    Zeroes(u64, u64, bool),
+    /// Takes the marks, and copies what is marked in some of the pages; the rest stays marked.
+    Copy(u64),
+}
+
+fn change() -> impl Strategy<Value = Change> {
+    let range = || (0..SECTORS, 1..40_u64).prop_map(|(at, sectors)| (at, sectors.min(SECTORS - at)));
+    prop_oneof![
+        (0..SECTORS, any::<u8>()).prop_map(|(sector, byte)| Change::Write(sector, byte)),
+        range().prop_map(|(at, sectors)| Change::Discard(at, sectors)),
+        (range(), any::<bool>()).prop_map(|((at, sectors), unmap)| Change::Zeroes(at, sectors, unmap)),
+        any::<u64>().prop_map(Change::Copy),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Whoever copies a disk once, and then what is marked, has the disk.
+    #[test]
+    fn whatever_changes_a_disk_marks_its_pages(changes in prop::collection::vec(change(), 1..60)) {
+        let file = image(SECTORS);
+        let memory = memory();
+        let mut disk = disk(file.path(), false);
+        let shared = disk.image().clone();
+        let mut copy = std::fs::read(file.path()).unwrap();
+        let mut marked = vec![0; 1];
+        prop_assert_eq!(shared.pages(), SECTORS / 8);
+        for change in changes.into_iter().chain([Change::Copy(u64::MAX)]) {
+            match change {
+                Change::Write(sector, byte) => {
+                    memory.write(BUFFER, &[byte; 512]).unwrap();
+                    let segment = Segment { address: GuestAddress(BUFFER), bytes: 512 };
+                    disk.write(sector * 512, &slices(&memory, &[segment])).unwrap();
+                }
+                Change::Discard(at, sectors) => disk.discard(at * 512, sectors * 512).unwrap(),
+                Change::Zeroes(at, sectors, unmap) => disk.write_zeroes(at * 512, sectors * 512, unmap).unwrap(),
+                Change::Copy(of) => {
+                    shared.drain_writes(&mut marked);
+                    let now = std::fs::read(file.path()).unwrap();
+                    for page in (0..64).filter(|page| marked[0] & of & 1 << page != 0) {
+                        copy[page * 4096..][..4096].copy_from_slice(&now[page * 4096..][..4096]);
+                    }
+                    marked[0] &= !of;
+                }
+            }
+        }
+        prop_assert!(copy == std::fs::read(file.path()).unwrap());
+    }
 }
 
 /// What a hostile driver does in one step.

@@ -210,6 +210,19 @@ impl Handle {
         self.core.engine().backend.acquire()
     }
 
+    /// Makes what came with the VM a part of this host, because it starts. Answers whether there was something.
+    ///
+    /// # Errors
+    /// What names it, and why it cannot be; nothing was changed then.
+    pub(crate) fn publish(&self) -> Result<bool> {
+        self.core.engine().backend.publish()
+    }
+
+    /// Undoes that: it does not start.
+    pub(crate) fn retract(&self) {
+        self.core.engine().backend.retract();
+    }
+
     /// Lets go of it, while the VM stands still.
     ///
     /// # Errors
