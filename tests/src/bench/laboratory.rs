@@ -16,11 +16,13 @@ use std::process::{Child, Command, Stdio};
 /// What QEMU's microvm needs of its own, beside its program (Debian's qemu-system-data and seabios).
 const FIRMWARE: &[&str] = &["bios-microvm.bin", "linuxboot_dma.bin", "kvmvapic.bin"];
 
-/// Disk figures are of so many MiB, a MiB at a time, past the guest's cache; three passes, the best counts.
+/// A disk is written and read as a whole, a MiB at a time, past the guest's cache; of three passes the best counts. The guest says when each began
+/// and ended, on its own clock.
 const DISK: &str = "
+now() { cut -d ' ' -f 1 /proc/uptime; }
 for pass in 1 2 3; do
-  echo \"write $(dd if=/dev/zero of=/dev/vda bs=1M count=64 oflag=direct 2>&1 | tail -n 1)\"
-  echo \"read $(dd if=/dev/vda of=/dev/null bs=1M count=64 iflag=direct 2>&1 | tail -n 1)\"
+  begun=$(now); dd if=/dev/zero of=/dev/vda bs=1M count=64 oflag=direct; echo \"write $begun $(now)\"
+  begun=$(now); dd if=/dev/vda of=/dev/null bs=1M count=64 iflag=direct; echo \"read $begun $(now)\"
 done
 echo measured";
 
@@ -35,9 +37,24 @@ const IDLE_PERCENT: f64 = 1.0;
 
 /// A laboratory of two hosts, as long as this lives.
 struct Site {
-    keeper: Child,
     hosts: [Host; 2],
+    // Last: the hosts end in it what they left running.
+    _keeper: Keeper,
+}
+
+/// Ends the laboratory when it is dropped.
+struct Keeper {
+    process: Child,
     folder: PathBuf,
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        // The end of its input is the keeper's.
+        drop(self.process.stdin.take());
+        self.process.wait().ok();
+        std::fs::remove_dir_all(&self.folder).ok();
+    }
 }
 
 impl Site {
@@ -51,14 +68,12 @@ impl Site {
             command.arg("--program").arg(format!("{name}={}", path.display()));
         }
         command.args(["--program", "/usr/bin/qemu-system-x86_64"]);
-        let mut keeper = command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("the laboratory's program can be started");
-        let said = std::io::BufReader::new(keeper.stdout.take().expect("stdout is piped"));
+        let process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+        let process = process.expect("the laboratory's program can be started");
+        let mut keeper = Keeper { process, folder: folder.clone() };
+        let said = std::io::BufReader::new(keeper.process.stdout.take().expect("stdout is piped"));
         let ready = said.lines().map_while(Result::ok).any(|line| line == READY);
-        assert!(ready, "the laboratory does not come up: {:?}", keeper.wait());
+        assert!(ready, "the laboratory does not come up");
         let lab = Lab::open(&folder).expect("it is up");
         let hosts = [0, 1].map(|index| {
             let host = &lab.hosts[index];
@@ -70,7 +85,7 @@ impl Site {
             }))
         });
         introduce(&hosts[0], &hosts[1]);
-        let site = Self { keeper, hosts, folder };
+        let site = Self { hosts, _keeper: keeper };
         site.sh("mkdir -p /bench && truncate -s 64M /bench/disk");
         for name in FIRMWARE {
             lab.put(&lab.hosts[0], &Path::new("/usr/share/qemu").join(name), "/bench").expect("firmware");
@@ -82,10 +97,10 @@ impl Site {
             [("idle", "sleep 100000", &[][..]), ("disk", DISK, &[]), ("dirty", &*dirty, &[load])]
         {
             let addition = image::script(script, programs, scratch.path()).expect("an archive");
-            let file = scratch.path().join(name);
+            let file = scratch.path().join(format!("{name}.cpio"));
             std::fs::write(&file, addition).expect("a file");
             lab.put(&lab.hosts[0], &file, "/bench").expect("an addition");
-            site.sh(&format!("cat /boot/initramfs /bench/{name} >/bench/{name}.img && rm /bench/{name}"));
+            site.sh(&format!("cat /boot/initramfs /bench/{name}.cpio >/bench/{name}.img"));
         }
         site
     }
@@ -143,8 +158,8 @@ impl Site {
         let said = self.guest(vmm, "/bench/disk.img", "measured", "cat /bench/console");
         let best = |kind: &str| {
             let seconds = said.lines().filter_map(|line| {
-                let line = line.trim().strip_prefix(kind)?;
-                line.split_once("copied, ")?.1.split(' ').next()?.parse::<f64>().ok()
+                let (begun, ended) = line.trim().strip_prefix(kind)?.split_once(' ')?;
+                Some(ended.parse::<f64>().ok()? - begun.parse::<f64>().ok()?)
             });
             let least = seconds.fold(f64::INFINITY, f64::min);
             assert!(least.is_finite(), "no figures: {said}");
@@ -183,15 +198,6 @@ impl Site {
             "total_us": report["total_us"],
             "rounds": report["rounds"].as_array().map(Vec::len),
         })
-    }
-}
-
-impl Drop for Site {
-    fn drop(&mut self) {
-        // The end of its input is the keeper's.
-        drop(self.keeper.stdin.take());
-        self.keeper.wait().ok();
-        std::fs::remove_dir_all(&self.folder).ok();
     }
 }
 
