@@ -102,11 +102,22 @@ fn data_bytes(image: &Image) -> u64 {
     data.map(PageSet::count).sum::<u64>() * PAGE_SIZE as u64
 }
 
-/// The images of the disks in a checkpoint: the name of each, its space, and its length in bytes.
+/// A disk in a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Disk {
+    /// The name of its image.
+    pub name: String,
+    /// Its space.
+    pub space: SpaceId,
+    /// Its length in bytes.
+    pub bytes: u64,
+}
+
+/// The disks in a checkpoint.
 ///
 /// # Errors
 /// `Store` when the checkpoint is not of a VM of ours.
-pub fn disks_of(vault: &Vault, image: &Image) -> Result<Vec<(String, SpaceId, u64)>> {
+pub fn disks_of(vault: &Vault, image: &Image) -> Result<Vec<Disk>> {
     let newest = image.chain().first().ok_or_else(|| Error::Store("the chain is empty".into()))?;
     let (machine, _) = vault.state(&newest.manifest)?;
     let (_, devices) = vmm::state::Machine::decode(&machine)?;
@@ -118,7 +129,9 @@ pub fn disks_of(vault: &Vault, image: &Image) -> Result<Vec<(String, SpaceId, u6
     let disks = copied.zip(spaces).map(|((path, sectors), space)| {
         let name = Path::new(path).file_name().and_then(|name| name.to_str());
         let fits = sectors.checked_mul(512).filter(|bytes| *bytes <= length(space));
-        name.zip(fits).map(|(name, bytes)| (name.to_owned(), space.id, bytes)).ok_or_else(|| {
+        let found =
+            name.zip(fits).map(|(name, bytes)| Disk { name: name.to_owned(), space: space.id, bytes });
+        found.ok_or_else(|| {
             Error::Store(format!("checkpoint {}: disk {path} does not fit its space", newest.manifest.id))
         })
     });
@@ -129,7 +142,8 @@ pub fn disks_of(vault: &Vault, image: &Image) -> Result<Vec<(String, SpaceId, u6
 ///
 /// # Errors
 /// As [`raw`].
-pub fn disk(image: &Image, space: SpaceId, bytes: u64, path: &Path, cancel: &CancelFlag) -> Result<Exported> {
+pub fn disk(image: &Image, disk: &Disk, path: &Path, cancel: &CancelFlag) -> Result<Exported> {
+    let Disk { space, bytes, .. } = *disk;
     new_file(path, |file| {
         file.set_len(bytes).map_err(|error| unwritable(path, &error))?;
         let mut data_bytes = 0;

@@ -294,6 +294,9 @@ pub fn show_report(report: &Report) {
     let predicted =
         report.rounds.iter().rev().find(|round| !round.frozen).map(|round| round.predicted_downtime_us);
     say(&format!("memory    {} tracked by {}", show_bytes(report.memory_bytes), report.tracking));
+    if report.disk_bytes > 0 {
+        say(&format!("disks     {} went along", show_bytes(report.disk_bytes)));
+    }
     say(&format!(
         "sent      {} and {} of state",
         show_bytes(report.sent_bytes),

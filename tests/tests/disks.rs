@@ -375,3 +375,27 @@ fn memory_and_disk_of_a_checkpoint_are_of_one_instant() {
         .success();
     assert_eq!(out.join("v.raw").metadata().expect("its memory").len(), 64 << 20);
 }
+
+#[test]
+fn a_killed_lazy_restore_with_a_disk_is_taken_up() {
+    if without_kvm("a_killed_lazy_restore_with_a_disk_is_taken_up") {
+        return;
+    }
+    let scene = Scene::new(GUEST);
+    let store = words(&scene.a.path("store"));
+    scene.a.run(&["checkpoint", "v", "--store", &store]).success();
+    let disks = words(&scene.there);
+    let arguments = ["restore", "--store", &store, "v", "--disks", &disks, "--lazy"];
+    let mut lazy = scene.b.start_held(&arguments, "stream");
+    lazy.wait_held();
+    // The disk is whole already, memory is not.
+    assert_eq!(names(&scene.there), ["v.img"]);
+    assert!(scene.b.vms()[0]["awaiting_pages"].as_u64() > Some(1000), "{:?}", scene.b.vms());
+    lazy.signal(Signal::KILL);
+    lazy.finish();
+    scene.b.run(&["restore", "--store", &store, "v", "--resume", "v"]).success();
+    scene.b.assert_sound("v");
+    let before = written(&scene.b, "v");
+    wait_for_writes(&scene.b, "v", before + 20);
+    scene.b.assert_sound("v");
+}

@@ -71,7 +71,8 @@ pub struct Args {
     /// Where the VM's serial port goes: none, socket:PATH (with input), or a file [default: a file in the runtime directory].
     #[arg(long, value_name = "WHERE")]
     serial: Option<String>,
-    /// A folder in which the disks of a VM that arrives may lie; without it no VM with disks is taken. May be given several times.
+    /// A folder in which the disks of a VM that arrives may lie; images that come with it (send --copy-disk) are made in the first.
+    /// Without it no VM with disks is taken. May be given several times.
     #[arg(long, value_name = "FOLDER")]
     disks: Vec<PathBuf>,
     /// A tap that a network card of a VM that arrives may use. May be given several times.

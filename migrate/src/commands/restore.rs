@@ -22,6 +22,7 @@ use vmm::devices::virtio::{Allowed, ConsoleConfig};
 Examples:
   migrate restore --store /var/lib/checkpoints web
   migrate restore --store /var/lib/checkpoints --group shop
+  migrate restore --store /var/lib/checkpoints web --disks /srv/vms
   migrate restore --store /var/lib/checkpoints 2026-11-23T19:48:31Z --name web2 --lazy
 
 A checkpoint can be restored any number of times, also at once, each time under another --name. Nothing is started where anything of it is
@@ -49,7 +50,8 @@ pub struct Args {
     /// Where the VM's serial port goes: none, socket:PATH (with input), or a file [default: a file in the runtime directory].
     #[arg(long, value_name = "WHERE")]
     serial: Option<String>,
-    /// A folder in which the VM's disks may lie; without it no VM with disks is restored. May be given several times.
+    /// A folder in which the VM's disks may lie; those that it writes are made anew in the first. Without it no VM with disks is
+    /// restored. May be given several times.
     #[arg(long, value_name = "FOLDER")]
     disks: Vec<PathBuf>,
     /// A tap that a network card of the VM may use. May be given several times.

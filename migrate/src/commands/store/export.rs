@@ -5,12 +5,12 @@ use crate::cancel::CancelFlag;
 use crate::cli::Common;
 use crate::commands::{cancel_on_signals, emit, say};
 use crate::error::{Error, Result};
+use crate::export::Disk;
 use crate::restore::image::Image;
 use crate::units::show_bytes;
 use crate::vault::Vault;
 use crate::{archive, export};
 use protocol::checkpoint::name::CheckpointId;
-use protocol::page::SpaceId;
 use serde_json::json;
 use std::fs::File;
 use std::io::{BufWriter, Write as _};
@@ -124,7 +124,7 @@ fn no_form() -> Error {
 }
 
 /// The disks of a checkpoint, if it has any.
-fn disks(vault: &Vault, id: CheckpointId) -> Result<(Image, Vec<(String, SpaceId, u64)>)> {
+fn disks(vault: &Vault, id: CheckpointId) -> Result<(Image, Vec<Disk>)> {
     let image = Image::open(vault, id)?;
     let disks = export::disks_of(vault, &image)?;
     if disks.is_empty() {
@@ -141,9 +141,9 @@ fn disks_into(
     cancel: &CancelFlag,
 ) -> Result<ExitCode> {
     let (image, disks) = disks(vault, id)?;
-    for (name, space, bytes) in disks {
-        let path = folder.join(name);
-        let done = export::disk(&image, space, bytes, &path, cancel)?;
+    for disk in disks {
+        let path = folder.join(&disk.name);
+        let done = export::disk(&image, &disk, &path, cancel)?;
         if common.json {
             emit(&json!({
                 "event": "exported", "id": id, "as": "disk", "file": path, "bytes": done.bytes, "data_bytes": done.data_bytes,
@@ -158,7 +158,7 @@ fn disks_into(
 
 fn forecast_disks(common: &Common, vault: &Vault, id: CheckpointId, folder: &Path) -> Result<ExitCode> {
     let (_, disks) = disks(vault, id)?;
-    for (name, _, bytes) in disks {
+    for Disk { name, bytes, .. } in disks {
         let path = folder.join(name);
         export::check_new(&path)?;
         if common.json {

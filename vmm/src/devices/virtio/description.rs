@@ -470,18 +470,9 @@ mod tests {
     fn an_image_that_comes_along_is_a_new_file_with_a_name_once_its_vm_starts() {
         let folder = tempfile::tempdir().unwrap();
         let allowed = Allowed { disk_folders: vec![folder.path().to_owned()], ..Allowed::default() };
-        let Description::Block { features, .. } = described(
-            tempfile::NamedTempFile::new_in(&folder)
-                .map(|file| {
-                    file.as_file().set_len(4096).unwrap();
-                    file
-                })
-                .unwrap()
-                .path(),
-            8,
-        ) else {
-            unreachable!()
-        };
+        let any = tempfile::NamedTempFile::new().unwrap();
+        any.as_file().set_len(4096).unwrap();
+        let Description::Block { features, .. } = described(any.path(), 8) else { unreachable!() };
         let copied = |path: &str, sectors, allocated_bytes| Description::Copied {
             path: path.into(),
             sectors,
