@@ -505,7 +505,8 @@ fn while_a_sender_is_waited_for_others_are_answered_or_told_to_come_again() {
             // The link is lost; a stranger comes by before the sender can ask.
             drop(first);
             let mut stranger = Peer(network.dial().unwrap());
-            stranger.offer(Offer { migration: MigrationId(1), ..offer() });
+            // Of another VM: one of the same from the same sender would say that the first is given up.
+            stranger.offer(Offer { migration: MigrationId(1), name: "another".into(), ..offer() });
             assert!(matches!(stranger.hear(), Some(Upstream::Refuse { code: RefuseCode::Busy, .. })));
             let unknown = outbound::ask(network.dial().unwrap(), MigrationId(1), SECOND).unwrap();
             assert_eq!(unknown, outbound::Word::Outcome(Outcome::Unknown));
