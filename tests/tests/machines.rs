@@ -159,10 +159,10 @@ fn a_destination_without_the_disk_refuses_before_anything_is_changed() {
         says(&a.run(&["send", "v", &address]), 6, words);
         assert!(receiver.is_running());
         assert!(b.vms().is_empty(), "something was made for what was refused");
-        a.assert_sound("v");
     };
     refused(&[], &[&shown, "--disks"]);
     refused(&["--disks", &b.runtime_dir().to_string_lossy()], &[&shown, "--disks"]);
+    a.assert_sound("v");
     let there = ["--disks", &folder];
     let truncated = |bytes| {
         let disk = std::fs::File::options().write(true).open(&disk).expect("it is there");
@@ -175,6 +175,7 @@ fn a_destination_without_the_disk_refuses_before_anything_is_changed() {
     std::fs::rename(&disk, &aside).expect("it is there");
     refused(&there, &[&shown, "does not exist"]);
     std::fs::rename(&aside, &disk).expect("it is there");
+    a.assert_sound("v");
     // And with all of that in order it moves.
     let (receiver, address) = b.receive(&there);
     a.run(&["send", "v", &address]).success();
