@@ -15,6 +15,7 @@ use protocol::checkpoint::name::CheckpointId;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use vmm::state::Machine;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_migrate-under-test");
@@ -60,6 +61,12 @@ impl Scene {
         self.host.assert_sound("r");
         self.host.run(&["vm", "stop", "r"]).success();
         self.host.wait_phase("r", None);
+        // Its socket is gone before its process is, which gives its memory back first.
+        let until = Instant::now() + self.host.step_limit();
+        while let Some(pid) = self.host.find_vm_pid("r") {
+            assert!(Instant::now() < until, "process {pid} of the stopped VM is still there");
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 
     /// That a restore ends with this code and these words, and that nothing runs then.

@@ -118,7 +118,9 @@ fn a_lost_baseline_answer_only_costs_the_next_delta_its_size() {
         _ => Ok(()),
     });
     let second = world.take(&options()).unwrap();
-    assert!(second.committed && second.warnings.len() == 1, "{second:#?}");
+    // A machine that is busy may have made the pause longer than it was predicted, which is another warning.
+    let told = second.warnings.iter().filter(|warning| warning.ends_with("it says no")).count();
+    assert!(second.committed && told == 1, "{second:#?}");
     world.machine.heal();
     assert_eq!(world.machine.baseline(), Some(first.id));
     let third = world.take_soundly(&options());

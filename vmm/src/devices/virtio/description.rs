@@ -572,7 +572,7 @@ mod tests {
         let copied =
             [Description::Copied { path: "/d".into(), sectors: 300, allocated_bytes: 4096, features: 0x224 }];
         let (version, bytes) = encode(&copied).unwrap();
-        assert_eq!((version, bytes.as_slice()), (2, &[1, 3, 2, b'/', b'd', 172, 2, 128, 32, 164, 4][..]));
+        assert_eq!((version, bytes.as_slice()), (2, &[1, 4, 2, b'/', b'd', 172, 2, 128, 32, 164, 4][..]));
         assert_eq!(decode(2, &bytes).unwrap(), copied);
         assert!(decode(1, &bytes).is_err());
         for at in 0..bytes.len() {
