@@ -136,7 +136,8 @@ impl Disk {
         put(AVAILABLE, 1_u16);
         put(base + reg::QUEUE_READY, 1_u32);
         put(base + reg::STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
-        let sectors = u64::from(get::<u32>(base + reg::CAPACITY)) | u64::from(get::<u32>(base + reg::CAPACITY + 4)) << 32;
+        let sectors = u64::from(get::<u32>(base + reg::CAPACITY))
+            | u64::from(get::<u32>(base + reg::CAPACITY + 4)) << 32;
         let blocks = (sectors * 512 / BLOCK_BYTES as u64).min(MAX_BLOCKS);
         if blocks == 0 {
             return None;
@@ -202,7 +203,7 @@ impl Disk {
                 compiler_fence(Ordering::SeqCst);
                 put(account(at::WRITTEN), n);
                 self.written = n;
-                if n % FLUSH_EVERY == 0 || n == self.stop {
+                if n.is_multiple_of(FLUSH_EVERY) || n == self.stop {
                     self.ask(FLUSH, 0, None);
                     Step::Flushing
                 } else {

@@ -42,6 +42,7 @@ mod destination {
     pub(crate) trait PageMemory: PageReader {
         fn write(&self, space: SpaceId, offset: u64, bytes: &[u8]) -> Result<()>;
         fn zero(&self, run: PageRun) -> Result<()>;
+        fn settle(&self) -> Result<()>;
     }
 }
 
