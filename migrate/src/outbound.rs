@@ -30,6 +30,7 @@
 //! meant for a destination that is gone, so all of it is given back, whichever rounds had arrived there.
 
 mod ticker;
+mod wishes;
 mod buffers;
 mod encode;
 mod lanes;
@@ -425,8 +426,7 @@ impl<'a> Outbound<'a> {
                         Connections { number: 1, reason: "the destination's release takes only one".into() };
                 }
                 self.agreed = capabilities;
-                self.check_disks()?;
-                self.check_verify()
+                self.check_wishes()
             }
             other => Err(out_of_order("Hello", other.name())),
         }

@@ -24,7 +24,7 @@ mod qmp;
 pub mod bench;
 
 pub use host::{Host, trusting_pair};
-pub use process::{Finished, Running};
+pub use process::{Finished, Running, says};
 
 /// Whether tests that need a real VM are left out of this run, which `scripts/test` decides and says: the caller
 /// returns then. Without that decision a missing `/dev/kvm` is a failure of the test that needs it, not a skip.

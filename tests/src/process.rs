@@ -50,6 +50,21 @@ impl Finished {
     }
 }
 
+/// That a program failed as it should: with this exit code, and one last line on stderr that has every one of these words in it.
+///
+/// # Panics
+/// With everything the program said, if not.
+pub fn says(finished: &Finished, code: i32, words: &[&str]) {
+    assert_eq!(finished.code, code, "{finished:#?}");
+    let last = finished.stderr.trim_end().lines().last().unwrap_or_default();
+    assert!(last.starts_with("migrate: "), "{finished:#?}");
+    for word in words {
+        assert!(last.contains(word), "{word:?} is missing in {last:?}");
+    }
+    let event = finished.event("error").unwrap_or_else(|| panic!("{finished:#?}"));
+    assert_eq!(event["exit_code"], code, "{finished:#?}");
+}
+
 impl Running {
     /// Starts a program that prints one JSON object a line.
     ///

@@ -5,21 +5,11 @@
     reason = "helpers of tests: what goes wrong in them fails the test"
 )]
 
-use e2e::{Finished, Host, trusting_pair, without_kvm};
+use e2e::{Finished, Host, says, trusting_pair, without_kvm};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_migrate-under-test");
-
-/// One line on stderr, the exit code, and every one of these words in it.
-fn says(finished: &Finished, code: i32, words: &[&str]) {
-    assert_eq!(finished.code, code, "{finished:#?}");
-    let last = finished.stderr.trim_end().lines().last().unwrap_or_default();
-    assert!(last.starts_with("migrate: "), "{finished:#?}");
-    for word in words {
-        assert!(last.contains(word), "{word:?} is missing in {last:?}");
-    }
-}
 
 /// `migrate vm run` of what is refused.
 fn run(host: &Host, more: &[&str]) -> Finished {

@@ -6,25 +6,13 @@
 )]
 
 use e2e::host::trust;
-use e2e::{Finished, Host, trusting_pair, without_kvm};
+use e2e::{Host, says, trusting_pair, without_kvm};
 use std::net::UdpSocket;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_migrate-under-test");
-
-/// One line on stderr, the exit code, and every one of these words in it.
-fn says(finished: &Finished, code: i32, words: &[&str]) {
-    assert_eq!(finished.code, code, "{finished:#?}");
-    let last = finished.stderr.trim_end().lines().last().unwrap_or_default();
-    assert!(last.starts_with("migrate: "), "{finished:#?}");
-    for word in words {
-        assert!(last.contains(word), "{word:?} is missing in {last:?}");
-    }
-    let event = finished.event("error").unwrap_or_else(|| panic!("{finished:#?}"));
-    assert_eq!(event["exit_code"], code, "{finished:#?}");
-}
 
 #[test]
 fn no_such_vm() {

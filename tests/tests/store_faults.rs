@@ -7,7 +7,7 @@
     reason = "helpers of tests: what goes wrong in them fails the test"
 )]
 
-use e2e::{Finished, Host, Running, trusting_pair, without_kvm};
+use e2e::{Finished, Host, Running, says, trusting_pair, without_kvm};
 use migrate::store::LocalStore;
 use migrate::vault::Vault;
 use protocol::checkpoint::manifest::Manifest;
@@ -76,17 +76,6 @@ impl Scene {
             assert_eq!((self.host.phase("r"), self.host.find_vm_pid("r")), (None, None));
         }
     }
-}
-
-/// One line on stderr, the exit code, and every one of these words in it.
-fn says(finished: &Finished, code: i32, words: &[&str]) {
-    assert_eq!(finished.code, code, "{finished:#?}");
-    let last = finished.stderr.trim_end().lines().last().unwrap_or_default();
-    assert!(last.starts_with("migrate: "), "{finished:#?}");
-    for word in words {
-        assert!(last.contains(word), "{word:?} is missing in {last:?}");
-    }
-    assert_eq!(finished.event("error").unwrap()["exit_code"], code, "{finished:#?}");
 }
 
 /// Names of the checkpoints that a list shows as whole, and of those that it does not.

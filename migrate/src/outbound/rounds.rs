@@ -151,12 +151,6 @@ impl Outbound<'_> {
         Ok(())
     }
 
-    /// Whether both ends can do post-copy, the operator does not want all memory compared before the start, and no disk must be
-    /// there whole by then.
-    fn can_post_copy(&self) -> bool {
-        self.peer_can_post_copy && !self.options.verify && !self.has_disks()
-    }
-
     /// Goes on with the memory behind the workload instead of before it: from now on what is missing is noted, and not
     /// sent.
     fn post_copy(&mut self) {

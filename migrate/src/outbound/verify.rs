@@ -9,7 +9,6 @@ use crate::digest::{digests, stripe_of, stripes};
 use crate::error::{Error, Result};
 use crate::report::micros;
 use protocol::control::{Downstream, MAX_VERIFY_STRIPES, Upstream};
-use protocol::handshake::{DISKS, VERIFY};
 use protocol::page::{PageRun, PageSet};
 use std::time::{Duration, Instant};
 
@@ -17,59 +16,6 @@ use std::time::{Duration, Instant};
 const SAMPLE_STRIPES: usize = 16;
 
 impl Outbound<'_> {
-    /// Whether the destination can take the disks that go with the workload: before anything is changed anywhere.
-    ///
-    /// # Errors
-    /// `Usage`, saying what to do.
-    pub(super) fn check_disks(&self) -> Result<()> {
-        if !self.has_disks() {
-            return Ok(());
-        }
-        if self.options.limits().post_copy_after.is_some() {
-            return Err(Error::Usage(
-                "a disk must be there whole before its guest runs there, and a guest that is moved by post-copy runs before: ask \
-                 for --copy-disk or for --post-copy, not for both"
-                    .into(),
-            ));
-        }
-        if !self.agreed.contains(&DISKS) {
-            return Err(Error::Usage(
-                "the destination's release cannot take disks: update it, or move the workload without --copy-disk to a host that \
-                 shares them"
-                    .into(),
-            ));
-        }
-        Ok(())
-    }
-
-    /// Whether a disk goes with the workload.
-    pub(super) fn has_disks(&self) -> bool {
-        self.source.workload().layout.has_disks()
-    }
-
-    /// Whether what the operator wants can be: before anything is changed anywhere.
-    ///
-    /// # Errors
-    /// `Usage`, saying what to do.
-    pub(super) fn check_verify(&self) -> Result<()> {
-        if !self.options.verify {
-            return Ok(());
-        }
-        if self.options.limits().post_copy_after.is_some() {
-            return Err(Error::Usage(
-                "a workload that starts without all of its memory cannot be compared before: ask for --verify or for \
-                 --post-copy, not for both"
-                    .into(),
-            ));
-        }
-        if !self.agreed.contains(&VERIFY) {
-            return Err(Error::Usage(
-                "the destination's release cannot compare memory: move the workload without --verify, or update it".into(),
-            ));
-        }
-        Ok(())
-    }
-
     /// How long comparing will take, from what a sample of the memory takes here. The destination is taken to be as fast.
     ///
     /// # Errors
