@@ -97,7 +97,7 @@ pub(crate) fn page_faults(descriptor: &OwnedFd, limit: Duration) -> Result<Vec<u
 /// # Errors
 /// The kernel's.
 pub(crate) fn copy(descriptor: &OwnedFd, address: u64, bytes: &[u8]) -> Result<Filled, Errno> {
-    let src = bytes.as_ptr().addr() as u64;
+    let src = bytes.as_ptr().expose_provenance() as u64;
     let mut request = Copy { dst: address, src, len: bytes.len() as u64, mode: 0, copy: 0 };
     // SAFETY: the opcode is UFFDIO_COPY, whose argument is this struct.
     let call = unsafe { Updater::<COPY, Copy>::new(&mut request) };

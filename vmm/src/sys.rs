@@ -130,6 +130,7 @@ pub(crate) fn set_xsave(vcpu: &VcpuFd, state: &[u32], words: usize) -> io::Resul
 ioctl_iow_nr!(kvm_set_device_attr_nr, KVMIO, 0xe1, kvm_device_attr);
 ioctl_iow_nr!(kvm_get_device_attr_nr, KVMIO, 0xe2, kvm_device_attr);
 
+/// `place` is the exposed address of the eight bytes: the kernel reads or writes them, and the compiler must not think that nobody does.
 fn tsc_offset_at(place: u64) -> kvm_device_attr {
     kvm_device_attr {
         group: KVM_VCPU_TSC_CTRL,
@@ -142,7 +143,7 @@ fn tsc_offset_at(place: u64) -> kvm_device_attr {
 /// How far a vCPU's TSC is ahead of the host's (KVM_VCPU_TSC_OFFSET, Linux 5.16).
 pub(crate) fn tsc_offset(vcpu: &VcpuFd) -> io::Result<u64> {
     let mut offset = 0_u64;
-    let request = tsc_offset_at((&raw mut offset).addr() as u64);
+    let request = tsc_offset_at((&raw mut offset).expose_provenance() as u64);
     // SAFETY: the kernel reads the request and writes the eight bytes of `offset`, which is alive.
     let answer = unsafe { ioctl_with_ref(vcpu, kvm_get_device_attr_nr(), &request) };
     if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(offset) }
@@ -150,7 +151,7 @@ pub(crate) fn tsc_offset(vcpu: &VcpuFd) -> io::Result<u64> {
 
 /// Sets what [`tsc_offset`] reads.
 pub(crate) fn set_tsc_offset(vcpu: &VcpuFd, offset: u64) -> io::Result<()> {
-    let request = tsc_offset_at((&raw const offset).addr() as u64);
+    let request = tsc_offset_at((&raw const offset).expose_provenance() as u64);
     // SAFETY: the kernel reads the request and the eight bytes of `offset`, which is alive.
     let answer = unsafe { ioctl_with_ref(vcpu, kvm_set_device_attr_nr(), &request) };
     if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }

@@ -259,7 +259,7 @@ impl WriteTracker {
                 start,
                 end,
                 walk_end: 0,
-                vec: regions.as_mut_ptr().addr() as u64,
+                vec: regions.as_mut_ptr().expose_provenance() as u64,
                 vec_len: RANGES as u64,
                 max_pages: 0,
                 category_inverted: 0,
