@@ -7,6 +7,7 @@
 use crate::codec::{Packer, Packing, delta::delta};
 use crate::converge::simulate::Cost;
 use crate::error::Result;
+use crate::outbound::{PACKABLE_PART, PACKING_FEE, PROMISE};
 use crate::source::Source;
 use protocol::frame::HEADER_BYTES;
 use protocol::page::{PAGE_SIZE, PageRun, PageSet, SpaceId};
@@ -21,15 +22,6 @@ const SAMPLE_PAGES: u64 = 1024;
 
 /// Pages that are read and packed together, as a move packs neighbours.
 const GROUP_PAGES: u64 = 8;
-
-/// How much longer packing is taken to last, because it takes from the workload's processors: as a move counts.
-const PACKING_FEE: f64 = 1.2;
-
-/// What packing must promise before it is counted with: what a move finds by trying may be wrong by so much.
-const PROMISE: f64 = 1.1;
-
-/// A part of a group that packing leaves; more than that is sent raw.
-const PACKABLE_PART: f64 = 0.85;
 
 /// What a sample was made of.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]

@@ -12,7 +12,7 @@ mod choice;
 mod look;
 mod seen;
 
-pub(crate) use choice::LEARNS_BYTES;
+pub(crate) use choice::{LEARNS_BYTES, PACKING_FEE, PROMISE};
 
 use super::lanes::{Contents, Sent};
 use crate::codec::{Packer, Packing};
@@ -38,7 +38,7 @@ const COPIED_BYTES: usize = 64 << 10;
 const PIECE_PAGES: usize = 64;
 
 /// A sample that keeps more than this part is not packed.
-const PACKABLE_PART: f64 = 0.85;
+pub(crate) const PACKABLE_PART: f64 = 0.85;
 
 /// Pieces in a row that could not be packed until fewer of them are sampled, and the fewest: one in so many.
 const MOST_UNSAMPLED: u32 = 8;

@@ -23,7 +23,7 @@ impl Method {
 const SETTLE_BYTES: u64 = 9 << 20;
 
 /// How much longer packing is taken to last than it does, because it takes from the workload's processors.
-const PACKING_FEE: f64 = 1.2;
+pub(crate) const PACKING_FEE: f64 = 1.2;
 
 /// Memory whose time is measured before it says something.
 const ENOUGH_BYTES: f64 = (8 << 20) as f64;
@@ -38,7 +38,7 @@ const HALF_LIFE_BYTES: f64 = (32 << 20) as f64;
 const TRYING_PART: f64 = 1.0 / 64.0;
 
 /// What a prediction must promise to be tried for the first time: it may be wrong either way by so much.
-const PROMISE: f64 = 1.1;
+pub(crate) const PROMISE: f64 = 1.1;
 
 /// In the round that is sent while the workload stands still, packing must save so much at least: what packs and unpacks
 /// there is not hidden behind other work.
