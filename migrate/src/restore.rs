@@ -1,8 +1,8 @@
 //! From a chain of checkpoints to a running workload.
 //!
 //! ```text
-//! manifest ─▶ state ─▶ prepare ────────────────┬▶ eager: pages ─▶ load ─▶ start
-//!      └─▶ older manifests, indexes, merged ───┴▶ lazy:  load ─▶ expect ─▶ start ─▶ touched pages, all others ─▶ complete
+//! manifest ─▶ state ─▶ prepare, lazy: load ────┬▶ eager: pages ─▶ load ─▶ start
+//!      └─▶ older manifests, indexes, merged ───┴▶ lazy:  expect ─▶ start ─▶ touched pages, all others ─▶ complete
 //! ```
 //!
 //! # Nothing half
@@ -36,7 +36,7 @@ use crate::error::{Error, Result};
 use crate::outbound::new_migration_id;
 use crate::report::micros;
 use crate::vault::{Committed, Vault};
-use fetch::Fetch;
+use fetch::{Early, Fetch};
 pub use group::{Open, restore_group};
 use lazy::{Pages, Serving};
 use plan::{Plan, Sums};
@@ -151,30 +151,29 @@ impl Run<'_> {
             Error::Refused { code: RefuseCode::Memory, reason }
         })?;
         let (machine, state) = clock.time(Step::State, |_| self.vault.state(manifest))?;
-        let gathered = thread::scope(|scope| {
+        let lazy = self.options.lazy;
+        let (ready, gathered) = thread::scope(|scope| {
             let gathering = scope.spawn(|| self.gather());
-            let begun = Instant::now();
-            clock.tell(&Event::Step { step: Step::Prepare });
-            let prepared = destination.prepare(&offer, &machine);
-            let prepare = begun.elapsed();
-            (prepared, prepare, joined(gathering.join()), begun.elapsed() - prepare)
+            let refused = |Refusal { code, reason }| {
+                let reason = format!("checkpoint {} cannot be started here: {reason}", manifest.id);
+                Error::Refused { code, reason }
+            };
+            let prepared = clock.time(Step::Prepare, |_| destination.prepare(&offer, &machine));
+            // Before its pages are known: then only they are missing.
+            let ready = prepared.map_err(refused).and_then(|()| match lazy {
+                true => clock.time(Step::Load, |_| self.load(destination.as_mut(), &state)),
+                false => Ok(()),
+            });
+            (ready, clock.time(Step::Indexes, |_| joined(gathering.join())))
         });
-        let (prepared, prepare, gathered, waited) = gathered;
-        clock.note(Step::Prepare, prepare);
-        clock.note(Step::Indexes, waited);
-        let refused = |Refusal { code, reason }| {
-            let reason = format!("checkpoint {} cannot be started here: {reason}", manifest.id);
-            Error::Refused { code, reason }
-        };
-        let ready = prepared.map_err(refused).and(gathered);
-        let found = match ready {
+        let found = match ready.and(gathered) {
             Ok(found) => found,
             Err(error) => return Err(discarded(destination, error)),
         };
-        if self.options.lazy && found.fetch.plan().data_pages() > 0 {
-            self.lazily(destination, &found, &state, clock)
+        if lazy && found.fetch.plan().data_pages() > 0 {
+            self.lazily(destination, &found, clock)
         } else {
-            self.eagerly(destination, &found, &state, clock)
+            self.eagerly(destination, &found, (!lazy).then_some(&state), clock)
         }
     }
 
@@ -194,9 +193,10 @@ impl Run<'_> {
     /// Reads what tells where the pages lie, and what earlier restores recorded.
     fn gather(&self) -> Result<Found> {
         let manifest = &self.newest.manifest;
+        let early = Early::new(self.vault.clone());
         let (plan, merged_links) =
-            timed("plan", || planned(self.vault, self.newest, Sums::Few, self.cancel))?;
-        let fetch = Fetch::new(self.vault.clone(), plan);
+            timed("plan", || planned(self.vault, self.newest, Sums::Few, Some(&early), self.cancel))?;
+        let fetch = Fetch::new(self.vault.clone(), plan, Some(&early));
         let recorded =
             if self.options.lazy { self.vault.touched(manifest.id, &manifest.layout) } else { Vec::new() };
         Ok(Found {
@@ -207,11 +207,12 @@ impl Run<'_> {
         })
     }
 
+    /// `state` is what is still to be loaded.
     fn eagerly(
         &self,
         mut destination: Box<dyn Destination>,
         found: &Found,
-        state: &[u8],
+        state: Option<&[u8]>,
         clock: &mut Clock<'_>,
     ) -> Result<Report> {
         let memory = destination.memory();
@@ -220,9 +221,8 @@ impl Run<'_> {
             found.fetch.open_all()?;
             eager::read(&found.fetch, &*memory, threads, cancel, observer)
         });
-        let ready = read
-            .and_then(|()| clock.time(Step::Load, |_| self.load(destination.as_mut(), state)))
-            .and_then(|()| cancel.pass());
+        let mut load = |state| clock.time(Step::Load, |_| self.load(destination.as_mut(), state));
+        let ready = read.and_then(|()| state.map_or(Ok(()), &mut load)).and_then(|()| cancel.pass());
         if let Err(error) = ready {
             return Err(discarded(destination, error));
         }
@@ -250,7 +250,6 @@ impl Run<'_> {
         &self,
         mut destination: Box<dyn Destination>,
         found: &Found,
-        state: &[u8],
         clock: &mut Clock<'_>,
     ) -> Result<Report> {
         let fetch = &found.fetch;
@@ -275,8 +274,7 @@ impl Run<'_> {
             // What is touched first waits for it, and the start does not.
             let pages = scope.spawn(|| timed("places", || Ok(Pages::of(fetch, &found.recorded))));
             let ready = clock
-                .time(Step::Load, |_| self.load(destination.as_mut(), state))
-                .and_then(|()| clock.time(Step::Expect, |_| destination.expect(&missing)))
+                .time(Step::Expect, |_| destination.expect(&missing))
                 .and(joined(opened.join()))
                 .and_then(|()| self.cancel.pass());
             if let Err(error) = ready {
@@ -346,14 +344,14 @@ struct Found {
     links: u64,
     /// How many indexes were merged.
     merged_links: u64,
-    /// The pages; no segment was opened yet.
+    /// The pages; not every segment was looked for yet.
     fetch: Fetch,
     /// What earlier restores touched first.
     recorded: Vec<PageRun>,
 }
 
 /// Where the pages of a checkpoint lie, by the shortest way: with a merged index if there is one, and can be read. And how many indexes were
-/// merged.
+/// merged. `early` is told of the segments that may be needed.
 ///
 /// # Errors
 /// `Store` naming checkpoint and object, `Interrupted`.
@@ -361,12 +359,13 @@ pub(crate) fn planned(
     vault: &Vault,
     newest: &Committed,
     sums: Sums,
+    early: Option<&Early>,
     cancel: &CancelFlag,
 ) -> Result<(Plan, u64)> {
     if let Some(merged) = &newest.manifest.merged {
         let short = vault
             .chain_above(newest.clone(), merged.id)
-            .and_then(|chain| gather::merged(vault, &chain, Some(merged), sums, cancel));
+            .and_then(|chain| gather::merged(vault, &chain, Some(merged), sums, early, cancel));
         match short {
             Err(error) if !matches!(error.root(), Error::Interrupted(_)) => {
                 tracing::info!(%error, "every index of the chain is read instead");
@@ -374,7 +373,7 @@ pub(crate) fn planned(
             found => return found,
         }
     }
-    gather::merged(vault, &vault.chain_of(newest.clone())?, None, sums, cancel)
+    gather::merged(vault, &vault.chain_of(newest.clone())?, None, sums, early, cancel)
 }
 
 /// The pages of a chain, newest first; every segment that will be read was found.
@@ -382,8 +381,9 @@ pub(crate) fn planned(
 /// # Errors
 /// `Store` naming checkpoint and object, `Interrupted`.
 pub(crate) fn pages_of(vault: &Vault, chain: &[Committed], sums: Sums, cancel: &CancelFlag) -> Result<Fetch> {
-    let (plan, _) = gather::merged(vault, chain, None, sums, cancel)?;
-    let fetch = Fetch::new(vault.clone(), plan);
+    let early = Early::new(vault.clone());
+    let (plan, _) = gather::merged(vault, chain, None, sums, Some(&early), cancel)?;
+    let fetch = Fetch::new(vault.clone(), plan, Some(&early));
     fetch.open_all()?;
     Ok(fetch)
 }

@@ -44,7 +44,16 @@ impl Awaited {
         }
         for (space, set) in (0_u16..).zip(&missing) {
             let file = memory.file(usize::from(space))?;
+            // The first data at or behind what was looked at: memory that is new has none, and it takes long to tell the kernel of each run.
+            let mut data = 0;
             for run in set.runs(SpaceId(space), WHOLE) {
+                if data < run.offset() {
+                    data =
+                        next_data(file, run.offset()).map_err(Error::os("find the data of guest memory"))?;
+                }
+                if data >= run.end() * PAGE_SIZE as u64 {
+                    continue;
+                }
                 let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
                 rustix::fs::fallocate(file, flags, run.offset(), run.bytes() as u64)
                     .map_err(Error::os("discard guest memory"))?;
@@ -109,16 +118,20 @@ impl Awaited {
     }
 }
 
+/// Where the first data at or behind an offset begins.
+fn next_data(file: &std::fs::File, offset: u64) -> rustix::io::Result<u64> {
+    match rustix::fs::seek(file, SeekFrom::Data(offset)) {
+        Err(rustix::io::Errno::NXIO) => Ok(u64::MAX),
+        found => found,
+    }
+}
+
 /// Takes the pages that are no holes out of a set.
 fn remove_data(file: &std::fs::File, set: &mut PageSet) -> rustix::io::Result<()> {
     let bytes = PAGE_SIZE as u64;
     let mut at = 0;
     while let Some(page) = set.next_set(at) {
-        let data = match rustix::fs::seek(file, SeekFrom::Data(page * bytes)) {
-            Ok(offset) => offset / bytes,
-            Err(rustix::io::Errno::NXIO) => return Ok(()),
-            Err(error) => return Err(error),
-        };
+        let data = next_data(file, page * bytes)? / bytes;
         at = data;
         if data == page {
             at = (rustix::fs::seek(file, SeekFrom::Hole(page * bytes))? / bytes).max(page + 1);
@@ -152,6 +165,29 @@ mod tests {
         let mut byte = [0];
         memory.read(page * PAGE_SIZE as u64, &mut byte).unwrap();
         byte[0]
+    }
+
+    #[test]
+    fn only_pages_that_are_missing_become_holes() {
+        for written in [&[][..], &[(0, 1024)], &[(5, 1), (99, 2), (399, 2)], &[(1023, 1)], &[(0, 1)]] {
+            let memory = Arc::new(GuestMemory::create(MEMORY).unwrap());
+            let file = memory.file(0).unwrap();
+            for (first, count) in written {
+                file.write_all_at(&vec![7; count * PAGE_SIZE], first * PAGE_SIZE as u64).unwrap();
+            }
+            let sets = missing(&[(3, 3), (50, 2), (100, 300), (1000, 24)]);
+            let awaited = Awaited::begin(&memory, sets.clone()).unwrap();
+            assert_eq!(awaited.missing(), sets, "{written:?}");
+            for page in [2, 6, 99, 400, 999] {
+                let was =
+                    written.iter().any(|(first, count)| (*first..first + *count as u64).contains(&page));
+                // Through the file: through the mapping, whoever reads a hole waits, missing or not.
+                let mut byte = [0];
+                memory.file(0).unwrap().read_exact_at(&mut byte, page * PAGE_SIZE as u64).unwrap();
+                assert_eq!(byte[0], if was { 7 } else { 0 }, "page {page} of {written:?}");
+            }
+            awaited.end(&memory).unwrap();
+        }
     }
 
     #[test]

@@ -3,10 +3,12 @@
 use super::plan::{Need, Part, Plan};
 use crate::error::{Error, Result};
 use crate::vault::{SegmentReader, Unpacker, Vault};
+use protocol::checkpoint::manifest::Segment;
 use protocol::page::{PAGE_SIZE, PageRun};
+use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 
 /// Threads that look for segments, at most, besides the one that asks for it.
@@ -15,11 +17,75 @@ const OPENING: usize = 8;
 /// Where pages go: a run, and its bytes.
 pub(crate) type Sink<'a> = dyn FnMut(PageRun, &[u8]) -> Result<()> + 'a;
 
+/// A segment that is found once; whoever needs it meanwhile waits.
+type Slot = Mutex<Option<Arc<SegmentReader>>>;
+
+fn locked(slot: &Slot) -> MutexGuard<'_, Option<Arc<SegmentReader>>> {
+    slot.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Looks for the segments that a chain speaks of while it is not known yet which of them are needed: to find a hundred files that nobody
+/// opened lately took as long as to merge the indexes of their chain. What it does not find, or not in time, is found later or is told then. Dropped,
+/// it begins with no other.
+pub(crate) struct Early {
+    vault: Vault,
+    slots: Mutex<HashMap<Segment, Arc<Slot>>>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Early {
+    pub(crate) fn new(vault: Vault) -> Self {
+        Self { vault, slots: Mutex::default(), stop: Arc::default() }
+    }
+
+    /// Begins with some segments, unless they are few.
+    pub(crate) fn look_for<'a>(&self, segments: impl IntoIterator<Item = &'a Segment>) {
+        let segments: Vec<_> = segments.into_iter().cloned().collect();
+        let threads = OPENING.min(segments.len() / OPENING);
+        if threads == 0 {
+            return;
+        }
+        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        let slotted =
+            segments.into_iter().map(|segment| (segment.clone(), slots.entry(segment).or_default().clone()));
+        let slotted: Arc<[_]> = slotted.collect();
+        drop(slots);
+        let next = Arc::new(AtomicUsize::new(0));
+        for _ in 0..threads {
+            let (vault, slotted, next, stop) =
+                (self.vault.clone(), slotted.clone(), next.clone(), self.stop.clone());
+            let look = move || {
+                while let Some((segment, slot)) = slotted.get(next.fetch_add(1, Relaxed))
+                    && !stop.load(Relaxed)
+                {
+                    let mut slot = locked(slot);
+                    if slot.is_none() {
+                        *slot = SegmentReader::open(&vault, segment).ok().map(Arc::new);
+                    }
+                }
+            };
+            if thread::Builder::new().name("early".into()).spawn(look).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn slot(&self, segment: &Segment) -> Arc<Slot> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner).get(segment).cloned().unwrap_or_default()
+    }
+}
+
+impl Drop for Early {
+    fn drop(&mut self) {
+        self.stop.store(true, Relaxed);
+    }
+}
+
 /// The segments of a plan. Several threads may read at once, each with a [`Scratch`] of its own.
 pub(crate) struct Fetch {
     vault: Vault,
     plan: Plan,
-    readers: Vec<Mutex<Option<Arc<SegmentReader>>>>,
+    readers: Vec<Arc<Slot>>,
     /// The sums that only the merged index has, when somebody needed them: none if they cannot be read.
     merged_sums: OnceLock<Option<Vec<u64>>>,
 }
@@ -40,8 +106,10 @@ enum Way<'a> {
 }
 
 impl Fetch {
-    pub(crate) fn new(vault: Vault, plan: Plan) -> Self {
-        let readers = plan.segments.iter().map(|_| Mutex::default()).collect();
+    /// `early` may have found some of the segments.
+    pub(crate) fn new(vault: Vault, plan: Plan, early: Option<&Early>) -> Self {
+        let slot = |segment| early.map(|early| early.slot(segment)).unwrap_or_default();
+        let readers = plan.segments.iter().map(slot).collect();
         Self { vault, plan, readers, merged_sums: OnceLock::new() }
     }
 
@@ -183,10 +251,10 @@ impl Fetch {
         self.merged_sums.get_or_init(read).as_deref()
     }
 
-    fn slot(&self, segment: usize) -> Result<std::sync::MutexGuard<'_, Option<Arc<SegmentReader>>>> {
+    fn slot(&self, segment: usize) -> Result<MutexGuard<'_, Option<Arc<SegmentReader>>>> {
         let slot = self.readers.get(segment);
         let slot = slot.ok_or_else(|| Error::Store(format!("there is no segment {segment} in the plan")))?;
-        Ok(slot.lock().unwrap_or_else(PoisonError::into_inner))
+        Ok(locked(slot))
     }
 
     fn reader(&self, segment: usize) -> Result<Arc<SegmentReader>> {
@@ -212,4 +280,39 @@ fn bytes_of<'a>(part: &Part, pages: &'a [u8]) -> Result<&'a [u8]> {
         let run = part.run();
         Error::Store(format!("pages {}+{} leave their extent", run.first, run.count))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vault::sample;
+    use protocol::checkpoint::name;
+
+    #[test]
+    fn what_was_found_early_is_taken_and_what_was_not_is_found_or_told() {
+        let vault = sample::vault();
+        let (links, _) = sample::chain(&vault, 30);
+        let segments: Vec<_> = links.iter().flat_map(|link| link.manifest.segments.clone()).collect();
+        let lost = segments.last().unwrap().clone();
+        let plan = || {
+            let mut plan = Plan::default();
+            plan.segments.clone_from(&segments);
+            plan
+        };
+        let early = Early::new(vault.clone());
+        early.look_for(&segments);
+        let fetch = Fetch::new(vault.clone(), plan(), Some(&early));
+        fetch.open_all().unwrap();
+        let first = Arc::as_ptr(&fetch.reader(0).unwrap());
+        let again = Fetch::new(vault.clone(), plan(), Some(&early));
+        assert_eq!(Arc::as_ptr(&again.reader(0).unwrap()), first, "found twice");
+        // Few are not worth a thread.
+        let early = Early::new(vault.clone());
+        early.look_for(&segments[..2]);
+        assert!(early.slots.lock().unwrap().is_empty());
+        vault.store().delete(&name::segment(lost.checkpoint, lost.number)).unwrap();
+        early.look_for(&segments);
+        let told = Fetch::new(vault.clone(), plan(), Some(&early)).open_all().unwrap_err().to_string();
+        assert!(told.contains(&name::segment(lost.checkpoint, lost.number)), "{told}");
+    }
 }

@@ -11,18 +11,20 @@
 //! were. The last one is read first of all: it is the largest by far, and would keep one thread busy when the other has nothing left to do. What is wrong
 //! with an index is told when its turn comes, and not at all if newer links left nothing for it to say.
 
+use super::fetch::Early;
 use super::plan::{Merge, Plan, Sums};
 use crate::cancel::CancelFlag;
 use crate::error::{Error, Result};
 use crate::vault::{Committed, Vault};
 use protocol::checkpoint::index::Rows;
 use protocol::checkpoint::manifest::MergedIndex;
+use protocol::checkpoint::name;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 /// Merges the indexes of a chain, the newest first, until no page is left of which an older one could tell; `below` stands for all that the
-/// oldest of these links stands on. Answers how many that took, too.
+/// oldest of these links stands on. Answers how many that took, too. `early` is told of the segments that may be needed.
 ///
 /// # Errors
 /// `Store` naming checkpoint and object, `Interrupted`.
@@ -31,14 +33,19 @@ pub(super) fn merged(
     chain: &[Committed],
     below: Option<&MergedIndex>,
     sums: Sums,
+    early: Option<&Early>,
     cancel: &CancelFlag,
 ) -> Result<(Plan, u64)> {
     let Some(newest) = chain.first() else { return Err(Error::Store("a chain is empty".into())) };
+    if let Some(early) = early {
+        early.look_for(chain.iter().flat_map(|link| &link.manifest.segments));
+    }
     let merge = Merge::new(&newest.manifest.layout, sums);
     let work = Work {
         vault,
         chain,
         below,
+        early,
         cancel,
         next: AtomicUsize::new(0),
         state: Mutex::new(State { merge, turn: 0, merged: 0, ended: None }),
@@ -63,6 +70,7 @@ struct Work<'a> {
     vault: &'a Vault,
     chain: &'a [Committed],
     below: Option<&'a MergedIndex>,
+    early: Option<&'a Early>,
     cancel: &'a CancelFlag,
     /// The link that is read next.
     next: AtomicUsize,
@@ -114,8 +122,16 @@ impl Work<'_> {
         let mut buffer = Vec::new();
         if let Some(below) = self.below {
             let rows = self.vault.merged_rows(&oldest.manifest.layout, below, &mut buffer);
+            if let (Some(early), Ok(rows)) = (self.early, &rows) {
+                early.look_for(&rows.segments);
+            }
             self.links_in_turn()?;
-            let add = |merge: &mut Merge| rows.map(|rows| merge.add_merged(below, &rows));
+            let add = |merge: &mut Merge| {
+                rows.and_then(|rows| {
+                    let name = name::merged_index(below.id);
+                    merge.add_merged(below, &rows).map_err(|error| self.vault.wrong(&name).damaged(&error))
+                })
+            };
             return self.merge(self.chain.len(), add).map(drop);
         }
         let rows = self.rows(oldest, &mut buffer);

@@ -9,7 +9,7 @@ use protocol::checkpoint::object::{Digest, HEADER_BYTES, Kind};
 use protocol::layout::Layout;
 
 impl Vault {
-    /// The merged index that a manifest names, read into a buffer, all of it checked.
+    /// The merged index that a manifest names, read into a buffer, all of it checked but its runs, which are as they come.
     ///
     /// # Errors
     /// `Store` when there is none, or it is damaged.
@@ -23,7 +23,7 @@ impl Vault {
         self.load(Kind::Merged, &name, Some(&named.index), buffer)?;
         let (start, _) = self.check_object(Kind::Merged, &name, buffer, Some(&named.index))?;
         let body = buffer.get(start..).unwrap_or_default();
-        MergedRows::check(layout, body).map_err(|error| self.wrong(&name).damaged(&error))
+        MergedRows::open(layout, body).map_err(|error| self.wrong(&name).damaged(&error))
     }
 
     /// The sums of so many pages that a merged index names.

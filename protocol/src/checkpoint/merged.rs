@@ -94,10 +94,11 @@ impl Merged {
     /// Reads one of a layout that was validated. Allocates no more than in proportion to the bytes it was given.
     ///
     /// # Errors
-    /// As [`MergedRows::check`].
+    /// As [`MergedRows::open`] and [`MergedRows::each`].
     pub fn decode(layout: &Layout, bytes: &[u8]) -> Result<Self> {
-        let rows = MergedRows::check(layout, bytes)?;
-        let runs = rows.runs().collect();
+        let rows = MergedRows::open(layout, bytes)?;
+        let mut runs = Vec::new();
+        rows.each(|stored| runs.push(stored))?;
         let MergedRows { sums, segments, extents, .. } = rows;
         Ok(Self { sums, segments, extents, runs })
     }
@@ -108,7 +109,8 @@ impl Merged {
     }
 }
 
-/// A merged index as it is stored, every row of it checked: for whoever goes through it once, and needs no memory for that.
+/// A merged index as it is stored: for whoever goes through it once, and needs no memory for that. Its tables are checked, and its runs are as they
+/// come: to read all of them once only to check them was a fifth of what starting the workload of a long chain waited for.
 #[derive(Debug, Clone)]
 pub struct MergedRows<'a> {
     /// The object with a sum for every page that a run names.
@@ -121,11 +123,11 @@ pub struct MergedRows<'a> {
 }
 
 impl<'a> MergedRows<'a> {
-    /// Checks one of a layout that was validated. Allocates no more than in proportion to the bytes it was given.
+    /// Opens one of a layout that was validated. Allocates no more than in proportion to the bytes it was given.
     ///
     /// # Errors
-    /// `Truncated`, `TooLarge`, `OutsideLayout`, or `Value` for whatever cannot be.
-    pub fn check(layout: &Layout, bytes: &'a [u8]) -> Result<Self> {
+    /// `Truncated` or `Value` for whatever cannot be.
+    pub fn open(layout: &Layout, bytes: &'a [u8]) -> Result<Self> {
         let found = bytes.len() as u64;
         let truncated = |needed| ProtocolError::Truncated { what: WHAT, found, needed };
         let (head, rest) =
@@ -151,67 +153,34 @@ impl<'a> MergedRows<'a> {
             }
         });
         let extents = extent_list.collect::<Result<Vec<_>>>()?;
-        let walk = Walk::new(layout, runs);
-        let mut checked = walk.clone();
-        for extent in &extents {
-            let count = checked.count()?;
+        Ok(Self { sums, segments: segment_list, extents, walk: Walk::new(layout, runs) })
+    }
+
+    /// Gives every run, ascending by extent and page in it. No page is in two of them.
+    ///
+    /// # Errors
+    /// `Truncated`, `TooLarge`, `OutsideLayout`, or `Value` for whatever cannot be: then what was given before is worth nothing.
+    pub fn each(&self, mut take: impl FnMut(Stored)) -> Result<()> {
+        let mut walk = self.walk.clone();
+        for (number, extent) in (0..).zip(&self.extents) {
+            let count = walk.count()?;
             // Each has three numbers, and so as many bytes at least.
-            let rest = checked.rest.len() as u64;
-            if count > rest / 3 {
-                return Err(truncated(found.saturating_add(count.saturating_mul(3) - rest)));
+            let (found, needed) = (walk.rest.len() as u64, count.saturating_mul(3));
+            if needed > found {
+                return Err(ProtocolError::Truncated { what: "the runs of an extent", found, needed });
             }
-            let mut before = 0;
+            let mut page = 0;
             for _ in 0..count {
-                before = checked.run(extent, before)?.1;
+                let run;
+                (run, page) = walk.run(extent, page)?;
+                // It is less than the pages of an extent.
+                take(Stored { run, extent: number, page: page as u16 });
             }
         }
-        if !checked.rest.is_empty() {
-            let limit = found - checked.rest.len() as u64;
-            return Err(ProtocolError::TooLarge { what: WHAT, found, limit });
+        match walk.rest.len() as u64 {
+            0 => Ok(()),
+            found => Err(ProtocolError::TooLarge { what: "what follows the last run", found, limit: 0 }),
         }
-        Ok(Self { sums, segments: segment_list, extents, walk })
-    }
-
-    /// The runs, ascending by extent and page in it. No page is in two of them.
-    pub fn runs(&self) -> Runs<'_> {
-        Runs {
-            walk: self.walk.clone(),
-            extents: self.extents.iter(),
-            extent: None,
-            number: 0,
-            left: 0,
-            page: 0,
-        }
-    }
-}
-
-/// The runs of a merged index, as [`MergedRows::runs`] gives them.
-#[derive(Debug)]
-pub struct Runs<'a> {
-    walk: Walk<'a>,
-    extents: std::slice::Iter<'a, Extent>,
-    extent: Option<&'a Extent>,
-    /// One more than the position of that extent.
-    number: u32,
-    /// Runs of it that are still to come.
-    left: u64,
-    page: u64,
-}
-
-impl Iterator for Runs<'_> {
-    type Item = Stored;
-
-    /// All of it was checked, so it ends with the last extent and not before.
-    fn next(&mut self) -> Option<Stored> {
-        while self.left == 0 {
-            self.extent = Some(self.extents.next()?);
-            self.left = self.walk.count().ok()?;
-            (self.number, self.page) = (self.number + 1, 0);
-        }
-        self.left -= 1;
-        let (run, page) = self.walk.run(self.extent?, self.page).ok()?;
-        self.page = page;
-        Some(Stored { run, extent: self.number - 1, page: page as u16 })
     }
 }
 
