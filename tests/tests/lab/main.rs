@@ -17,6 +17,7 @@ mod moves;
 use e2e::Host;
 use e2e::host::{Bench, EMULATED_STEP_LIMIT, Place, introduce};
 use e2e::lab::Lab;
+use e2e::lab::access::Order;
 use e2e::lab::keeper::READY;
 use e2e::network::{self, Cable};
 use std::io::BufRead as _;
@@ -37,6 +38,9 @@ const NO_LAB: &str = "MIGRATE_TEST_NO_LAB";
 
 /// Says that this machine's own KVM is to be used instead of a laboratory's.
 const HOST_KVM: &str = "MIGRATE_TEST_HOST_KVM";
+
+/// How long a machine of a failed test may take to say what its kernel logged.
+const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// The laboratory of all tests of this process. Its keeper ends when this process does, because nothing else holds the other end
 /// of its standard input.
@@ -147,6 +151,29 @@ impl Pair {
         command.args(["link", "set", card, if up { "up" } else { "down" }]).stdin(Stdio::null());
         assert!(command.status().is_ok_and(|status| status.success()), "{command:?}");
     }
+}
+
+impl Drop for Pair {
+    /// Says of a failed test what its machines said: they are gone with this process, logs and all.
+    fn drop(&mut self) {
+        if !std::thread::panicking() || self.cable.is_some() {
+            return;
+        }
+        let lab = &laboratory().lab;
+        for host in lab.hosts.iter().take(2) {
+            let console = std::fs::read(lab.folder.join("logs").join(format!("{}.console", host.name)));
+            eprintln!("the console of {}:\n{}", host.name, end_of(&console.unwrap_or_default()));
+            let order = Order { limit: Some(LAST_WORDS), ..Order::new(&["dmesg"]) };
+            let mut log = Vec::new();
+            let asked = lab.run(host, &order, std::io::empty(), &mut log, &mut std::io::sink());
+            eprintln!("the kernel of {} ({asked:?}):\n{}", host.name, end_of(&log));
+        }
+    }
+}
+
+/// The end of what was said, as much as somebody reads.
+fn end_of(said: &[u8]) -> String {
+    String::from_utf8_lossy(&said[said.len().saturating_sub(4000)..]).into_owned()
 }
 
 fn wait_until(what: &str, mut come: impl FnMut() -> bool) {
