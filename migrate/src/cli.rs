@@ -53,6 +53,8 @@ enum Verb {
     /// Show what guests see of this host's processor, and find what several hosts have in common.
     #[command(subcommand)]
     Cpu(commands::cpu::Verb),
+    /// Say what works on this host, and what to do about what does not.
+    Doctor(commands::doctor::Args),
     /// Move a running VM to another host.
     Send(commands::send::Args),
     /// Take a VM that another host sends.
@@ -107,6 +109,7 @@ pub fn run() -> ExitCode {
     let result: Result<ExitCode> = match cli.verb {
         Verb::Vm(verb) => commands::vm::run(&cli.common, verb),
         Verb::Cpu(verb) => commands::cpu::run(&cli.common, &verb),
+        Verb::Doctor(args) => commands::doctor::run(&cli.common, &args),
         Verb::Send(args) => commands::send::run(&cli.common, &args),
         Verb::Receive(args) => commands::receive::run(&cli.common, &args),
         Verb::Restore(args) => commands::restore::run(&cli.common, &args),

@@ -4,6 +4,7 @@ mod limits;
 mod target;
 pub mod vm;
 pub mod cpu;
+pub mod doctor;
 pub mod send;
 pub mod receive;
 pub mod checkpoint;

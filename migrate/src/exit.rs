@@ -2,6 +2,9 @@
 
 use crate::error::Error;
 
+/// This host lacks or refuses something.
+pub const HOST: u8 = 3;
+
 /// The guest's ledger, or the guest itself, says that something is broken.
 pub const GUEST: u8 = 11;
 
@@ -12,7 +15,7 @@ pub const STORE: u8 = 12;
 pub fn code(error: &Error) -> u8 {
     match error.root() {
         Error::Usage(_) => 2,
-        Error::Host(_) => 3,
+        Error::Host(_) => HOST,
         Error::Workload(_) | Error::NotResumed { .. } | Error::During { .. } | Error::OfMember { .. } => 4,
         Error::Identity(_) => 5,
         Error::Refused { .. } => 6,

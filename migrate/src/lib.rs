@@ -52,6 +52,7 @@ pub mod metrics;
 pub mod paths;
 pub mod units;
 pub mod exit;
+pub mod doctor;
 pub mod progress;
 pub mod commands;
 pub mod cli;

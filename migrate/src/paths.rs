@@ -15,12 +15,7 @@ impl RuntimeDir {
     /// # Errors
     /// `Host` when it cannot be made, or when others than its owner could reach the sockets in it.
     pub fn open(named: Option<&Path>) -> Result<Self> {
-        let path = match (named, std::env::var_os("XDG_RUNTIME_DIR")) {
-            (Some(path), _) => path.to_path_buf(),
-            (None, Some(base)) if !base.is_empty() => Path::new(&base).join("migrate"),
-            _ if rustix::process::geteuid().is_root() => PathBuf::from("/run/migrate"),
-            _ => PathBuf::from(format!("/tmp/migrate-{}", rustix::process::geteuid().as_raw())),
-        };
+        let path = Self::place(named);
         let cannot = |error: std::io::Error| {
             Error::Host(format!(
                 "the runtime directory {} cannot be used: {error}; name another with --runtime-dir",
@@ -36,6 +31,16 @@ impl RuntimeDir {
             )));
         }
         Ok(Self(path))
+    }
+
+    /// Where [`RuntimeDir::open`] has it; nothing is made.
+    pub fn place(named: Option<&Path>) -> PathBuf {
+        match (named, std::env::var_os("XDG_RUNTIME_DIR")) {
+            (Some(path), _) => path.to_path_buf(),
+            (None, Some(base)) if !base.is_empty() => Path::new(&base).join("migrate"),
+            _ if rustix::process::geteuid().is_root() => PathBuf::from("/run/migrate"),
+            _ => PathBuf::from(format!("/tmp/migrate-{}", rustix::process::geteuid().as_raw())),
+        }
     }
 
     /// The control socket of the VM with this name.

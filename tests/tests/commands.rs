@@ -6,7 +6,7 @@
     reason = "helpers of tests: what goes wrong in them fails the test"
 )]
 
-use e2e::Host;
+use e2e::{Host, Running, without_kvm};
 use std::path::Path;
 use std::process::Command;
 
@@ -126,4 +126,42 @@ fn a_host_with_no_vms_lists_none() {
     let host = Host::new(Path::new(PROGRAM));
     assert!(host.vms().is_empty());
     assert!(host.run(&["recover"]).success().lines.is_empty());
+}
+
+#[test]
+fn the_doctor_says_what_works_here_and_what_to_do_about_what_does_not() {
+    let host = Host::new(Path::new(PROGRAM));
+    let mut command = host.command(&["doctor"]);
+    command.env("PATH", "");
+    let finished = Running::start(command).finish();
+    let [report] = &finished.lines[..] else { panic!("one object: {finished:#?}") };
+    assert_eq!(report["event"], "doctor");
+    let checks = report["checks"].as_array().expect("checks");
+    let check = |name: &str| {
+        checks.iter().find(|check| check["name"] == name).unwrap_or_else(|| panic!("{name}: {report:#}"))
+    };
+
+    // Tests that run VMs need it anyway.
+    if !without_kvm("what the doctor says of KVM") {
+        assert_eq!(check("kvm")["verdict"], "ok", "{report:#}");
+        assert_eq!(check("kvm")["figures"]["api_version"], 12, "{report:#}");
+    }
+    let criu = check("criu");
+    assert_eq!((&criu["verdict"], &criu["required"]), (&"missing".into(), &false.into()), "{report:#}");
+    assert!(criu["advice"].as_str().is_some_and(|advice| advice.contains("install criu")), "{report:#}");
+    assert_eq!(check("runtime-directory")["verdict"], "ok", "{report:#}");
+    assert!(!host.runtime_dir().exists(), "looking makes nothing");
+    for check in checks {
+        assert_eq!(check["advice"].is_null(), check["verdict"] == "ok", "{check:#}");
+    }
+
+    let unsuitable = checks.iter().any(|check| check["required"] == true && check["verdict"] == "missing");
+    let code = if unsuitable { 3 } else { 0 };
+    assert_eq!((finished.code, &report["exit_code"]), (code, &code.into()), "{report:#}");
+    assert_eq!(report["suitable"], !unsuitable, "{report:#}");
+
+    // A file where the directory should be.
+    std::fs::write(host.runtime_dir(), "").expect("a file");
+    let finished = host.run(&["doctor"]);
+    assert_eq!((finished.code, &finished.lines[0]["suitable"]), (3, &false.into()), "{finished:#?}");
 }

@@ -126,6 +126,29 @@ fn next_data(file: &std::fs::File, offset: u64) -> rustix::io::Result<u64> {
     }
 }
 
+/// Memory that [`try_out`] takes, in bytes: of any address, at least three huge pages of 2 MiB fit.
+const TRIED_BYTES: u64 = 8 << 20;
+
+/// Pages of one huge page.
+const HUGE_PAGES: u64 = 512;
+
+/// Takes single pages out of memory that is as a guest's, also huge.
+///
+/// # Errors
+/// As [`Awaited::begin`].
+pub(crate) fn try_out() -> Result<()> {
+    let memory = GuestMemory::create(TRIED_BYTES)?;
+    // Through the mapping, as guests write: only then the kernel takes the advice to give huge pages.
+    let written = vec![1; PAGE_SIZE];
+    let pages = TRIED_BYTES / PAGE_SIZE as u64;
+    for page in 0..pages {
+        memory.write(page * PAGE_SIZE as u64, &written)?;
+    }
+    let mut missing = PageSet::empty(pages);
+    (0..pages).step_by(HUGE_PAGES as usize).for_each(|first| missing.insert(first + 5, 1));
+    Awaited::begin(&memory, vec![missing])?.end(&memory)
+}
+
 /// Takes the pages that are no holes out of a set.
 fn remove_data(file: &std::fs::File, set: &mut PageSet) -> rustix::io::Result<()> {
     let bytes = PAGE_SIZE as u64;
@@ -208,6 +231,11 @@ mod tests {
         thread.join().unwrap();
         assert_eq!(awaited.look(&memory).unwrap(), 301);
         assert!(!awaited.missing()[0].contains(4) && awaited.missing()[0].contains(3));
+    }
+
+    #[test]
+    fn it_can_be_tried_out_here() {
+        try_out().unwrap();
     }
 
     #[test]

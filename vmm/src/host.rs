@@ -3,13 +3,16 @@
 use std::{ffi::CString, os::unix::ffi::OsStrExt, path::Path};
 
 use kvm_bindings::{
-    CpuId, KVM_API_VERSION, KVM_CAP_NESTED_STATE, KVM_CAP_XSAVE2, KVM_CLOCK_REALTIME, KVM_MAX_CPUID_ENTRIES,
+    CpuId, KVM_API_VERSION, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_NESTED_STATE, KVM_CAP_XSAVE2,
+    KVM_CLOCK_REALTIME, KVM_MAX_CPUID_ENTRIES,
 };
 use kvm_ioctls::{Cap, Kvm};
 
 use crate::{
     cpuid::{self, Leaf},
+    dirty::LogMode,
     error::{Error, Result},
+    faults,
     sys::XSAVE_BASE_WORDS,
 };
 
@@ -37,6 +40,25 @@ pub struct Host {
     pub(crate) nested_bytes: usize,
 }
 
+/// What this host's KVM offers to VMs, beyond what all of them need.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Offers {
+    /// The version of KVM's interface.
+    pub api_version: u32,
+    /// The most vCPUs of one VM.
+    pub max_vcpus: u32,
+    /// How the log of dirty pages is kept.
+    pub dirty_log: LogMode,
+    /// Whether a guest's TSC can run at another rate than the host's.
+    pub tsc_scaling: bool,
+    /// Whether the in-kernel APIC has the TSC deadline timer.
+    pub tsc_deadline: bool,
+    /// Whether KVM says of which moment a guest's clock is.
+    pub clock_realtime: bool,
+    /// Whether guests can have guests of their own.
+    pub nesting: bool,
+}
+
 impl std::fmt::Debug for Host {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Host").field("max_vcpus", &self.max_vcpus).finish_non_exhaustive()
@@ -56,6 +78,25 @@ impl Host {
     pub fn offers_nesting(&self) -> bool {
         let leaves: Vec<Leaf> = self.cpuid.as_slice().iter().map(Leaf::from).collect();
         self.nested_bytes > 0 && cpuid::has_nesting(&leaves)
+    }
+
+    /// What it offers. A VM is made to ask, and goes at once: where something else holds the processor's virtualisation,
+    /// KVM answers questions and makes no VM.
+    ///
+    /// # Errors
+    /// [`Error::Host`] when it makes none.
+    pub fn offers(&self) -> Result<Offers> {
+        let vm = self.kvm.create_vm().map_err(Error::kvm("make a VM"))?;
+        let log = vm.check_extension_raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into());
+        Ok(Offers {
+            api_version: u32::try_from(self.kvm.get_api_version()).unwrap_or(0),
+            max_vcpus: self.max_vcpus,
+            dirty_log: LogMode::best_of(u32::try_from(log).unwrap_or(0)),
+            tsc_scaling: self.tsc_scaling,
+            tsc_deadline: self.tsc_deadline,
+            clock_realtime: self.clock_realtime,
+            nesting: self.offers_nesting(),
+        })
     }
 
     /// The same for a device node elsewhere.
@@ -114,6 +155,15 @@ impl Host {
     }
 }
 
+/// Tries what a post-copy needs, on a few MiB of memory as guests have it: that whoever touches a missing page can be made to
+/// wait, and that single pages can be taken away, also of huge ones.
+///
+/// # Errors
+/// [`Error::NoPageFaults`] that says what to do, or [`Error::Host`].
+pub fn try_page_faults() -> Result<()> {
+    faults::try_out()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -130,5 +180,12 @@ mod tests {
     fn a_file_that_is_not_kvm_is_refused() {
         let error = Host::open_at(Path::new("/dev/null")).unwrap_err();
         assert!(matches!(error, Error::KvmLacks(_) | Error::Host { .. }), "{error}");
+    }
+    #[test]
+    fn what_kvm_offers_is_told_where_there_is_kvm() {
+        let Some(host) = crate::vm_tests::host() else { return };
+        let offers = host.offers().unwrap();
+        assert_eq!(offers.api_version, KVM_API_VERSION);
+        assert!(offers.max_vcpus > 0, "{offers:?}");
     }
 }

@@ -272,9 +272,7 @@ fn attempt_failed(json: bool, address: &str, migration: Option<MigrationId>, err
 pub(super) fn available_memory_bytes() -> Result<u64> {
     let text = std::fs::read_to_string("/proc/meminfo")
         .map_err(|error| Error::Host(format!("/proc/meminfo cannot be read: {error}; say --max-memory")))?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    let kib = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
-    kib.map(|kib| kib.saturating_mul(1024)).ok_or_else(|| {
+    crate::doctor::meminfo_bytes(&text, "MemAvailable").ok_or_else(|| {
         Error::Host("/proc/meminfo does not tell the available memory; say --max-memory".into())
     })
 }

@@ -27,6 +27,9 @@ pub use cut::Cut;
 pub use dial::dial;
 pub use listen::Listener;
 pub use settings::Settings;
+#[cfg(test)]
+pub(crate) use socket::Buffers;
+pub(crate) use socket::{SocketOffers, try_socket};
 
 use crate::error::{Error, Result};
 use crate::identity::Fingerprint;

@@ -59,6 +59,13 @@ impl KvmLog {
     }
 }
 
+impl LogMode {
+    /// The best mode with what KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 answers.
+    pub(crate) fn best_of(offered: u32) -> Self {
+        choose(offered, Self::ManualInitiallySet)
+    }
+}
+
 fn choose(offered: u32, best: LogMode) -> LogMode {
     let initially_set = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
     match best {

@@ -39,7 +39,7 @@ impl Socket {
         settings: &Settings,
     ) -> Result<Arc<Self>> {
         let socket = std::net::UdpSocket::bind(local).map_err(|error| cannot_bind(local, &error))?;
-        grow_buffers(&socket, settings.socket_buffer_bytes);
+        grow_buffers(&socket, settings.socket_buffer_bytes).warn();
         let failed = |error: io::Error| Error::Host(format!("cannot set up the UDP socket {local}: {error}"));
         if let Some(peer) = peer {
             socket.connect(peer).map_err(|error| {
@@ -232,30 +232,87 @@ fn cannot_bind(local: SocketAddr, error: &io::Error) -> Error {
 /// 416 KiB (the usual limit of 208 KiB, doubled) every tenth packet was lost, if at no great cost (loopback, November 2026).
 const ENOUGH_BYTES: usize = 4 << 20;
 
+/// The buffers of a UDP socket, as far as the kernel gave them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Buffers {
+    /// What was asked for, each way, in bytes.
+    pub(crate) asked_bytes: usize,
+    /// What they are, as the kernel reports them: twice what was asked for, as it counts its own overhead (socket(7)).
+    pub(crate) receive_bytes: usize,
+    pub(crate) send_bytes: usize,
+    /// The settings of the kernel that were in the way.
+    pub(crate) held_by: Vec<&'static str>,
+}
+
+impl Buffers {
+    /// Whether fast transfers will lose packets.
+    pub(crate) fn are_small(&self) -> bool {
+        let got = self.receive_bytes.min(self.send_bytes);
+        !self.held_by.is_empty() && got < self.asked_bytes.min(ENOUGH_BYTES)
+    }
+
+    /// What root can do about it.
+    pub(crate) fn remedy(&self) -> String {
+        let settings: Vec<String> =
+            self.held_by.iter().map(|name| format!("{name}={}", self.asked_bytes)).collect();
+        format!("run `sysctl -w {}`, or run as root", settings.join(" "))
+    }
+
+    fn warn(&self) {
+        if self.are_small() {
+            tracing::warn!(
+                "the UDP socket's buffers are small ({} bytes) and fast transfers will lose packets: {}",
+                self.receive_bytes.min(self.send_bytes),
+                self.remedy()
+            );
+        }
+    }
+}
+
 /// Asks for large buffers with root's right to exceed the host's limit, else up to the limit.
-fn grow_buffers(socket: &std::net::UdpSocket, bytes: usize) {
+fn grow_buffers(socket: &std::net::UdpSocket, bytes: usize) -> Buffers {
     use rustix::net::sockopt;
-    let mut short = Vec::new();
+    let mut held_by = Vec::new();
     if sockopt::set_socket_recv_buffer_size_force(socket, bytes).is_err() {
         let _ = sockopt::set_socket_recv_buffer_size(socket, bytes);
-        short.push("net.core.rmem_max");
+        held_by.push("net.core.rmem_max");
     }
     if sockopt::set_socket_send_buffer_size_force(socket, bytes).is_err() {
         let _ = sockopt::set_socket_send_buffer_size(socket, bytes);
-        short.push("net.core.wmem_max");
+        held_by.push("net.core.wmem_max");
     }
-    // The kernel reports twice what was asked for, as it counts its own overhead (socket(7)).
-    let got = sockopt::socket_recv_buffer_size(socket)
-        .unwrap_or(0)
-        .min(sockopt::socket_send_buffer_size(socket).unwrap_or(0));
-    if !short.is_empty() && got < bytes.min(ENOUGH_BYTES) {
-        let settings: Vec<String> = short.iter().map(|name| format!("{name}={bytes}")).collect();
-        tracing::warn!(
-            "the UDP socket's buffers are small ({got} bytes) and fast transfers will lose packets: run `sysctl -w {}`, \
-             or run as root",
-            settings.join(" ")
-        );
+    Buffers {
+        asked_bytes: bytes,
+        receive_bytes: sockopt::socket_recv_buffer_size(socket).unwrap_or(0),
+        send_bytes: sockopt::socket_send_buffer_size(socket).unwrap_or(0),
+        held_by,
     }
+}
+
+/// What a socket of a link gets on this host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct SocketOffers {
+    pub(crate) buffers: Buffers,
+    /// Segments of one size that the kernel takes in one call, and that it hands over in one: 1 is none at all.
+    pub(crate) send_segments: usize,
+    pub(crate) receive_segments: usize,
+}
+
+/// Makes a socket on the loopback interface as a link makes one, and lets go of it.
+///
+/// # Errors
+/// `Host`.
+pub(crate) fn try_socket(settings: &Settings) -> Result<SocketOffers> {
+    let local = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let failed = |error: io::Error| Error::Host(format!("a UDP socket cannot be made: {error}"));
+    let socket = std::net::UdpSocket::bind(local).map_err(failed)?;
+    let buffers = grow_buffers(&socket, settings.socket_buffer_bytes);
+    let state = UdpSocketState::new((&socket).into()).map_err(failed)?;
+    Ok(SocketOffers {
+        buffers,
+        send_segments: state.max_gso_segments(),
+        receive_segments: state.gro_segments(),
+    })
 }
 
 const _: () = assert!(MAX_UDP_PAYLOAD_BYTES as usize <= 64 * 1024);
