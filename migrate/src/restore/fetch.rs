@@ -312,7 +312,8 @@ mod tests {
         assert!(early.slots.lock().unwrap().is_empty());
         vault.store().delete(&name::segment(lost.checkpoint, lost.number)).unwrap();
         early.look_for(&segments);
-        let told = Fetch::new(vault.clone(), plan(), Some(&early)).open_all().unwrap_err().to_string();
-        assert!(told.contains(&name::segment(lost.checkpoint, lost.number)), "{told}");
+        let lost = name::segment(lost.checkpoint, lost.number);
+        let told = Fetch::new(vault, plan(), Some(&early)).open_all().unwrap_err().to_string();
+        assert!(told.contains(&lost), "{told}");
     }
 }
