@@ -20,7 +20,6 @@ mod places;
 mod containers;
 
 pub use check::{Check, Diagnosis, Verdict};
-pub(crate) use files::meminfo_bytes;
 
 use crate::paths::RuntimeDir;
 use files::Root;
@@ -102,10 +101,11 @@ mod tests {
             "sys/module/kvm_amd/parameters/nested",
             "sys/devices/system/clocksource/clocksource0/current_clocksource",
         ] {
-            let path = root.path().join(path);
-            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-            std::fs::write(path, b"\x1b[2J\xff\xfe [[ 0::/../../..\nMemAvailable: -1 kB\nmemory:\n\0\0")
-                .unwrap();
+            files::write(
+                root.path(),
+                path,
+                b"\x1b[2J\xff\xfe [[ 0::/../../..\nMemAvailable: -1 kB\nmemory:\n\0\0",
+            );
         }
         is_consistent(&examine_at(root.path()));
     }

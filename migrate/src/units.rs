@@ -77,6 +77,12 @@ pub fn show_rate(bytes_per_s: u64) -> String {
     format!("{}/s", bytesize::ByteSize(bytes_per_s).display().si())
 }
 
+/// The value of `NAME: VALUE kB` in /proc/meminfo, in bytes (proc(5)).
+pub fn meminfo_bytes(text: &str, name: &str) -> Option<u64> {
+    let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    value.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -137,5 +143,17 @@ mod tests {
         assert_eq!(show_us(850), "850 us");
         assert_eq!(show_us(12_345), "12.3 ms");
         assert_eq!(show_us(4_560_000), "4.56 s");
+    }
+
+    #[test]
+    fn what_the_kernel_says_of_memory_is_understood_and_nothing_else_is() {
+        let text = "MemTotal:       24 kB\nMemAvailable:   7 kB\nHugePages_Total:       3\n";
+        assert_eq!(meminfo_bytes(text, "MemAvailable"), Some(7 << 10));
+        for name in ["HugePages_Total", "Mem", "Swap"] {
+            assert_eq!(meminfo_bytes(text, name), None, "{name}");
+        }
+        for value in ["-1 kB", "18446744073709551615 kB", "x kB", "7 MB", ""] {
+            assert_eq!(meminfo_bytes(&format!("A: {value}"), "A"), None, "{value:?}");
+        }
     }
 }

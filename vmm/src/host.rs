@@ -181,6 +181,7 @@ mod tests {
         let error = Host::open_at(Path::new("/dev/null")).unwrap_err();
         assert!(matches!(error, Error::KvmLacks(_) | Error::Host { .. }), "{error}");
     }
+
     #[test]
     fn what_kvm_offers_is_told_where_there_is_kvm() {
         let Some(host) = crate::vm_tests::host() else { return };

@@ -272,7 +272,7 @@ fn attempt_failed(json: bool, address: &str, migration: Option<MigrationId>, err
 pub(super) fn available_memory_bytes() -> Result<u64> {
     let text = std::fs::read_to_string("/proc/meminfo")
         .map_err(|error| Error::Host(format!("/proc/meminfo cannot be read: {error}; say --max-memory")))?;
-    crate::doctor::meminfo_bytes(&text, "MemAvailable").ok_or_else(|| {
+    units::meminfo_bytes(&text, "MemAvailable").ok_or_else(|| {
         Error::Host("/proc/meminfo does not tell the available memory; say --max-memory".into())
     })
 }

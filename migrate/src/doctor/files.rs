@@ -77,16 +77,18 @@ pub(super) fn shown(words: &str) -> String {
     line
 }
 
-/// The value of `NAME: VALUE kB` in /proc/meminfo, in bytes (proc(5)).
-pub(crate) fn meminfo_bytes(text: &str, name: &str) -> Option<u64> {
-    let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
-    value.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
-}
-
 /// The word in brackets of a file that lists its choices: `always [madvise] never`.
 pub(super) fn chosen(choices: &str) -> Option<&str> {
     let (word, _) = choices.split_once('[')?.1.split_once(']')?;
     Some(word).filter(|word| word.chars().all(|one| one.is_ascii_lowercase() || one == '_'))
+}
+
+/// Writes a file below a root that stands for a host's.
+#[cfg(test)]
+pub(super) fn write(root: &Path, path: &str, text: impl AsRef<[u8]>) {
+    let path = root.join(path);
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    std::fs::write(path, text).unwrap();
 }
 
 #[cfg(test)]
@@ -130,14 +132,6 @@ mod tests {
 
     #[test]
     fn the_kernels_words_are_understood_and_others_are_not() {
-        let text = "MemTotal:       24 kB\nMemAvailable:   7 kB\nHugePages_Total:       3\n";
-        assert_eq!(meminfo_bytes(text, "MemAvailable"), Some(7 << 10));
-        for name in ["HugePages_Total", "Mem", "Swap"] {
-            assert_eq!(meminfo_bytes(text, name), None, "{name}");
-        }
-        for value in ["-1 kB", "18446744073709551615 kB", "x kB", "7 MB", ""] {
-            assert_eq!(meminfo_bytes(&format!("A: {value}"), "A"), None, "{value:?}");
-        }
         assert_eq!(chosen("always within_size [never]"), Some("never"));
         for text in ["", "never", "[", "]never[", "[\x1b]", "[Never]"] {
             assert_eq!(chosen(text), None, "{text:?}");

@@ -196,6 +196,7 @@ fn nesting(facts: &Facts, offers: &Offers) -> Check {
 #[cfg(test)]
 mod tests {
     use super::super::check::Verdict;
+    use super::super::files;
     use super::*;
 
     fn offers() -> Offers {
@@ -289,11 +290,7 @@ mod tests {
     #[test]
     fn the_files_of_another_host_are_read() {
         let parent = tempfile::tempdir().unwrap();
-        let write = |path: &str, text: &str| {
-            let path = parent.path().join(path);
-            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-            std::fs::write(path, text).unwrap();
-        };
+        let write = |path: &str, text: &str| files::write(parent.path(), path, text);
         write("proc/cpuinfo", "flags : vmx\n");
         write("sys/module/kvm_intel/parameters/nested", "Y\n");
         write("sys/class/misc/tun/dev", "10:200\n");

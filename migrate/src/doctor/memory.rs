@@ -7,8 +7,8 @@ pub(super) use cgroup::Hierarchy;
 pub(super) use tracking::try_soft_dirty;
 
 use super::check::Check;
-use super::files::{Root, chosen, meminfo_bytes, shown};
-use crate::units::show_bytes;
+use super::files::{Root, chosen, shown};
+use crate::units::{meminfo_bytes, show_bytes};
 use cgroup::Limit;
 
 const GROUP: &str = "memory";
@@ -193,6 +193,7 @@ fn write_tracking(facts: &Facts) -> Check {
 #[cfg(test)]
 mod tests {
     use super::super::check::Verdict;
+    use super::super::files;
     use super::*;
 
     const GIB: u64 = 1 << 30;
@@ -280,11 +281,7 @@ mod tests {
     #[test]
     fn the_files_of_another_host_are_read() {
         let parent = tempfile::tempdir().unwrap();
-        let write = |path: &str, text: &str| {
-            let path = parent.path().join(path);
-            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-            std::fs::write(path, text).unwrap();
-        };
+        let write = |path: &str, text: &str| files::write(parent.path(), path, text);
         write("proc/meminfo", "MemTotal: 2048 kB\nMemAvailable: 1024 kB\n");
         write(
             "sys/kernel/mm/transparent_hugepage/shmem_enabled",

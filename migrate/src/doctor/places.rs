@@ -3,6 +3,7 @@
 use super::check::Check;
 use super::files::shown;
 use crate::units::show_bytes;
+use protocol::control::MAX_NAME_BYTES;
 use rustix::fs::Access;
 use rustix::process::{Resource, getrlimit};
 use std::os::unix::ffi::OsStrExt as _;
@@ -14,9 +15,6 @@ const GROUP: &str = "host";
 /// The longest path of a unix socket, in bytes (unix(7)), and what stands around a VM's name in that of its control socket: a slash and `.sock`.
 const SOCKET_PATH_BYTES: usize = 107;
 const AROUND_NAME_BYTES: usize = 6;
-
-/// The longest name of a VM, in bytes.
-const NAME_BYTES: usize = 64;
 
 /// Free bytes under which sockets and logs will soon not fit.
 const FREE_BYTES: u64 = 1 << 20;
@@ -144,7 +142,7 @@ fn runtime_directory(facts: &Facts) -> Check {
         }
         Directory::FileThere | Directory::Closed { .. } => check.missing("name another with --runtime-dir"),
         _ if room == 0 => check.missing("the path is too long for sockets: name a shorter one with --runtime-dir"),
-        _ if room < NAME_BYTES => check.limited(format!(
+        _ if room < MAX_NAME_BYTES => check.limited(format!(
             "names of VMs may have {room} bytes here, because paths of sockets are short: name a shorter one with --runtime-dir"
         )),
         _ if free.is_some_and(|free| free < FREE_BYTES) => {
