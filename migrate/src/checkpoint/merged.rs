@@ -10,6 +10,7 @@ use crate::restore::planned;
 use crate::store::Lease;
 use crate::vault::{Committed, Vault};
 use protocol::checkpoint::index::Extent;
+use protocol::checkpoint::manifest::Part;
 use protocol::checkpoint::merged::{Merged, Stored};
 use protocol::checkpoint::name::CheckpointId;
 
@@ -50,19 +51,24 @@ fn write_if_due(vault: &Vault, id: CheckpointId, cancel: &CancelFlag) -> Result<
 /// `Store`, `Interrupted`.
 pub(crate) fn write(vault: &Vault, newest: &Committed, cancel: &CancelFlag) -> Result<u64> {
     let id = newest.manifest.id;
-    let (mut plan, _) = planned(vault, newest, Sums::All, None, cancel)?;
+    let (plan, _) = planned(vault, newest, Sums::All, None, cancel)?;
     let sums = sums(vault, &plan)?;
+    let sums = vault.put_merged_sums(id, &sums)?;
+    let merged = merged_of(plan, sums);
+    let index = vault.put_merged(id, &newest.manifest.layout, &merged)?;
+    Ok(sums.bytes + index.bytes)
+}
+
+/// What a plan says, with the object of its sums.
+fn merged_of(plan: Plan, sums: Part) -> Merged {
     let runs = (0..).zip(&plan.needs).flat_map(|(extent, need)| {
         plan.parts(need).iter().map(move |part| Stored { run: part.run(), extent, page: part.page })
     });
     let runs = runs.collect();
-    let sums = vault.put_merged_sums(id, &sums)?;
     // An extent's segment is a position in the list of its link; that of a need, in the plan's.
     let extents = plan.needs.iter().map(|need| Extent { segment: need.segment, ..need.extent });
     let extents = extents.collect();
-    let merged = Merged { sums, segments: std::mem::take(&mut plan.segments), extents, runs };
-    let index = vault.put_merged(id, &newest.manifest.layout, &merged)?;
-    Ok(sums.bytes + index.bytes)
+    Merged { sums, segments: plan.segments, extents, runs }
 }
 
 /// The sums of all pages of a plan, in the order of its needs and their parts.
@@ -162,14 +168,8 @@ mod tests {
         vault.store().delete(&name::merged_index(id)).unwrap();
         assert!(memory(&vault, plan(&vault, newest).0) == images[4]);
         // Only the last of its runs cannot be: it is found when all others were taken.
-        let (mut all, _) = planned(&vault, of, Sums::All, None, &CancelFlag::default()).unwrap();
-        let extents = all.needs.iter().map(|need| Extent { segment: need.segment, ..need.extent }).collect();
-        let runs = (0..).zip(&all.needs).flat_map(|(extent, need)| {
-            all.parts(need).iter().map(move |part| Stored { run: part.run(), extent, page: part.page })
-        });
-        let mut runs: Vec<_> = runs.collect();
-        runs.last_mut().unwrap().run.first = 1 << 40;
-        let wrong = Merged { sums, segments: std::mem::take(&mut all.segments), extents, runs };
+        let mut wrong = merged_of(plan(&vault, of).0, sums);
+        wrong.runs.last_mut().unwrap().run.first = 1 << 40;
         let index = vault.put_merged(id, &newest.manifest.layout, &wrong).unwrap();
         let mut newest = newest.clone();
         newest.manifest.merged.as_mut().unwrap().index = index;
