@@ -14,6 +14,9 @@ use std::thread;
 /// Threads that look for segments, at most, besides the one that asks for it.
 const OPENING: usize = 8;
 
+/// Segments that are looked for before it is known whether they are needed, at most: each is an open file, and the VMM needs some, too.
+const MOST_EARLY: usize = 256;
+
 /// Where pages go: a run, and its bytes.
 pub(crate) type Sink<'a> = dyn FnMut(PageRun, &[u8]) -> Result<()> + 'a;
 
@@ -24,8 +27,8 @@ fn locked(slot: &Slot) -> MutexGuard<'_, Option<Arc<SegmentReader>>> {
     slot.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Looks for the segments that a chain speaks of while it is not known yet which of them are needed: to find a hundred files that nobody
-/// opened lately took as long as to merge the indexes of their chain. What it does not find, or not in time, is found later or is told then. Dropped,
+/// Looks for the segments that a chain speaks of while it is not known yet which of them are needed: where nobody opened a hundred files
+/// lately, a start waited 12 ms for finding them (docs/performance.md, "Restoring"). What it does not find, or not in time, is found later or is told then. Dropped,
 /// it begins with no other.
 pub(crate) struct Early {
     vault: Vault,
@@ -40,7 +43,7 @@ impl Early {
 
     /// Begins with some segments, unless they are few.
     pub(crate) fn look_for<'a>(&self, segments: impl IntoIterator<Item = &'a Segment>) {
-        let segments: Vec<_> = segments.into_iter().cloned().collect();
+        let segments: Vec<_> = segments.into_iter().take(MOST_EARLY).cloned().collect();
         let threads = OPENING.min(segments.len() / OPENING);
         if threads == 0 {
             return;
