@@ -106,6 +106,7 @@ pub fn run() -> ExitCode {
     let cli = Cli::parse();
     let daemon = matches!(&cli.verb, Verb::Receive(args) if args.is_daemon());
     commands::init_logging(&cli.common, daemon);
+    allow_open_files();
     let result: Result<ExitCode> = match cli.verb {
         Verb::Vm(verb) => commands::vm::run(&cli.common, verb),
         Verb::Cpu(verb) => commands::cpu::run(&cli.common, &verb),
@@ -129,6 +130,22 @@ pub fn run() -> ExitCode {
         Verb::BenchPipe(args) => commands::bench_pipe::run(&cli.common, &args),
     };
     result.unwrap_or_else(|error| commands::fail(&cli.common, &error))
+}
+
+/// Files that a process of ours may have open if its user may: a chain has a thousand links and more, each with a segment that stays open while it is
+/// restored, and the soft limit is mostly 1024.
+const OPEN_FILES: u64 = 1 << 16;
+
+/// Raises the soft limit on open files as far as the hard one allows.
+fn allow_open_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let most = limit.maximum.map_or(OPEN_FILES, |maximum| maximum.min(OPEN_FILES));
+    if limit.current.is_some_and(|current| current < most)
+        && let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: Some(most), ..limit })
+    {
+        tracing::debug!(%error, "the limit on open files stays as it is");
+    }
 }
 
 #[cfg(test)]

@@ -131,8 +131,12 @@ fn a_host_with_no_vms_lists_none() {
 #[test]
 fn the_doctor_says_what_works_here_and_what_to_do_about_what_does_not() {
     let host = Host::new(Path::new(PROGRAM));
-    let mut command = host.command(&["doctor"]);
-    command.env("PATH", "");
+    let doctor = host.command(&["doctor"]);
+    let mut command = Command::new("/bin/sh");
+    // With a soft limit that a long chain's segments would soon reach.
+    command.args(["-c", "ulimit -Sn 40; PATH= exec \"$0\" \"$@\""]);
+    command.arg(doctor.get_program()).args(doctor.get_args());
+    command.envs(doctor.get_envs().filter_map(|(name, value)| Some((name, value?))));
     let finished = Running::start(command).finish();
     let [report] = &finished.lines[..] else { panic!("one object: {finished:#?}") };
     assert_eq!(report["event"], "doctor");
@@ -149,6 +153,8 @@ fn the_doctor_says_what_works_here_and_what_to_do_about_what_does_not() {
     let criu = check("criu");
     assert_eq!((&criu["verdict"], &criu["required"]), (&"missing".into(), &false.into()), "{report:#}");
     assert!(criu["advice"].as_str().is_some_and(|advice| advice.contains("install criu")), "{report:#}");
+    let hard = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum.unwrap_or(u64::MAX);
+    assert_eq!(check("open-files")["figures"]["limit"], hard.min(1 << 16), "{report:#}");
     assert_eq!(check("runtime-directory")["verdict"], "ok", "{report:#}");
     assert!(!host.runtime_dir().exists(), "looking makes nothing");
     for check in checks {
