@@ -301,9 +301,10 @@ impl Run<'_> {
             running_us,
             missing_pages,
         });
-        let (threads, cancel) = (self.options.threads, self.cancel);
-        let served = clock
-            .time(Step::Stream, |observer| Serving::new(workload, pages()?)?.run(threads, cancel, observer));
+        let (threads, begun, cancel) = (self.options.threads, clock.begun(), self.cancel);
+        let served = clock.time(Step::Stream, |observer| {
+            Serving::new(workload, pages()?)?.run(threads, begun, cancel, observer)
+        });
         let (recorder, lazily) = served?;
         // A store that cannot be written to is as good to read from.
         if let Err(error) = self.vault.put_touched(self.newest.manifest.id, recorder.runs()) {

@@ -106,6 +106,7 @@ mod tests {
             sample::layout().spaces.iter().map(|space| vec![0; space.pages as usize * PAGE_SIZE]).collect();
         let fetch = Fetch::new(vault.clone(), plan, None);
         fetch.open_all().unwrap();
+        fetch.bring_sums();
         for need in 0..fetch.plan().needs.len() {
             fetch
                 .one(need, &mut Scratch::default(), &mut |run, bytes| {

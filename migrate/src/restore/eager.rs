@@ -43,6 +43,7 @@ pub(super) fn read_of(
     observer: &mut dyn FnMut(&Event),
 ) -> Result<()> {
     let plan = fetch.plan();
+    fetch.bring_sums();
     let mut groups = plan.groups(GAP_BYTES, GROUP_BYTES);
     groups.retain(|group| {
         let needs = plan.needs.get(group.clone()).unwrap_or_default();

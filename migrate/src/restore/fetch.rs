@@ -89,7 +89,7 @@ pub(crate) struct Fetch {
     vault: Vault,
     plan: Plan,
     readers: Vec<Arc<Slot>>,
-    /// The sums that only the merged index has, when somebody needed them: none if they cannot be read.
+    /// The sums that only the merged index has, once [`Fetch::bring_sums`] has brought them: none if they cannot be read.
     merged_sums: OnceLock<Option<Vec<u64>>>,
 }
 
@@ -234,7 +234,7 @@ impl Fetch {
     fn way(&self, reader: &SegmentReader, need: &Need) -> Way<'_> {
         let parts = self.plan.parts(need);
         let few = need.is_few(self.plan.pages(need));
-        let merged = if few && parts.iter().any(Plan::needs_merged_sums) { self.merged_sums() } else { None };
+        let merged = self.merged_sums.get().and_then(Option::as_deref);
         let alone = |part: &Part| {
             // No part leaves its extent of at most 256 pages.
             let range = reader.part(&need.extent, part.page, part.run().count as u16)?;
@@ -244,14 +244,21 @@ impl Fetch {
         ranges.map_or_else(|| Way::Whole(reader.whole(&need.extent)), Way::Parts)
     }
 
-    /// The sums beside the merged index. Without them extents are read whole, which takes longer and is as good.
-    fn merged_sums(&self) -> Option<&[u64]> {
-        let (id, part, pages) = self.plan.merged_sums.as_ref()?;
-        let read = || {
-            let sums = self.vault.merged_sums(*id, part, *pages);
-            sums.inspect_err(|error| tracing::warn!(%error, "whole extents are read instead of pages")).ok()
+    /// Reads the sums beside the merged index, if pages are read alone that need them. Without them, and until they are there, extents are
+    /// read whole, which is as good; of many it takes longer, and of the first that a workload waits for it does not: to read 6 MB of sums
+    /// and check them took it 9 ms (docs/performance.md, "Restoring").
+    pub(crate) fn bring_sums(&self) {
+        let Some((id, part, pages)) = self.plan.merged_sums.as_ref() else { return };
+        let needed = |need: &Need| {
+            self.plan.parts(need).iter().any(Plan::needs_merged_sums) && need.is_few(self.plan.pages(need))
         };
-        self.merged_sums.get_or_init(read).as_deref()
+        if self.plan.needs.iter().any(needed) {
+            self.merged_sums.get_or_init(|| {
+                let sums = self.vault.merged_sums(*id, part, *pages);
+                sums.inspect_err(|error| tracing::warn!(%error, "whole extents are read instead of pages"))
+                    .ok()
+            });
+        }
     }
 
     fn slot(&self, segment: usize) -> Result<MutexGuard<'_, Option<Arc<SegmentReader>>>> {

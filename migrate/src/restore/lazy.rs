@@ -4,6 +4,8 @@
 //! touches (one thread) ─▶ order ─▶ readers: one for what somebody waits for, two for that and all else ─▶ in place
 //! ```
 //!
+//! What only the stream needs, its order and the sums of single pages, is made ready while the first touches are served.
+//!
 //! Behind the start nothing can be discarded, so nothing gives up either: a read that fails is told and tried again, behind all others,
 //! for as long as the operator lets it. Whoever touches a page that is not there waits, in the kernel, and nobody ever sees anything else
 //! than what the checkpoint has. If this process dies, the VMM keeps the vCPUs waiting and another restore takes the workload up.
@@ -45,6 +47,8 @@ struct State {
     order: Order,
     recorder: Recorder,
     report: Lazily,
+    /// When an extent was in place first that somebody waited for.
+    first_placed: Option<Instant>,
     /// Extents that somebody waits for, and since when.
     waiting: HashMap<u32, Instant>,
     missing_pages: u64,
@@ -55,7 +59,7 @@ struct State {
     stop: bool,
 }
 
-/// Where the pages lie, and in which order they come if nobody asks.
+/// Where the pages lie, and which come first if nobody asks.
 pub(super) struct Pages<'a> {
     fetch: &'a Fetch,
     places: Places,
@@ -70,7 +74,7 @@ impl<'a> Pages<'a> {
         let places = Places::of(plan);
         let pages = recorded.iter().flat_map(|run| (run.first..run.end()).map(|page| (run.space, page)));
         let mut first: Vec<u32> = pages.filter_map(|(space, page)| places.need(space, page)).collect();
-        let order = Order::new(plan.needs.len(), first.iter().copied().chain(plan.by_address()));
+        let order = Order::new(plan.needs.len(), first.iter().copied());
         first.sort_unstable();
         first.dedup();
         Self { fetch, places, order, recorded_extents: first.len() as u64 }
@@ -126,6 +130,7 @@ impl<'a> Serving<'a> {
             order,
             recorder: Recorder::new(workload.layout()),
             report,
+            first_placed: None,
             waiting: HashMap::new(),
             missing_pages,
             trouble: None,
@@ -135,13 +140,14 @@ impl<'a> Serving<'a> {
         Ok(Self { workload, fetch, places, state: Mutex::new(state), changed: Condvar::new() })
     }
 
-    /// Serves until nothing is missing. Answers the order of first touches, and what was done.
+    /// Serves until nothing is missing. Answers the order of first touches, and what was done; `begun` is when the restore did.
     ///
     /// # Errors
     /// `Interrupted` when the operator gives up; `Workload` when the workload ended.
     pub(super) fn run(
         self,
         threads: usize,
+        begun: Instant,
         cancel: &CancelFlag,
         observer: &mut dyn FnMut(&Event),
     ) -> Result<(Recorder, Lazily)> {
@@ -153,19 +159,26 @@ impl<'a> Serving<'a> {
                     .spawn_scoped(scope, move || body(me))
                     .map_err(|error| Error::Host(format!("could not start a thread: {error}")))
             };
-            let begun = spawn("touches", &Self::watch)
+            let spawned = spawn("touches", &Self::watch)
                 .and_then(|_| spawn("asked", &|me| me.read(Order::take_asked)))
                 .and_then(|_| {
-                    (0..threads.max(1))
-                        .try_for_each(|_| spawn("stream", &|me| me.read(Order::take)).map(drop))
+                    spawn("stream", &|me| {
+                        me.make_ready();
+                        me.read(Order::take);
+                    })
+                })
+                .and_then(|_| {
+                    (1..threads).try_for_each(|_| spawn("stream", &|me| me.read(Order::take)).map(drop))
                 });
-            let done = begun.and_then(|()| self.attend(cancel, observer));
+            let done = spawned.and_then(|()| self.attend(cancel, observer));
             self.lock().stop = true;
             self.changed.notify_all();
             done
         });
-        let state = self.state.into_inner().unwrap_or_else(PoisonError::into_inner);
-        done.map(|()| (state.recorder, state.report))
+        let State { recorder, report, first_placed, .. } =
+            self.state.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let first_page_us = first_placed.map(|at| micros(at.duration_since(begun)));
+        done.map(|()| (recorder, Lazily { first_page_us, ..report }))
     }
 
     fn plan(&self) -> &Plan {
@@ -219,6 +232,14 @@ impl<'a> Serving<'a> {
                 );
             }
         }
+    }
+
+    /// What the stream needs besides.
+    fn make_ready(&self) {
+        let order = self.plan().by_address();
+        self.lock().order.then(order);
+        self.changed.notify_all();
+        self.fetch.bring_sums();
     }
 
     /// Hears what is touched. Pages that the checkpoint has as zeros become zeros at once.
@@ -321,6 +342,7 @@ impl<'a> Serving<'a> {
             let wait_us = micros(since.elapsed());
             state.report.wait_max_us = state.report.wait_max_us.max(wait_us);
             state.report.wait_sum_us += wait_us;
+            state.first_placed.get_or_insert_with(Instant::now);
         }
         if state.order.left() == 0 {
             self.changed.notify_all();

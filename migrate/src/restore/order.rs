@@ -30,8 +30,8 @@ pub(super) struct Order {
 }
 
 impl Order {
-    /// `count` extents, streamed in the order of their first mention in `stream`; what it does not mention comes last.
-    pub(super) fn new(count: usize, stream: impl IntoIterator<Item = u32>) -> Self {
+    /// `count` extents, of which `first` are streamed, until there is an order of [all others](Order::then).
+    pub(super) fn new(count: usize, first: impl IntoIterator<Item = u32>) -> Self {
         let mut order = Self {
             states: vec![State::Waiting; count],
             asked: VecDeque::new(),
@@ -39,8 +39,14 @@ impl Order {
             streamed: vec![false; count],
             left: count,
         };
-        stream.into_iter().chain((0..).take(count)).for_each(|extent| order.enqueue(extent));
+        first.into_iter().for_each(|extent| order.enqueue(extent));
         order
+    }
+
+    /// Behind what is streamed already come these, and then what was never mentioned.
+    pub(super) fn then(&mut self, next: impl IntoIterator<Item = u32>) {
+        let all = (0..).take(self.states.len());
+        next.into_iter().chain(all).for_each(|extent| self.enqueue(extent));
     }
 
     /// Extents that are not in place.
@@ -99,8 +105,8 @@ impl Order {
     }
 
     fn enqueue(&mut self, extent: u32) {
-        if let Some(streamed) = self.streamed.get_mut(extent as usize).filter(|streamed| !**streamed) {
-            *streamed = true;
+        let at = extent as usize;
+        if self.states.get(at) == Some(&State::Waiting) && !std::mem::replace(&mut self.streamed[at], true) {
             self.stream.push_back(extent);
         }
     }
@@ -116,7 +122,8 @@ mod tests {
         fn every_extent_is_placed_once_and_what_is_asked_for_comes_next(
             count in 1usize..60,
             first in proptest::collection::vec(0u32..70, 0..30),
-            steps in proptest::collection::vec((0u8..4, 0u32..70), 0..200),
+            next in proptest::collection::vec(0u32..70, 0..30),
+            steps in proptest::collection::vec((0u8..5, 0u32..70), 0..200),
         ) {
             let mut order = Order::new(count, first);
             let (mut placed, mut held) = (vec![0; count], Vec::new());
@@ -134,11 +141,13 @@ mod tests {
                         order.placed(extent);
                         placed[extent as usize] += 1;
                     },
-                    _ => if let Some(extent) = held.pop() {
+                    3 => if let Some(extent) = held.pop() {
                         order.failed(extent);
                     },
+                    _ => order.then(next.iter().copied()),
                 }
             }
+            order.then(next);
             held.into_iter().for_each(|extent| order.failed(extent));
             while let Some(extent) = order.take() {
                 order.placed(extent);
@@ -153,7 +162,10 @@ mod tests {
     fn what_was_touched_before_comes_before_the_rest() {
         let mut order = Order::new(6, [4, 2, 4, 9]);
         order.ask(5);
-        let taken: Vec<_> = std::iter::from_fn(|| order.take()).collect();
-        assert_eq!(taken, [5, 4, 2, 0, 1, 3]);
+        let mut taken: Vec<_> = std::iter::from_fn(|| order.take()).collect();
+        assert_eq!(taken, [5, 4, 2]);
+        order.then([3]);
+        taken.extend(std::iter::from_fn(|| order.take()));
+        assert_eq!(taken, [5, 4, 2, 3, 0, 1]);
     }
 }

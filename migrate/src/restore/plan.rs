@@ -266,6 +266,7 @@ impl Merge {
         let mut known = vec![None; index.segments.len()];
         let (mut sum, mut begin, mut here) = (0, self.plan.parts.len(), 0);
         let before = self.covered.clone();
+        self.plan.needs.reserve(index.extents.len());
         index.each(|Stored { run, extent, page }| {
             if extent != here {
                 begin = self.need_from(begin, index, here, &mut known);

@@ -95,6 +95,9 @@ pub struct Lazily {
     pub touches: u64,
     /// Extents that came because somebody waited for them.
     pub asked_extents: u64,
+    /// From the beginning until the first page that somebody waited for was there, in microseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub first_page_us: Option<u64>,
     /// From hearing of a touch to the page's being there, in microseconds: the longest.
     pub wait_max_us: u64,
     /// The sum of all of them.
@@ -168,6 +171,11 @@ impl<'a> Clock<'a> {
     /// Says what happened.
     pub(super) fn tell(&mut self, event: &Event) {
         (self.observer)(event);
+    }
+
+    /// When it began.
+    pub(super) fn begun(&self) -> Instant {
+        self.begun
     }
 
     /// Microseconds since the beginning.

@@ -152,8 +152,12 @@ impl<'a> MergedRows<'a> {
                 _ => Err(value("the end of an extent", extent.offset)),
             }
         });
-        let extents = extent_list.collect::<Result<Vec<_>>>()?;
-        Ok(Self { sums, segments: segment_list, extents, walk: Walk::new(layout, runs) })
+        // Their bytes are here, so there can be so many.
+        let mut all = Vec::with_capacity(extents as usize);
+        for extent in extent_list {
+            all.push(extent?);
+        }
+        Ok(Self { sums, segments: segment_list, extents: all, walk: Walk::new(layout, runs) })
     }
 
     /// Gives every run, ascending by extent and page in it. No page is in two of them.
