@@ -1,5 +1,6 @@
 //! The verbs, one a file, and what they share.
 
+mod disks;
 mod limits;
 mod target;
 pub mod vm;

@@ -127,6 +127,34 @@ fn report(sent: &Finished) -> &Value {
 }
 
 #[test]
+fn an_estimate_counts_the_disks_that_would_go_along() {
+    if without_kvm("an_estimate_counts_the_disks_that_would_go_along") {
+        return;
+    }
+    let scene = Scene::new(GUEST);
+    let estimate = |more: &[&str]| {
+        let arguments = ["estimate", "v", "--bandwidth", "1MB/s", "--sample", "300ms"];
+        let estimated = scene.a.run(&[&arguments[..], more].concat()).success();
+        estimated.event("estimate").unwrap_or_else(|| panic!("{estimated:#?}")).clone()
+    };
+    let decided = |estimate: &Value| estimate["forecasts"][0]["decision"].clone();
+    let (memory, with_disk) =
+        (estimate(&["--on-stall", "post-copy"]), estimate(&["--on-stall", "post-copy", "--copy-disk"]));
+    let pages = |estimate: &Value| estimate["present_pages"].as_u64().expect("a number");
+    // What lay on it, and something of what the guest wrote.
+    let disk_pages = pages(&with_disk) - pages(&memory);
+    assert!((3..=DISK_BYTES.div_ceil(4096)).contains(&disk_pages), "{memory:#}\n{with_disk:#}");
+    let regions = with_disk["regions"].as_array().expect("regions");
+    assert!(regions.iter().any(|region| region["space"] == 1), "{with_disk:#}");
+    assert_eq!(decided(&memory), "post-copy", "{memory:#}");
+    assert_ne!(decided(&with_disk), "post-copy", "{with_disk:#}");
+    let unknown = scene.a.run(&["estimate", "v", "--bandwidth", "1MB/s", "--copy-disk=other.img"]);
+    assert_eq!(unknown.code, 2, "{unknown:#?}");
+    // It was only watched.
+    scene.assert_stayed();
+}
+
+#[test]
 fn a_disk_goes_with_its_guest_and_comes_back() {
     if without_kvm("a_disk_goes_with_its_guest_and_comes_back") {
         return;

@@ -1,5 +1,6 @@
 //! `migrate estimate`: what a move would take, without moving anything.
 
+use super::disks::DiskArgs;
 use super::limits::LimitArgs;
 use super::target::Target;
 use super::{cancel_on_signals, emit, say, send};
@@ -15,8 +16,8 @@ use crate::link::Link as _;
 use crate::link::quic;
 use crate::paths::{self, RuntimeDir};
 use crate::probe;
-use crate::source::Source as _;
 use crate::source::vm::VmSource;
+use crate::source::{Copied, Source as _};
 use crate::units::{self, show_bytes, show_rate, show_us};
 use protocol::page::PAGE_SIZE;
 use std::process::ExitCode;
@@ -36,6 +37,7 @@ const LINKS_BYTES_PER_S: [u64; 3] = [125_000_000, 1_250_000_000, 3_125_000_000];
 #[command(after_help = "\
 Examples:
   migrate estimate web b.example:7700
+  migrate estimate web b.example:7700 --copy-disk
   migrate estimate web --bandwidth 2Gbit/s --downtime 10ms")]
 pub struct Args {
     /// The VM's name, or the path of its control socket.
@@ -51,6 +53,8 @@ pub struct Args {
     /// How long to wait for a peer that says nothing.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = units::duration)]
     link_timeout: Duration,
+    #[command(flatten)]
+    disks: DiskArgs,
     #[command(flatten)]
     limits: LimitArgs,
 }
@@ -71,9 +75,10 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     // The path first: the VM is not held, nor slowed by being watched, for a peer that does not answer.
     let paths = paths(common, args)?;
     let cancel = cancel_on_signals()?;
-    let source = VmSource::watch(&status.name, target.socket())?;
-    // The receivers of this release all can; one that cannot is left out of what `send` decides.
-    let ways = Ways { can_throttle: source.can_throttle(), can_post_copy: true };
+    let copied = args.disks.copied();
+    let source = VmSource::watch(&status.name, target.socket(), &copied)?;
+    // The receivers of this release all can, unless disks go along; one that cannot is left out of what `send` decides.
+    let ways = Ways { can_throttle: source.can_throttle(), can_post_copy: copied == Copied::None };
     let watched = watch(Box::new(source), args.sample, &cancel)?;
     let forecasts: Vec<Forecast> =
         paths.iter().map(|path| forecast(&watched, *path, &limits, ways)).collect();
@@ -84,7 +89,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         line["forecasts"] = serde_json::to_value(&forecasts).unwrap_or_default();
         emit(&line);
     } else {
-        show(&status.name, &watched, &forecasts);
+        show(&status.name, &watched, &forecasts, &copied);
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -118,9 +123,10 @@ fn paths(common: &Common, args: &Args) -> Result<Vec<Path>> {
     Ok(vec![path(bandwidth, OVERHEAD + trip, known + trip)])
 }
 
-fn show(name: &str, watched: &Watched, forecasts: &[Forecast]) {
-    let memory = show_bytes(watched.present_pages * PAGE_SIZE as u64);
-    say(&format!("{name} has touched {memory} of its memory, and dirties"));
+fn show(name: &str, watched: &Watched, forecasts: &[Forecast], copied: &Copied) {
+    let bytes = show_bytes(watched.present_pages * PAGE_SIZE as u64);
+    let it = if *copied == Copied::None { "memory" } else { "memory and disks" };
+    say(&format!("{name} has touched {bytes} of its {it}, and dirties"));
     for interval in &watched.intervals {
         let bytes = show_bytes(interval.dirty_pages * PAGE_SIZE as u64);
         let (length, per_s) = (show_us(interval.interval_us), show_rate(interval.dirty_bytes_per_s));
@@ -135,7 +141,8 @@ fn show(name: &str, watched: &Watched, forecasts: &[Forecast]) {
             say(&format!("  {part:>3} % of it in the {bytes} at {at} of space {}", region.space));
         }
     }
-    for (what, contents) in [("of its memory", &watched.memory), ("of what it dirties", &watched.dirtied)] {
+    let (all, dirtied) = (format!("of its {it}"), "of what it dirties".to_owned());
+    for (what, contents) in [(all, &watched.memory), (dirtied, &watched.dirtied)] {
         if contents.sampled_pages > 0 {
             say(&format!("  {what}, {}", packs(contents)));
         }

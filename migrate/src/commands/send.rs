@@ -1,5 +1,6 @@
 //! `migrate send`: move a running VM to another host.
 
+use super::disks::DiskArgs;
 use super::limits::LimitArgs;
 use super::target::Target;
 use super::{cancel_on_signals, emit};
@@ -21,8 +22,8 @@ use crate::progress;
 use crate::report::{Document, Event, Observer, Outcome};
 use crate::seed::{self, Seed};
 use crate::select::hot::HotRule;
+use crate::source::Source as _;
 use crate::source::vm::VmSource;
-use crate::source::{Copied, Source as _};
 use crate::speed::Speedometer;
 use crate::steer::{Board, Place, Server, Subject, Watched};
 use crate::units;
@@ -64,11 +65,8 @@ pub struct Args {
     /// move, and the VM goes on here. Not together with --post-copy.
     #[arg(long, conflicts_with = "post_copy")]
     verify: bool,
-    /// Let the images of the VM's disks go with it: of all that it writes, or of those that are named; they are new files in the
-    /// first folder that migrate receive allows with --disks. The others must be there. May be given several times. Not together
-    /// with --post-copy.
-    #[arg(long, value_name = "PATH", num_args = 0..=1, require_equals = true, default_missing_value = "", conflicts_with = "post_copy")]
-    copy_disk: Vec<String>,
+    #[command(flatten)]
+    disks: DiskArgs,
     /// A store with checkpoints of the VM that migrate receive --seed-from can read, too: what is as in the last one is not sent.
     #[arg(long, value_name = "STORE")]
     seed_from: Option<String>,
@@ -96,17 +94,6 @@ pub struct Args {
     /// How long to ask for the answer when the link breaks behind the commit.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = units::duration)]
     ask_timeout: Duration,
-}
-
-impl Args {
-    /// The disks that go with the VM.
-    fn copied(&self) -> Copied {
-        match self.copy_disk.as_slice() {
-            [] => Copied::None,
-            names if names.iter().any(String::is_empty) => Copied::All,
-            names => Copied::These(names.to_vec()),
-        }
-    }
 }
 
 /// Runs the verb.
@@ -140,7 +127,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         Ok(Box::new(quic::dial(&args.address, &identity, &trust, &settings, args.link_timeout)?))
     };
     let cancel = cancel_on_signals()?;
-    let source = VmSource::connect(&status.name, target.socket(), &args.address, &args.copied())?;
+    let source = VmSource::connect(&status.name, target.socket(), &args.address, &args.disks.copied())?;
     let gauge = source.gauge();
     // Before the destination is asked: it may take a moment, and nobody shall wait for it.
     let seed = args

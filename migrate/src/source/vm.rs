@@ -44,12 +44,12 @@ impl VmSource {
         Self::hold(name, socket, destination, "migrate send", copied)
     }
 
-    /// Takes hold of the VM to watch it, not to move it.
+    /// Takes hold of the VM to watch it, not to move it; `copied` are the disks that would go with it.
     ///
     /// # Errors
     /// As [`VmSource::connect`].
-    pub fn watch(name: &str, socket: &Path) -> Result<Self> {
-        Self::hold(name, socket, "", "migrate estimate", &Copied::None)
+    pub fn watch(name: &str, socket: &Path, copied: &Copied) -> Result<Self> {
+        Self::hold(name, socket, "", "migrate estimate", copied)
     }
 
     /// Takes hold of the VM to write it down, not to move it: with every disk that it writes, which would be newer than the memory
