@@ -1,4 +1,4 @@
-//! Two hosts that are network namespaces, joined by a veth pair. Needs root and iproute2, nothing else.
+//! Two hosts that are network namespaces, joined by a veth pair or through a router. Needs root and iproute2, nothing else.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -17,6 +17,9 @@ pub const NEAR: &str = "10.77.0.1";
 /// The receiver's address.
 pub const FAR: &str = "10.77.0.2";
 
+/// The router's address, towards both.
+const BETWEEN: &str = "10.77.0.254";
+
 /// Namespace names and interface names of this process are numbered.
 static NUMBER: AtomicU32 = AtomicU32::new(0);
 
@@ -25,6 +28,8 @@ static NUMBER: AtomicU32 = AtomicU32::new(0);
 pub struct Cable {
     near: String,
     far: String,
+    /// What routes between them, if anything does.
+    router: Option<String>,
 }
 
 /// Whether tests that need network namespaces are left out, as [`without_kvm`](crate::without_kvm): the caller returns
@@ -45,25 +50,52 @@ impl Cable {
     /// # Panics
     /// With what `ip` said, if it does not work.
     pub fn new(mtu: u32) -> Self {
+        let cable = Self::namespaces(false);
+        wire((&cable.near, "wire"), (&cable.far, "wire"), mtu);
+        for (namespace, ip) in [(&cable.near, NEAR), (&cable.far, FAR)] {
+            run("ip", &["-n", namespace, "addr", "add", &format!("{ip}/24"), "dev", "wire"]);
+        }
+        cable
+    }
+
+    /// As [`Cable::new`], with a third namespace between the two that routes. A limited rate is limited there, so that what comes from one
+    /// host meets in a queue that is not that host's own: in its own, Linux lets a TCP connection have next to nothing (TCP small queues).
+    ///
+    /// # Panics
+    /// With what `ip` said, if it does not work.
+    pub fn routed(mtu: u32) -> Self {
+        let cable = Self::namespaces(true);
+        let router = cable.router.as_deref().expect("it was just made");
+        for (namespace, ip, end) in [(&cable.near, NEAR, "near"), (&cable.far, FAR, "far")] {
+            wire((namespace, "wire"), (router, end), mtu);
+            run("ip", &["-n", namespace, "addr", "add", &format!("{ip}/32"), "dev", "wire"]);
+            run("ip", &["-n", namespace, "route", "add", BETWEEN, "dev", "wire"]);
+            run("ip", &["-n", namespace, "route", "add", "default", "via", BETWEEN]);
+            run("ip", &["-n", router, "addr", "add", &format!("{BETWEEN}/32"), "dev", end]);
+            run("ip", &["-n", router, "route", "add", ip, "dev", end]);
+        }
+        within(router, || std::fs::write("/proc/sys/net/ipv4/ip_forward", "1"))
+            .expect("a namespace may route");
+        cable
+    }
+
+    /// The namespaces, without anything between them.
+    fn namespaces(with_router: bool) -> Self {
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         if number == 0 {
             sweep();
         }
         let name = |end| format!("{PREFIX}{}-{number}{end}", std::process::id());
-        let cable = Self { near: name("a"), far: name("b") };
-        run("ip", &["netns", "add", &cable.near]);
-        run("ip", &["netns", "add", &cable.far]);
-        let (near, far) = (cable.near.as_str(), cable.far.as_str());
-        run(
-            "ip",
-            &["link", "add", "wire", "netns", near, "type", "veth", "peer", "name", "wire", "netns", far],
-        );
-        for (namespace, ip) in [(near, NEAR), (far, FAR)] {
-            run("ip", &["-n", namespace, "addr", "add", &format!("{ip}/24"), "dev", "wire"]);
-            run("ip", &["-n", namespace, "link", "set", "wire", "mtu", &mtu.to_string(), "up"]);
+        let cable = Self { near: name("a"), far: name("b"), router: with_router.then(|| name("r")) };
+        for namespace in cable.all() {
+            run("ip", &["netns", "add", namespace]);
             run("ip", &["-n", namespace, "link", "set", "lo", "up"]);
         }
         cable
+    }
+
+    fn all(&self) -> impl Iterator<Item = &String> {
+        [&self.near, &self.far].into_iter().chain(&self.router)
     }
 
     /// The namespace of the sender.
@@ -97,12 +129,16 @@ impl Cable {
         })
     }
 
-    /// Lets no more than this many bits a second pass each way, by a token bucket (tc-tbf(8)); `None` lifts the limit.
+    /// Lets no more than this many bits a second pass each way, by a token bucket (tc-tbf(8)) at both ends or in the router; `None` lifts the limit.
     ///
     /// # Panics
     /// With what `tc` said, if it does not work.
     pub fn set_rate(&self, bits_per_s: Option<u64>) {
-        for namespace in [&self.near, &self.far] {
+        let devices = match &self.router {
+            Some(router) => [(router, "near"), (router, "far")],
+            None => [(&self.near, "wire"), (&self.far, "wire")],
+        };
+        for (namespace, device) in devices {
             match bits_per_s {
                 Some(rate) => {
                     // A bucket must hold what passes between two ticks of the kernel's clock (4 ms), and a whole batch of
@@ -110,15 +146,34 @@ impl Cable {
                     let burst = (rate / 8 / 250).max(128 << 10).to_string();
                     let rate = format!("{rate}bit");
                     let tbf = ["root", "tbf", "rate", &rate, "burst", &burst, "latency", "50ms"];
-                    let begin = ["-n", namespace.as_str(), "qdisc", "replace", "dev", "wire"];
+                    let begin = ["-n", namespace.as_str(), "qdisc", "replace", "dev", device];
                     run("tc", &[&begin[..], &tbf].concat());
                 }
                 // There may be none, which is what is wanted.
                 None => {
-                    try_run("tc", &["-n", namespace, "qdisc", "del", "dev", "wire", "root"]).ok();
+                    try_run("tc", &["-n", namespace, "qdisc", "del", "dev", device, "root"]).ok();
                 }
             }
         }
+    }
+
+    /// Bytes that came in at the receiver's end, with all headers.
+    ///
+    /// # Panics
+    /// With what `ip` said, if it does not work.
+    pub fn arrived_bytes(&self) -> u64 {
+        let shown = Command::new("ip").args(["-n", &self.far, "-s", "-j", "link", "show", "wire"]).output();
+        let shown = shown.expect("iproute2 is there");
+        let link: serde_json::Value = serde_json::from_slice(&shown.stdout).expect("JSON");
+        link[0]["stats64"]["rx"]["bytes"].as_u64().unwrap_or_else(|| panic!("no bytes: {link:#}"))
+    }
+
+    /// Runs something on a thread in the sender's namespace: sockets that it makes stay there.
+    ///
+    /// # Panics
+    /// If the namespace cannot be entered.
+    pub fn at_near_end<T: Send>(&self, body: impl FnOnce() -> T + Send) -> T {
+        within(&self.near, body)
     }
 
     /// Runs something on a thread in the receiver's namespace: sockets that it makes stay there.
@@ -126,23 +181,37 @@ impl Cable {
     /// # Panics
     /// If the namespace cannot be entered.
     pub fn at_far_end<T: Send>(&self, body: impl FnOnce() -> T + Send) -> T {
-        let path = PathBuf::from(NAMES).join(&self.far);
-        std::thread::scope(|scope| {
-            let thread = scope.spawn(move || {
-                let namespace = std::fs::File::open(path).expect("the namespace is there");
-                let kind = rustix::thread::LinkNameSpaceType::Network;
-                rustix::thread::move_into_link_name_space(std::os::fd::AsFd::as_fd(&namespace), Some(kind))
-                    .expect("root may enter it");
-                body()
-            });
-            thread.join().expect("the thread ends well")
-        })
+        within(&self.far, body)
+    }
+}
+
+fn within<T: Send>(namespace: &str, body: impl FnOnce() -> T + Send) -> T {
+    let path = PathBuf::from(NAMES).join(namespace);
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(move || {
+            let namespace = std::fs::File::open(path).expect("the namespace is there");
+            let kind = rustix::thread::LinkNameSpaceType::Network;
+            rustix::thread::move_into_link_name_space(std::os::fd::AsFd::as_fd(&namespace), Some(kind))
+                .expect("root may enter it");
+            body()
+        });
+        thread.join().expect("the thread ends well")
+    })
+}
+
+/// Joins two namespaces by a veth pair, each end of which has a name, and lets packets of up to `mtu` bytes pass.
+fn wire(one: (&str, &str), other: (&str, &str), mtu: u32) {
+    let ((near, near_end), (far, far_end)) = (one, other);
+    let peer = ["type", "veth", "peer", "name", far_end, "netns", far];
+    run("ip", &[&["link", "add", near_end, "netns", near][..], &peer].concat());
+    for (namespace, end) in [one, other] {
+        run("ip", &["-n", namespace, "link", "set", end, "mtu", &mtu.to_string(), "up"]);
     }
 }
 
 impl Drop for Cable {
     fn drop(&mut self) {
-        for name in [&self.near, &self.far] {
+        for name in self.all() {
             if let Err(error) = try_run("ip", &["netns", "del", name]) {
                 println!("the namespace {name} is left behind: {error}");
             }

@@ -6,13 +6,16 @@
     reason = "helpers of tests: what goes wrong in them fails the test"
 )]
 
+use e2e::host::Place;
+use e2e::network::{Cable, FAR, NEAR, without_root};
 use e2e::process::STEP_LIMIT;
 use e2e::{Host, trusting_pair, without_kvm};
 use rustix::process::Signal;
 use serde_json::Value;
 use std::io::{Read as _, Write as _};
-use std::net::TcpStream;
+use std::net::{TcpListener, TcpStream};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_migrate-under-test");
@@ -260,5 +263,89 @@ fn what_a_daemon_does_not_understand_is_refused() {
     ] {
         let args = [&["receive", "--listen", "127.0.0.1:0"][..], wrong].concat();
         assert_eq!(host.run(&args).code, 2, "{wrong:?}");
+    }
+}
+
+/// A link on which no processor is the limit.
+const NARROW_BITS_PER_S: u64 = 100_000_000;
+
+/// How long two flows share it until their shares are taken to be those that they will have, and how long they are measured.
+const SETTLED_AFTER: Duration = Duration::from_secs(3);
+const MEASURED_FOR: Duration = Duration::from_secs(8);
+
+/// Sends over TCP, with what Linux does by default to share a link, for as long as it may. Counts what arrives.
+fn tcp_flow(cable: &Cable, arrived: &AtomicU64, over: &AtomicBool) {
+    let listener = cable.at_far_end(|| TcpListener::bind((FAR, 0))).unwrap();
+    let to = listener.local_addr().unwrap();
+    let mut sending = cable.at_near_end(|| TcpStream::connect_timeout(&to, STEP_LIMIT)).unwrap();
+    rustix::net::sockopt::set_tcp_congestion(&sending, "cubic").unwrap();
+    sending.set_write_timeout(Some(STEP_LIMIT)).unwrap();
+    let (mut receiving, _) = listener.accept().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let mut buffer = vec![0; 64 << 10];
+            while let count @ 1.. = receiving.read(&mut buffer).unwrap_or(0) {
+                arrived.fetch_add(count as u64, Ordering::Relaxed);
+            }
+        });
+        let bytes = vec![0; 64 << 10];
+        while !over.load(Ordering::Relaxed) {
+            sending.write_all(&bytes).unwrap();
+        }
+        drop(sending);
+    });
+}
+
+#[test]
+fn beside_a_tcp_connection_a_move_takes_its_share_of_the_link_and_no_more() {
+    const TEST: &str = "beside_a_tcp_connection_a_move_takes_its_share_of_the_link_and_no_more";
+    if without_kvm(TEST) || without_root(TEST) {
+        return;
+    }
+    let cable = Cable::routed(1500);
+    cable.set_rate(Some(NARROW_BITS_PER_S));
+    let (a, b) = pair();
+    let at = |namespace: &str, ip: &str| Place::Namespace { name: namespace.into(), ip: ip.into() };
+    let (a, b) = (a.moved_to(at(cable.near(), NEAR)), b.moved_to(at(cable.far(), FAR)));
+    // The first round alone takes as long as all of this, even without a TCP connection beside it.
+    a.run_ledger("v", "256MiB", "fill=192M ws=16M rate=1", &[]);
+    a.wait_ledger_running("v");
+    let (_receiver, address) = b.receive(&[]);
+    let (arrived, over) = (AtomicU64::new(0), AtomicBool::new(false));
+    let (tcp, both) = std::thread::scope(|scope| {
+        // However this ends, so does the flow.
+        let ends = Ends(&over);
+        scope.spawn(|| tcp_flow(&cable, &arrived, &over));
+        let until = Instant::now() + STEP_LIMIT;
+        while arrived.load(Ordering::Relaxed) < 10 << 20 {
+            assert!(Instant::now() < until, "the TCP connection does not get on");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let mut sender = a.start(&["send", "v", &address]);
+        sender.wait_event("progress");
+        std::thread::sleep(SETTLED_AFTER);
+        let look = || (arrived.load(Ordering::Relaxed), cable.arrived_bytes(), Instant::now());
+        let (tcp_before, both_before, begun) = look();
+        std::thread::sleep(MEASURED_FOR);
+        let (tcp_after, both_after, ended) = look();
+        sender.signal(Signal::INT);
+        sender.finish();
+        drop(ends);
+        let seconds = ended.duration_since(begun).as_secs_f64();
+        ((tcp_after - tcp_before) as f64 / seconds, (both_after - both_before) as f64 / seconds)
+    });
+    let (tcp, ours) = (tcp * 8.0 / 1e6, (both - tcp) * 8.0 / 1e6);
+    println!("TCP {tcp:.1} Mbit/s, the move {ours:.1} Mbit/s with all headers");
+    // Two flows of one kind would have half each. How one probes and the other answers makes more of a difference than that, so: neither starves.
+    assert!(tcp >= 25.0, "the move left {tcp:.1} Mbit/s and took {ours:.1}");
+    assert!(ours >= 10.0, "the move came to {ours:.1} Mbit/s beside {tcp:.1}");
+}
+
+/// Says that something is over when it goes.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
