@@ -5,6 +5,7 @@
 //!                          │ guest, touched memory, account: the same for all
 //!                          ├ ours (and the raw pipe)
 //!                          ├ qemu (qmp, certificates)
+//!                          ├ first_write: what tracking costs a guest
 //!                          ├ checkpoints: taken and restored
 //!                          └ laboratory: Linux guests, ours and QEMU's, in an emulated host
 //! ```
@@ -12,6 +13,7 @@
 mod options;
 mod cases;
 mod memory;
+mod turns;
 mod account;
 mod pipe;
 mod ours;
@@ -19,6 +21,7 @@ mod certificates;
 mod qemu;
 mod ceiling;
 mod harvest;
+mod first_write;
 mod checkpoints;
 mod figures;
 mod targets;

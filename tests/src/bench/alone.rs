@@ -4,7 +4,7 @@ use super::Options;
 use super::cases::{ALONE, Case, QUICK};
 use super::figures::{self, described, summary};
 use super::ours::Ours;
-use super::{checkpoints, pipe};
+use super::{checkpoints, first_write, pipe};
 use serde_json::{Value, json};
 use std::io::Write as _;
 
@@ -38,9 +38,25 @@ pub(super) fn run(options: &Options) -> Value {
     if !options.json && !cases.is_empty() {
         table(&cases, &results);
     }
+    let first_writes: Vec<_> = (0..options.runs)
+        .filter(|_| !options.quick && options.wants("first-write"))
+        .map(|run| {
+            let sample = first_write::measure(&options.program);
+            eprintln!("first-write run {run}: {sample}");
+            sample
+        })
+        .collect();
     let checkpoints = checkpoints::run(options);
     let samples = figures::named(&cases, &samples);
-    described(options, &json!({"results": results, "samples": samples, "checkpoints": checkpoints}))
+    described(
+        options,
+        &json!({
+            "results": results,
+            "samples": samples,
+            "first_write": summary(&first_writes),
+            "checkpoints": checkpoints,
+        }),
+    )
 }
 
 fn table(cases: &[&Case], results: &[Value]) {

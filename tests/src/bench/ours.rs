@@ -3,6 +3,7 @@
 use super::account::{Before, undisturbed, wait_running};
 use super::cases::Case;
 use super::memory::{MemoryWatch, touch};
+use super::turns::Vcpu;
 use crate::guest::Window;
 use crate::host::Place;
 use crate::network::{Cable, FAR, NEAR};
@@ -20,6 +21,7 @@ pub(super) struct Ours {
     b: Host,
     source: Window,
     before: Before,
+    vcpu: Vcpu,
 }
 
 impl Ours {
@@ -35,7 +37,8 @@ impl Ours {
         let source = Window::open(a.vm_pid(VM)).expect("the guest's memory");
         wait_running(&source);
         let before = undisturbed(&source);
-        Self { a, b, source, before }
+        let vcpu = Vcpu::of(a.vm_pid(VM)).expect("its threads");
+        Self { a, b, source, before, vcpu }
     }
 
     /// How fast the TSC runs here, as our VMM tells its guests.
@@ -56,15 +59,17 @@ impl Ours {
     /// # Panics
     /// If it is not sound.
     pub(super) fn try_measure(self, memory_mib: u64, more: &[&str]) -> Result<Value, String> {
-        let Self { a, b, source, mut before } = self;
+        let Self { a, b, source, mut before, vcpu } = self;
         touch(memory_mib);
         let (receiver, address) = b.receive(&["--serial", "none"]);
         let receiver_memory = MemoryWatch::start(receiver.pid());
         before.begin(&source);
+        let turns = vcpu.turns();
         let begun = Instant::now();
         let mut sender = a.start(&[&["send", VM, &address][..], more].concat());
         let sender_memory = MemoryWatch::start(sender.pid());
         let frozen_tsc = last_tick(&mut sender, &source);
+        let turns = vcpu.turns().since(turns);
         let sent = sender.finish();
         let wall_us = begun.elapsed().as_micros();
         if sent.code != 0 {
@@ -77,6 +82,10 @@ impl Ours {
         receiver.finish().success();
         b.assert_sound(VM);
         let more = json!({
+            "vcpu_ran_us": turns.ran_us,
+            "vcpu_waited_us": turns.waited_us,
+            "phases": report["phases"],
+            "each_round": report["rounds"],
             "total_us": report["total_us"],
             "wall_us": wall_us,
             "downtime_engine_us": report["downtime_us"],

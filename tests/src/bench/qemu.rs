@@ -4,6 +4,7 @@ use super::account::{Before, SETTLE, await_tick, micros, stats, undisturbed, wai
 use super::cases::Case;
 use super::memory::touch;
 use super::ours::merge;
+use super::turns::Vcpu;
 use super::{certificates, peer};
 use crate::guest::Window;
 use crate::network::{self, Cable, FAR};
@@ -129,7 +130,9 @@ impl<'a> Qemu<'a> {
         let port =
             listening["socket-address"][0]["port"].as_str().ok_or("QEMU does not say where it listens")?;
         let uri = format!("tcp:{ip}:{port}");
+        let vcpu = Vcpu::of(self.source.pid()).ok_or("QEMU has no threads")?;
         self.before.begin(&self.window);
+        let turns = vcpu.turns();
         let begun = Instant::now();
         self.source.monitor.ask("migrate", &json!({"uri": uri}))?;
         let told = match self.source.completed(begun, limit)? {
@@ -139,11 +142,14 @@ impl<'a> Qemu<'a> {
         let wall_us = begun.elapsed().as_micros();
         // The source stands still for good now.
         let frozen_tsc = stats(&self.window).tsc_last;
+        let turns = vcpu.turns().since(turns);
         let arrived = Window::open(destination.pid()).ok_or("QEMU has no memory file")?;
         let mut sample = self.before.end(&arrived, frozen_tsc);
         destination.monitor.ask("stop", &json!({}))?;
         arrived.verify().map_err(|why| format!("{}: the guest is BROKEN: {why}", self.way.name))?;
         let more = json!({
+            "vcpu_ran_us": turns.ran_us,
+            "vcpu_waited_us": turns.waited_us,
             "total_us": told["total-time"].as_u64().ok_or("QEMU tells no total time")? * 1000,
             "wall_us": wall_us,
             "downtime_engine_us": told["downtime"].as_u64().unwrap_or(0) * 1000,
