@@ -6,7 +6,7 @@ use clap::{Args, CommandFactory as _, Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-/// Moves running virtual machines between Linux hosts.
+/// Moves running virtual machines and containers between Linux hosts.
 #[derive(Debug, Parser)]
 #[command(name = "migrate", version, arg_required_else_help = true, after_help = EXAMPLE)]
 pub struct Cli {
@@ -55,9 +55,9 @@ enum Verb {
     Cpu(commands::cpu::Verb),
     /// Say what works on this host, and what to do about what does not.
     Doctor(commands::doctor::Args),
-    /// Move a running VM to another host.
+    /// Move a running VM or container to another host.
     Send(commands::send::Args),
-    /// Take a VM that another host sends.
+    /// Take a VM or container that another host sends.
     Receive(commands::receive::Args),
     /// Start a VM from a checkpoint.
     Restore(commands::restore::Args),
@@ -91,6 +91,9 @@ enum Verb {
     /// Measure the QUIC pipe with no guest behind it.
     #[command(hide = true)]
     BenchPipe(commands::bench_pipe::Args),
+    /// Let a container go on when the program that moves it ends.
+    #[command(hide = true)]
+    ContainerKeeper(commands::container_keeper::Args),
 }
 
 /// The command line as a tree, for completions and manual pages.
@@ -128,6 +131,7 @@ pub fn run() -> ExitCode {
         Verb::Completions(args) => commands::completions::run(&cli.common, &args),
         Verb::Man(args) => commands::man::run(&cli.common, &args),
         Verb::BenchPipe(args) => commands::bench_pipe::run(&cli.common, &args),
+        Verb::ContainerKeeper(args) => commands::container_keeper::run(&cli.common, &args),
     };
     result.unwrap_or_else(|error| commands::fail(&cli.common, &error))
 }

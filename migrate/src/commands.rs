@@ -1,5 +1,6 @@
 //! The verbs, one a file, and what they share.
 
+mod containers;
 mod disks;
 mod limits;
 mod target;
@@ -23,6 +24,7 @@ pub mod ledger;
 pub mod completions;
 pub mod man;
 pub mod bench_pipe;
+pub mod container_keeper;
 
 use crate::cancel::{CancelFlag, Signals};
 use crate::cli::Common;

@@ -1,5 +1,7 @@
 //! Where pages go.
 
+pub mod any;
+pub mod container;
 pub mod vm;
 mod faulting;
 pub mod scripted;

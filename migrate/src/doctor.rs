@@ -12,7 +12,6 @@
 
 mod check;
 mod files;
-mod programs;
 mod kvm;
 mod memory;
 mod network;
@@ -23,6 +22,7 @@ pub use check::{Check, Diagnosis, Verdict};
 
 use crate::paths::RuntimeDir;
 use files::Root;
+pub(crate) use files::shown;
 use std::ffi::OsString;
 use std::path::PathBuf;
 

@@ -45,6 +45,8 @@ pub mod link;
 pub mod inbound;
 pub mod destination;
 pub mod program;
+pub mod container;
+mod programs;
 pub mod report;
 pub mod speed;
 pub mod steer;

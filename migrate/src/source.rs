@@ -1,6 +1,7 @@
 //! Where pages come from.
 
 mod copied;
+pub mod container;
 pub mod vm;
 pub mod scripted;
 
@@ -158,6 +159,11 @@ pub trait Source {
     /// # Errors
     /// `Workload`; the destination runs all the same.
     fn hand_over(self: Box<Self>, committed: Committed) -> Result<()>;
+
+    /// Whether `donate` is possible.
+    fn can_donate(&self) -> bool {
+        true
+    }
 
     /// The destination runs it and misses pages: the workload never runs here again, and its memory stays whole.
     fn donate(self: Box<Self>, committed: Committed) -> Box<dyn Donor>;

@@ -7,6 +7,8 @@
 pub(crate) mod writeback;
 
 mod mapped;
+pub(crate) mod inject;
+pub(crate) mod written;
 
 pub use mapped::Plain;
 pub(crate) use mapped::{Mapped, WriteTracker};

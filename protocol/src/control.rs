@@ -260,6 +260,8 @@ pub enum WorkloadKind {
     Vm,
     /// A program that writes itself down: it stands in checkpoints alone and is never offered.
     Program,
+    /// A process tree under an OCI runtime, as [`container`](crate::container) describes it.
+    Container,
 }
 
 /// What the receiver says.

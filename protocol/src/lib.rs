@@ -10,6 +10,7 @@
 //!  envelope ─▶ monitor ─▶ (unix socket)               engine and VMM
 //!  envelope ─▶ steer ─▶ (unix socket)                 operator and engine
 //!  checkpoint ─▶ (objects of a store)                what is written down
+//!  container ─▶ (in that blob)       where a container's pages lie
 //!  state ─▶ the blob inside `control::Downstream::State` and `monitor`'s save and load
 //! ```
 //!
@@ -29,6 +30,7 @@ pub mod state;
 pub mod monitor;
 pub mod steer;
 pub mod checkpoint;
+pub mod container;
 
 mod error;
 mod id;

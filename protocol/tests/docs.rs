@@ -20,7 +20,12 @@ use std::path::Path;
 const DOCUMENTS: [&str; 2] = ["wire-protocol.md", "control-protocol.md"];
 
 /// Public constants that are not numbers or texts of the wire.
-const NOT_LIMITS: [&str; 13] = [
+const NOT_LIMITS: [&str; 18] = [
+    "container::DESCRIPTION",
+    "container::CONFIG",
+    "container::PLACEMENT",
+    "container::IMAGE",
+    "container::SECTION_VERSION",
     "handshake::CAPABILITIES",
     "handshake::OURS",
     "handshake::POST_COPY",

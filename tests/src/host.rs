@@ -288,6 +288,17 @@ impl Host {
         commands().find(|(_, command)| ours(command)).map(|(pid, _)| pid)
     }
 
+    /// Kills who keeps a container that is moved from here.
+    ///
+    /// # Panics
+    /// If nobody does.
+    pub fn kill_keeper(&self, id: &str) {
+        let words = [format!("\0{}\0", self.runtime_dir().display()), format!("\0container-keeper\0{id}\0")];
+        let found = commands().find(|(_, command)| words.iter().all(|word| command.contains(word)));
+        let pid = found.and_then(|(pid, _)| rustix::process::Pid::from_raw(pid)).expect("a keeper");
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("it can be killed");
+    }
+
     /// What the VMM of a detached VM and its guest said.
     pub fn log(&self, name: &str) -> String {
         let read = |suffix| {

@@ -34,7 +34,7 @@ pub use access::Lab;
 pub type Result<T> = std::result::Result<T, String>;
 
 /// Adds what was tried to what went wrong.
-trait Context<T> {
+pub(crate) trait Context<T> {
     fn context(self, what: impl FnOnce() -> String) -> Result<T>;
 }
 

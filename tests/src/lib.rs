@@ -15,6 +15,7 @@ pub mod browser;
 pub mod process;
 pub mod network;
 pub mod cgroup;
+pub mod containers;
 pub mod relay;
 pub mod host;
 pub mod guest;

@@ -2,11 +2,12 @@
 
 mod group;
 mod series;
+mod subject;
 mod show;
 
 use super::cancel_on_signals;
+use super::containers::RuntimeArgs;
 use super::store::KeepArgs;
-use super::target::Target;
 use crate::cancel::CancelFlag;
 use crate::chains::Chains;
 use crate::checkpoint::{self, CheckpointReport, Options};
@@ -18,21 +19,27 @@ use crate::report::Observer;
 use crate::retention::{Plan, prune};
 use crate::schedule::Aim;
 use crate::seal::StoreKey;
-use crate::source::vm::VmSource;
 use crate::speed::Speedometer;
 use crate::steer::{SeriesBoard, WatchedSeries};
 use crate::store::{self, Attempt, Lease, Store};
 use crate::units;
 use crate::vault::{Vault, new_id};
-use protocol::monitor::{Phase, Status};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use subject::Subject;
 
 /// How often somebody who waits for a store's lock tries again.
 const LOCK_RETRY: Duration = Duration::from_millis(100);
+
+/// The pause to aim at.
+const VM_PAUSE: Duration = Duration::from_millis(5);
+const CONTAINER_PAUSE: Duration = Duration::from_secs(1);
+
+/// What a container's pause takes without pages, before it was measured.
+const CONTAINER_COST: Duration = Duration::from_millis(300);
 
 /// The shortest interval of a series.
 const SHORTEST: Duration = Duration::from_millis(100);
@@ -47,6 +54,7 @@ Examples:
   migrate checkpoint web --store /var/lib/checkpoints --every 10m --keep-last 6 --keep-hourly 24 --keep-daily 7
   migrate checkpoint web --store /mnt/shared/checkpoints --suspend
   migrate checkpoint --group shop web db --store /var/lib/checkpoints
+  migrate checkpoint --container cart --store /var/lib/checkpoints --every 10s
 
 The VM runs on while it is written down, and is paused for its last pages and its state alone. A checkpoint has only what was written
 since the last one, if that lies in this store; else it is a full one. It exists only once all of it is durable: one that fails, or is
@@ -56,6 +64,11 @@ pub struct Args {
     /// The VM's name, or the path of its control socket; with --group several.
     #[arg(value_name = "VM", required = true)]
     vms: Vec<String>,
+    /// They are no VMs: they are the ids of containers under runc.
+    #[arg(long)]
+    container: bool,
+    #[command(flatten)]
+    runtime: RuntimeArgs,
     /// Take one checkpoint of several VMs, of one instant, under this name.
     #[arg(long, value_name = "NAME", conflicts_with_all = ["every", "suspend"])]
     group: Option<String>,
@@ -71,9 +84,10 @@ pub struct Args {
     /// Take a full checkpoint, whatever a delta could stand on.
     #[arg(long)]
     full: bool,
-    /// The pause to aim at. What is left of a VM that writes faster than it can be copied takes longer, and that is said.
-    #[arg(long, value_name = "TIME", default_value = "5ms", value_parser = units::duration)]
-    max_pause: Duration,
+    /// The pause to aim at [default: 5ms; of a container 1s]. What is left of a VM that writes faster than it can be copied takes longer,
+    /// and that is said.
+    #[arg(long, value_name = "TIME", value_parser = units::duration)]
+    max_pause: Option<Duration>,
     /// How long to wait for whoever else writes to the store.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = units::duration)]
     wait: Duration,
@@ -171,7 +185,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let writer = Writer {
         common,
         args,
-        target: Target::find(&runtime, vm)?,
+        subject: Subject::find(args, &runtime, vm)?,
         store: store::open(&args.store)?,
         key: args.key()?,
         cancel: cancel_on_signals()?,
@@ -179,8 +193,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     match args.every {
         Some(every) => series::run(&writer, &runtime, every),
         None => {
-            let status = writer.status()?;
-            writer.take(&status, &Wanted::first(args), &writer.cancel, None)?;
+            writer.take(&Wanted::first(args), &writer.cancel, None)?;
             Ok(ExitCode::SUCCESS)
         }
     }
@@ -204,40 +217,33 @@ impl Wanted {
 struct Writer<'a> {
     common: &'a Common,
     args: &'a Args,
-    target: Target,
+    subject: Subject,
     store: Arc<dyn Store>,
     key: Option<StoreKey>,
     cancel: CancelFlag,
 }
 
 impl Writer<'_> {
-    /// How the VM is, if it is there.
-    fn status(&self) -> Result<Status> {
-        self.target.status()
-    }
-
     /// Takes one checkpoint and prints it, or what was done of it. The VM and the store are held no longer than that. One of a series stands
     /// on its board.
     fn take(
         &self,
-        status: &Status,
         wanted: &Wanted,
         cancel: &CancelFlag,
         board: Option<&SeriesBoard>,
     ) -> Result<CheckpointReport> {
-        check_writable(status)?;
-        let lease = lock(self.store.as_ref(), &status.name, self.args.wait, cancel)?;
+        let name = self.subject.check()?;
+        let lease = lock(self.store.as_ref(), &name, self.args.wait, cancel)?;
         let vault = Vault::open_or_create(Arc::clone(&self.store), self.key.as_ref())?;
-        let source = VmSource::checkpoint(&status.name, self.target.socket())?;
-        let gauge = source.gauge();
+        let (source, gauge) = self.subject.open()?;
         let mut options = Options::new(new_id()?);
+        self.args.apply(&mut options);
         options.full = wanted.full;
         options.fixed_cost = wanted.fixed_cost.unwrap_or(options.fixed_cost);
-        self.args.apply(&mut options);
         let mut observer = progress::observer(self.common);
         let mut speedometer = Speedometer::new(gauge, observer.as_mut());
         let take = |observer: &mut dyn Observer| {
-            checkpoint::take(Box::new(source), &vault, lease.as_ref(), &options, cancel, observer)
+            checkpoint::take(source, &vault, lease.as_ref(), &options, cancel, observer)
         };
         let taken = match board.cloned() {
             Some(board) => take(&mut WatchedSeries { board, inner: &mut speedometer }),
@@ -255,24 +261,6 @@ impl Writer<'_> {
         self.args.prune(self.common, &vault, lease.as_ref(), &[&report.workload]);
         Ok(report)
     }
-}
-
-/// That a VM can be written down.
-fn check_writable(status: &Status) -> Result<()> {
-    if status.phase == Phase::Pledged {
-        return Err(Error::Workload(format!(
-            "{} stands still because the outcome of a migration is not known: settle it with migrate recover {0}",
-            status.name
-        )));
-    }
-    if let Some(pages) = status.awaiting_pages {
-        return Err(Error::Workload(format!(
-            "{} cannot be written down yet: it misses {pages} pages; migrate vm show tells when none is missing. If nothing arrives: {}",
-            status.name,
-            super::how_they_come(&status.name)
-        )));
-    }
-    Ok(())
 }
 
 /// The right to write, waiting for it as long as that is wanted.
@@ -316,7 +304,12 @@ impl Args {
 
     /// What holds for every checkpoint.
     fn apply(&self, options: &mut Options) {
-        options.max_pause = self.max_pause;
+        let (max_pause, fixed_cost) = match self.container {
+            true => (CONTAINER_PAUSE, CONTAINER_COST),
+            false => (VM_PAUSE, options.fixed_cost),
+        };
+        options.max_pause = self.max_pause.unwrap_or(max_pause);
+        options.fixed_cost = fixed_cost;
         options.stage_bytes = self.stage;
         options.pack = !self.raw;
         options.share = !self.unshared;

@@ -3,10 +3,12 @@
 mod arrival;
 mod daemon;
 
+use super::containers::RuntimeArgs;
 use super::{cancel_on_signals, emit, say, send};
 use crate::cancel::CancelFlag;
 use crate::cli::Common;
 use crate::connections;
+use crate::destination::any::Places;
 use crate::destination::vm::Place;
 use crate::error::{Error, Result};
 use crate::exit;
@@ -38,7 +40,10 @@ const LOOK: Duration = Duration::from_millis(200);
 
 /// Where to listen, and what to take.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example: migrate receive --listen 0.0.0.0:7700 --max-memory 8GiB
+#[command(after_help = "\
+Examples:
+  migrate receive --listen 0.0.0.0:7700 --max-memory 8GiB
+  migrate receive --listen 0.0.0.0:7700 --containers /srv/containers
 
 It takes one VM and ends; a failed attempt does not end it. The VM goes on in a process of its own: see migrate vm list.
 
@@ -85,6 +90,15 @@ pub struct Args {
     /// template (see migrate cpu). One that was shown more is refused.
     #[arg(long, value_name = "MODEL", default_value = "host")]
     cpu: String,
+    /// Take containers, too, and make their bundles in this folder. *Whoever may send to this host can then run programs as root on it:* what
+    /// a container may do is said by its configuration, which comes with it.
+    #[arg(long, value_name = "FOLDER")]
+    containers: Option<PathBuf>,
+    /// Where the root file system of a container that arrives is on this host [default: at the same path as on its own].
+    #[arg(long, value_name = "DIR", requires = "containers", conflicts_with = "daemon")]
+    rootfs: Option<PathBuf>,
+    #[command(flatten)]
+    runtime: RuntimeArgs,
     /// End after the first attempt, whatever came of it.
     #[arg(long)]
     once: bool,
@@ -164,18 +178,27 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         .inspect_err(|error| tracing::warn!("arrivals cannot be steered from outside: {error}"))
         .ok();
     let host = Host {
-        place: Place {
-            program,
-            runtime: runtime.clone(),
-            name: args.name.clone(),
-            serial: args.serial.clone(),
-            cpu: cpu(&args.cpu)?,
-            allowed: Allowed {
-                disk_folders: args.disks.clone(),
-                taps: args.taps.clone(),
-                console: args.console.clone(),
+        places: Places {
+            container: super::containers::place(
+                &args.runtime,
+                &runtime,
+                args.containers.as_deref(),
+                args.rootfs.as_deref(),
+                args.name.as_deref(),
+            )?,
+            vm: Place {
+                program,
+                runtime: runtime.clone(),
+                name: args.name.clone(),
+                serial: args.serial.clone(),
+                cpu: cpu(&args.cpu)?,
+                allowed: Allowed {
+                    disk_folders: args.disks.clone(),
+                    taps: args.taps.clone(),
+                    console: args.console.clone(),
+                },
+                holder: "migrate receive",
             },
-            holder: "migrate receive",
         },
         options,
         steering,

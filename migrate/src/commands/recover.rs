@@ -3,6 +3,7 @@
 use super::target::{Target, all};
 use super::{cancel_on_signals, emit, say};
 use crate::cli::Common;
+use crate::container::keeper::{self, Note};
 use crate::error::{Error, Result};
 use crate::identity::{self, Identity, TrustStore};
 use crate::link::Link;
@@ -55,6 +56,9 @@ pub struct Args {
 pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let runtime = RuntimeDir::open(common.runtime_dir.as_deref())?;
     let Some(vm) = &args.vm else { return list(common, &runtime) };
+    if let Some(note) = keeper::notes(&runtime)?.into_iter().find(|note| note.id == *vm) {
+        return container(common, args, &runtime, &note);
+    }
     let target = Target::find(&runtime, vm)?;
     let status = target.status()?;
     let name = &status.name;
@@ -87,21 +91,56 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
             client.resume(Some(pledge.migration)).map_err(wrong)?;
             "the destination will never start it; it goes on here"
         }
-        Outcome::Unknown => {
-            return Err(Error::InDoubt(format!(
-                "the host at {} does not know migration {}, which proves nothing: look whether {name} runs there, then \
-                 say which it is with migrate recover {name} --resume or --discard",
-                pledge.peer, pledge.migration
-            )));
-        }
+        Outcome::Unknown => return Err(proves_nothing(name, &pledge)),
     };
+    show_settled(common, name, outcome, Some(&pledge), settled);
+    Ok(ExitCode::SUCCESS)
+}
+
+fn proves_nothing(name: &str, pledge: &Pledge) -> Error {
+    Error::InDoubt(format!(
+        "the host at {} does not know migration {}, which proves nothing: look whether {name} runs there, then \
+         say which it is with migrate recover {name} --resume or --discard",
+        pledge.peer, pledge.migration
+    ))
+}
+
+fn show_settled(common: &Common, name: &str, outcome: Outcome, pledge: Option<&Pledge>, settled: &str) {
     if common.json {
+        let migration = pledge.map(|pledge| pledge.migration);
         emit(
-            &serde_json::json!({"event": "settled", "name": name, "outcome": outcome, "migration": pledge.migration}),
+            &serde_json::json!({"event": "settled", "name": name, "outcome": outcome, "migration": migration}),
         );
     } else {
         say(&format!("{name}: {settled}"));
     }
+}
+
+/// A container that stands still, with its keeper or without one.
+fn container(common: &Common, args: &Args, runtime_dir: &RuntimeDir, note: &Note) -> Result<ExitCode> {
+    let name = &note.id;
+    let outcome = match &note.pledge {
+        // Nobody was promised anything.
+        None if note.is_kept(runtime_dir) => {
+            return Err(Error::Workload(format!("{name} is being moved: there is nothing to recover")));
+        }
+        None => Outcome::Discarded,
+        Some(_) if args.resume => Outcome::Discarded,
+        Some(_) if args.discard => Outcome::Started,
+        Some(pledge) => match ask(common, args, name, pledge)? {
+            Word::Outcome(outcome) => outcome,
+            Word::Incomplete => Outcome::Unknown,
+        },
+    };
+    let settled = match (outcome, &note.pledge) {
+        (Outcome::Started, _) => "it runs at the destination; the one here has ended",
+        (Outcome::Discarded, None) => "its move was cut off before anything was promised; it goes on here",
+        (Outcome::Discarded, Some(_)) => "the destination will never start it; it goes on here",
+        (Outcome::Unknown, Some(pledge)) => return Err(proves_nothing(name, pledge)),
+        (Outcome::Unknown, None) => return Err(Error::InDoubt(format!("nothing is known of {name}"))),
+    };
+    note.settle(runtime_dir, outcome == Outcome::Discarded)?;
+    show_settled(common, name, outcome, note.pledge.as_ref(), settled);
     Ok(ExitCode::SUCCESS)
 }
 
@@ -171,8 +210,28 @@ fn list(common: &Common, runtime: &RuntimeDir) -> Result<ExitCode> {
             ));
         }
     }
+    for note in keeper::notes(runtime)?.iter().filter(|note| note.pledge.is_some() || !note.is_kept(runtime))
+    {
+        found = true;
+        let (name, pledge) = (&note.id, note.pledge.as_ref());
+        if common.json {
+            emit(&serde_json::json!({
+                "name": name,
+                "phase": if pledge.is_some() { "pledged" } else { "frozen" },
+                "migration": pledge.map(|pledge| pledge.migration),
+                "peer": pledge.map(|pledge| &pledge.peer),
+                "holder_pid": null,
+            }));
+        } else if let Some(Pledge { migration, peer }) = pledge {
+            say(&format!("{name}: stands still, offered to {peer} by migration {migration}"));
+        } else {
+            say(&format!(
+                "{name}: stands still since its move was cut off; let it go on with migrate recover {name}"
+            ));
+        }
+    }
     if !found && !common.json {
-        say("no VM is in doubt");
+        say("no VM and no container is in doubt");
     }
     Ok(ExitCode::SUCCESS)
 }

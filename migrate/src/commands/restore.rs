@@ -1,11 +1,13 @@
 //! `migrate restore`: start a VM from a checkpoint, with all of its memory or before that.
 
+use super::containers::RuntimeArgs;
 use super::store::StoreArgs;
 use super::target::Target;
 use super::{cancel_on_signals, emit};
 use crate::cli::Common;
 use crate::destination::Destination;
-use crate::destination::vm::{Place, VmDestination};
+use crate::destination::any::{AnyDestination, Places};
+use crate::destination::vm::Place;
 use crate::error::{Error, Result};
 use crate::paths::RuntimeDir;
 use crate::progress;
@@ -24,6 +26,7 @@ Examples:
   migrate restore --store /var/lib/checkpoints --group shop
   migrate restore --store /var/lib/checkpoints web --disks /srv/vms
   migrate restore --store /var/lib/checkpoints 2026-11-23T19:48:31Z --name web2 --lazy
+  migrate restore --store /var/lib/checkpoints cart --containers /srv/containers
 
 A checkpoint can be restored any number of times, also at once, each time under another --name. Nothing is started where anything of it is
 missing or damaged. With --lazy the VM runs at once and its memory follows, what it touches first; if the store fails meanwhile, the VM
@@ -60,6 +63,14 @@ pub struct Args {
     /// Where the other end of the VM's console is, if it has one: socket:PATH, or a file [default: nowhere].
     #[arg(long, value_name = "WHERE")]
     console: Option<ConsoleConfig>,
+    /// Where the bundle of a container is made; without it none is restored.
+    #[arg(long, value_name = "FOLDER")]
+    containers: Option<PathBuf>,
+    /// Where the root file system of a container is on this host [default: where it was].
+    #[arg(long, value_name = "DIR", requires = "containers")]
+    rootfs: Option<PathBuf>,
+    #[command(flatten)]
+    runtime: RuntimeArgs,
     /// The most memory the VM may have [default: what this host has available].
     #[arg(long, value_name = "SIZE", value_parser = units::size)]
     max_memory: Option<u64>,
@@ -85,6 +96,13 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let options = Options { lazy: args.lazy, ..Options::new(max_memory_bytes) };
     let allowed =
         Allowed { disk_folders: args.disks.clone(), taps: args.taps.clone(), console: args.console.clone() };
+    let container = super::containers::place(
+        &args.runtime,
+        &runtime,
+        args.containers.as_deref(),
+        args.rootfs.as_deref(),
+        args.name.as_deref(),
+    )?;
     if let Some(group) = &args.group {
         let group = vault.resolve_group(group)?;
         let open = || {
@@ -92,7 +110,9 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
             let cpu = "host".into();
             let place =
                 Place { program, runtime, name: None, serial: None, allowed, cpu, holder: "migrate restore" };
-            let destination: Box<dyn Destination> = Box::new(VmDestination::new(place));
+            let container = container.clone();
+            let destination: Box<dyn Destination> =
+                Box::new(AnyDestination::new(Places { vm: place, container }));
             let observer: Box<dyn FnMut(&Event)> = Box::new(progress::restoring(common));
             (destination, observer)
         };
@@ -110,7 +130,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         cpu: "host".into(),
         holder: "migrate restore",
     };
-    let destination = VmDestination::new(place);
+    let destination = AnyDestination::new(Places { vm: place, container });
     let mut observer = progress::restoring(common);
     let report = match &args.resume {
         None => restore::restore(&vault, id, Box::new(destination), &options, &cancel, &mut observer)?,

@@ -1,5 +1,6 @@
 //! `migrate send`: move a running VM to another host.
 
+use super::containers::RuntimeArgs;
 use super::disks::DiskArgs;
 use super::limits::LimitArgs;
 use super::target::Target;
@@ -22,10 +23,11 @@ use crate::progress;
 use crate::report::{Document, Event, Observer, Outcome};
 use crate::seed::{self, Seed};
 use crate::select::hot::HotRule;
-use crate::source::Source as _;
+use crate::source::Source;
+use crate::source::container::ContainerSource;
 use crate::source::vm::VmSource;
-use crate::speed::Speedometer;
-use crate::steer::{Board, Place, Server, Subject, Watched};
+use crate::speed::{Gauge, Speedometer};
+use crate::steer::{self, Board, Place, Server, Watched};
 use crate::units;
 use protocol::monitor::{Phase, Status};
 use protocol::steer::End;
@@ -36,6 +38,14 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
+/// The downtime that a container's move aims at, and the longest of one that stalled: dumping and restoring a small process tree takes 0.3 to
+/// 0.5 s before a page is sent (November 2026).
+const DOWNTIME: Duration = Duration::from_secs(1);
+const MAX_DOWNTIME: Duration = Duration::from_secs(3);
+
+/// What of it is neither pages nor round trips, before it was measured.
+const FIXED_COST: Duration = Duration::from_millis(500);
+
 /// What to send where, and within which limits.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
@@ -43,10 +53,16 @@ Examples:
   migrate send web b.example:7700 --downtime 20ms
   migrate send web b.example:7700 --on-stall minimum,cancel --max-downtime 500ms
   migrate send web b.example:7700 --copy-disk
-  migrate send web b.example:7700 --trace web.trace")]
+  migrate send web b.example:7700 --trace web.trace
+  migrate send --container shop b.example:7700")]
 pub struct Args {
     /// The VM's name, or the path of its control socket.
     vm: String,
+    /// It is no VM: it is the id of a container under runc.
+    #[arg(long, conflicts_with_all = ["verify", "post_copy", "copy_disk", "seed_from"])]
+    container: bool,
+    #[command(flatten)]
+    runtime: RuntimeArgs,
     /// Where migrate receive listens: HOST:PORT.
     address: String,
     #[command(flatten)]
@@ -102,21 +118,6 @@ pub struct Args {
 /// As `docs/scripting.md` lists them.
 pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let runtime = RuntimeDir::open(common.runtime_dir.as_deref())?;
-    let target = Target::find(&runtime, &args.vm)?;
-    let status = target.status()?;
-    if status.phase == Phase::Pledged {
-        return Err(Error::Workload(format!(
-            "{} stands still because the outcome of a migration is not known: settle it with migrate recover {0}",
-            args.vm
-        )));
-    }
-    if let Some(pages) = status.awaiting_pages {
-        return Err(Error::Workload(format!(
-            "{} cannot be sent on yet: it misses {pages} pages; migrate vm show tells when none is missing. If nothing arrives: {}",
-            args.vm,
-            super::how_they_come(&status.name)
-        )));
-    }
     let keys = identity::directory(common.keys.as_deref())?;
     let identity = Identity::load(&keys)?;
     let mut settings = settings(args.link_timeout);
@@ -127,17 +128,16 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         Ok(Box::new(quic::dial(&args.address, &identity, &trust, &settings, args.link_timeout)?))
     };
     let cancel = cancel_on_signals()?;
-    let source = VmSource::connect(&status.name, target.socket(), &args.address, &args.disks.copied())?;
-    let gauge = source.gauge();
-    // Before the destination is asked: it may take a moment, and nobody shall wait for it.
-    let seed = args
-        .seed_from
-        .as_deref()
-        .and_then(|place| seed(place, args.seed_key.as_deref(), &status, &source, &cancel));
+    let Subject { source, gauge, seed, limits, fixed_cost, kind } = match args.container {
+        true => container(args, &runtime)?,
+        false => vm(args, &runtime, &cancel)?,
+    };
+    let name = source.workload().name.clone();
     let link = dial()?;
     let mut options = Options::new(outbound::new_migration_id()?);
     options.seed = seed;
-    let limits = args.limits.over(&Limits::default());
+    options.fixed_cost = fixed_cost.unwrap_or(options.fixed_cost);
+    let limits = args.limits.over(&limits);
     check_limits(&limits).map_err(Error::Usage)?;
     options.controls.change(|now| *now = limits);
     if args.bandwidth > 0 {
@@ -148,7 +148,8 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     options.verify = args.verify;
     let peer = link.peer_key().to_string();
     let history = paths::state_dir(common.state_dir.as_deref()).map(|dir| History::in_dir(&dir));
-    if let Some((fixed, moves)) = history.as_ref().and_then(|history| history.fixed(&peer)) {
+    if let Some((fixed, moves)) = history.as_ref().and_then(|history| history.fixed(&format!("{peer}{kind}")))
+    {
         options.fixed_cost = fixed;
         options.fixed_cost_known_from = u32::try_from(moves).unwrap_or(u32::MAX);
     }
@@ -163,16 +164,16 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     options.retry = args.retry_for;
     let inner = progress::observer(common);
     let mut observer = match &args.trace {
-        Some(path) => tracing_to(path, &status.name, inner)?,
+        Some(path) => tracing_to(path, &name, inner)?,
         None => inner,
     };
     let board = Board::new(
-        Subject {
+        steer::Subject {
             end: End::Send,
             migration: options.migration,
-            workload: status.name.clone(),
+            workload: name.clone(),
             peer: peer.clone(),
-            memory_bytes: status.memory_bytes,
+            memory_bytes: source.workload().layout.memory_bytes(),
         },
         cancel.clone(),
         Some(options.controls.clone()),
@@ -180,14 +181,14 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let fleet = Fleet::default();
     let _entry = fleet.add(board.clone());
     let _metrics = args.metrics.map(|at| super::serve_metrics(common, at, &fleet)).transpose()?;
-    let server = Place::open(&runtime).and_then(|place| Server::start(&place, &status.name, board.clone()));
+    let server = Place::open(&runtime).and_then(|place| Server::start(&place, &name, board.clone()));
     if let Err(error) = &server {
         tracing::warn!("this migration cannot be steered from outside: {error}");
     }
     let mut meter = Meter::new(observer.as_mut());
     let mut speedometer = Speedometer::new(gauge, &mut meter);
     let mut watched = Watched { board, inner: &mut speedometer };
-    let sent = outbound::send(Box::new(source), link, &mut dial, &options, &cancel, &mut watched);
+    let sent = outbound::send(source, link, &mut dial, &options, &cancel, &mut watched);
     drop(server);
     let (mut report, failure) = match sent {
         Ok(report) => (report, None),
@@ -205,7 +206,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         // What a limit held back says nothing of what connections carry.
         let carried = meter.carried(report.connections.number).filter(|_| args.bandwidth == 0);
         let fixed = Duration::from_micros(report.fixed.actual_us);
-        history.record(&peer, fixed, carried).unwrap_or_else(|error| {
+        history.record(&format!("{peer}{kind}"), fixed, carried).unwrap_or_else(|error| {
             tracing::warn!(%error, "what this move cost is not remembered");
         });
     }
@@ -217,6 +218,76 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         progress::show_report(&report);
     }
     failure.map_or(Ok(ExitCode::SUCCESS), Err)
+}
+
+/// What is sent.
+struct Subject {
+    source: Box<dyn Source>,
+    /// A look at how fast it is, if it says so itself.
+    gauge: Option<Gauge>,
+    seed: Option<Arc<Seed>>,
+    /// When to stop, where the operator does not say.
+    limits: Limits,
+    /// What freezing and starting cost, if that is not what it usually is.
+    fixed_cost: Option<Duration>,
+    /// What tells moves of this kind to a host from others, in what is remembered of them.
+    kind: &'static str,
+}
+
+/// A VM that can be moved now.
+fn vm(args: &Args, runtime: &RuntimeDir, cancel: &CancelFlag) -> Result<Subject> {
+    let target = Target::find(runtime, &args.vm)?;
+    let status = target.status()?;
+    if status.phase == Phase::Pledged {
+        return Err(Error::Workload(format!(
+            "{0} stands still because the outcome of a migration is not known: settle it with migrate recover {0}",
+            status.name
+        )));
+    }
+    if let Some(pages) = status.awaiting_pages {
+        return Err(Error::Workload(format!(
+            "{} cannot be sent on yet: it misses {pages} pages; migrate vm show tells when none is missing. If nothing arrives: {}",
+            status.name,
+            super::how_they_come(&status.name)
+        )));
+    }
+    let source = VmSource::connect(&status.name, target.socket(), &args.address, &args.disks.copied())?;
+    // Before the destination is asked: it may take a moment, and nobody shall wait for it.
+    let seed = args
+        .seed_from
+        .as_deref()
+        .and_then(|place| seed(place, args.seed_key.as_deref(), &status, &source, cancel));
+    Ok(Subject {
+        gauge: source.gauge(),
+        source: Box::new(source),
+        seed,
+        limits: Limits::default(),
+        fixed_cost: None,
+        kind: "",
+    })
+}
+
+/// A container that can be moved now.
+fn container(args: &Args, runtime_dir: &RuntimeDir) -> Result<Subject> {
+    let program = std::env::current_exe()
+        .map_err(|error| Error::Host(format!("this program's own path is not known: {error}")))?;
+    let source = ContainerSource::connect(
+        &args.vm,
+        &args.runtime.runtime()?,
+        runtime_dir,
+        &program,
+        &args.address,
+        None,
+    )?;
+    let limits = Limits { downtime: DOWNTIME, max_downtime: MAX_DOWNTIME, ..Limits::default() };
+    Ok(Subject {
+        source: Box::new(source),
+        gauge: None,
+        seed: None,
+        limits,
+        fixed_cost: Some(FIXED_COST),
+        kind: "/container",
+    })
 }
 
 /// The checkpoint in a store that the VM is tracked from, or else its newest; one that cannot be had is no reason not to move.

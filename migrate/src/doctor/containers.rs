@@ -3,7 +3,8 @@
 use super::check::Check;
 use super::files::{Root, shown};
 use super::memory::{Hierarchy, try_soft_dirty};
-use super::programs::{Ended, Said, ask, find};
+use crate::container::Version;
+use crate::programs::{Ended, Said, ask, find};
 use std::ffi::OsStr;
 use std::path::PathBuf;
 
@@ -242,38 +243,6 @@ fn network_lock(facts: &Facts) -> Check {
     }
 }
 
-/// A version of criu.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct Version {
-    major: u32,
-    minor: u32,
-    patch: u32,
-}
-
-impl Version {
-    /// By a line `Version: 3.17.1`; a suffix is passed over.
-    fn of_criu(text: &str) -> Option<Self> {
-        let words = text.lines().find_map(|line| line.trim().strip_prefix("Version:"))?;
-        let number = |part: &str| {
-            let digits = part.find(|one: char| !one.is_ascii_digit()).unwrap_or(part.len());
-            part[..digits].parse().ok()
-        };
-        let mut parts = words.trim().split('.');
-        let (major, minor) = (number(parts.next()?)?, number(parts.next()?)?);
-        Some(Self { major, minor, patch: parts.next().and_then(number).unwrap_or(0) })
-    }
-}
-
-impl std::fmt::Display for Version {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { major, minor, patch } = self;
-        match patch {
-            0 => write!(f, "{major}.{minor}"),
-            _ => write!(f, "{major}.{minor}.{patch}"),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::check::Verdict;
@@ -366,7 +335,7 @@ mod tests {
         let said = |ended, text: &str| Said { ended, text: text.into() };
         facts.criu_says = Some(vec![
             (Asked::Basics, said(Ended::Code(1), "Warn\nError (criu/vdso.c): \x07bad\n")),
-            (Asked::DirtyTracking, said(Ended::TimedOut, "")),
+            (Asked::DirtyTracking, said(Ended::TimedOut(crate::programs::ANSWER_LIMIT), "")),
         ]);
         let check = found(&facts, "criu-check");
         assert_eq!((check.verdict, &*check.found), (Verdict::Missing, "Error (criu/vdso.c): ?bad"));

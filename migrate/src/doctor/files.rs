@@ -67,7 +67,7 @@ fn read(path: &Path) -> io::Result<String> {
 }
 
 /// Somebody else's words, on one line that does nothing to a terminal.
-pub(super) fn shown(words: &str) -> String {
+pub(crate) fn shown(words: &str) -> String {
     let words = words.trim();
     let mut line: String =
         words.chars().take(SHOWN).map(|one| if one.is_control() { '?' } else { one }).collect();

@@ -64,6 +64,6 @@ impl Outbound<'_> {
     /// Whether both ends can do post-copy, the operator does not want all memory compared before the start, and no disk must be
     /// there whole by then.
     pub(super) fn can_post_copy(&self) -> bool {
-        self.peer_can_post_copy && !self.options.verify && !self.has_disks()
+        self.peer_can_post_copy && self.source.can_donate() && !self.options.verify && !self.has_disks()
     }
 }

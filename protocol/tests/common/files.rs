@@ -186,6 +186,10 @@ pub(crate) fn all() -> BTreeMap<String, Vec<u8>> {
         add(&format!("answer/{}.json", samples::answer_type(&message)), json(&message));
     }
 
+    add("container/description.json", samples::container().encode());
+    add("container/placement.bin", samples::placement().encode().unwrap());
+    add("container/pagemap-7.img", samples::pagemap().encode());
+
     add("names/refuse-code.json", json(&samples::REFUSE_CODES));
     add("names/outcome.json", json(&samples::OUTCOMES));
     add("names/workload-kind.json", json(&samples::WORKLOAD_KINDS));

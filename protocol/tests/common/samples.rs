@@ -2,6 +2,8 @@
 
 use protocol::MigrationId;
 use protocol::checkpoint::name::CheckpointId;
+use protocol::container::pagemap::{Entry, LAZY, PARENT, PRESENT, Pagemap};
+use protocol::container::{Description, Placement, Run};
 use protocol::control::{Downstream, Offer, Outcome, RefuseCode, Upstream, WorkloadKind};
 use protocol::handshake::Hello;
 use protocol::layout::{Layout, Space, SpaceKind};
@@ -462,7 +464,8 @@ pub(crate) const REFUSE_CODES: [RefuseCode; 8] = [
     RefuseCode::NoSuchMigration,
 ];
 pub(crate) const OUTCOMES: [Outcome; 3] = [Outcome::Started, Outcome::Discarded, Outcome::Unknown];
-pub(crate) const WORKLOAD_KINDS: [WorkloadKind; 2] = [WorkloadKind::Vm, WorkloadKind::Program];
+pub(crate) const WORKLOAD_KINDS: [WorkloadKind; 3] =
+    [WorkloadKind::Vm, WorkloadKind::Program, WorkloadKind::Container];
 pub(crate) const SPACE_KINDS: [SpaceKind; 2] = [SpaceKind::Memory, SpaceKind::Disk];
 pub(crate) const ROLES: [Role; 2] = [Role::Query, Role::Session];
 pub(crate) const TRACKING_MODES: [TrackingMode; 3] =
@@ -505,6 +508,7 @@ pub(crate) fn complete() -> bool {
     let kinds = WORKLOAD_KINDS.map(|kind| match kind {
         WorkloadKind::Vm => 0,
         WorkloadKind::Program => 1,
+        WorkloadKind::Container => 2,
     });
     let spaces = SPACE_KINDS.map(|kind| match kind {
         SpaceKind::Memory => 0,
@@ -552,4 +556,31 @@ pub(crate) fn complete() -> bool {
     let lists: [&[usize]; 8] = [&refuse, &outcomes, &kinds, &spaces, &roles, &modes, &errors, &phases];
     let lists = [&lists[..], &steer[..]].concat();
     lists.iter().all(|list| list.iter().copied().eq(0..list.len()))
+}
+
+/// What an offer says of a container.
+pub(crate) fn container() -> Description {
+    Description { id: "web-1".into(), criu: [4, 1, 1], root: "/srv/web/rootfs".into() }
+}
+
+/// Two processes, and pages that came later.
+pub(crate) fn placement() -> Placement {
+    let run = |process, page, pages, space, slot| Run { process, page, pages, space: SpaceId(space), slot };
+    Placement {
+        runs: vec![
+            run(1, 0x400, 3, 0, 0),
+            run(1, 0x7fff_0000, 2, 0, 3),
+            run(7, 0x400, 5, 1, 0),
+            run(7, 0x405, 1, 2, 0),
+        ],
+    }
+}
+
+/// The image of one of them.
+pub(crate) fn pagemap() -> Pagemap {
+    let entry = |first, pages, flags| Entry { first, pages, flags };
+    Pagemap {
+        pages_id: 2,
+        entries: vec![entry(0x100, 1, PRESENT), entry(0x400, 5, PARENT), entry(0x405, 1, LAZY)],
+    }
 }

@@ -165,7 +165,10 @@ fn download(into: &Path) -> Result<()> {
 }
 
 /// Runs a command in a directory and gives what it says.
-fn run(folder: &Path, program: &str, arguments: &[&str]) -> Result<String> {
+///
+/// # Errors
+/// With what it says, if it fails.
+pub fn run(folder: &Path, program: &str, arguments: &[&str]) -> Result<String> {
     let what = || format!("{program} {}", arguments.join(" "));
     let output = Command::new(program).args(arguments).current_dir(folder).output().context(what)?;
     if output.status.success() {

@@ -1,17 +1,15 @@
 //! `migrate checkpoint --group`: several VMs as they were at one instant.
 
-use super::{Args, check_writable, lock, show};
+use super::subject::Subject;
+use super::{Args, lock, show};
 use crate::checkpoint::{GroupOptions, GroupReport, Joining, Options, take_group};
 use crate::cli::Common;
-use crate::commands::target::Target;
 use crate::commands::{cancel_on_signals, check_name, emit, say};
 use crate::error::Result;
 use crate::paths::RuntimeDir;
 use crate::progress;
 use crate::report::{Observer, Quiet};
 use crate::seal::StoreKey;
-use crate::source::Source;
-use crate::source::vm::VmSource;
 use crate::store;
 use crate::units::show_us;
 use crate::vault::{Vault, new_id};
@@ -26,21 +24,19 @@ pub(super) fn run(common: &Common, args: &Args, runtime: &RuntimeDir, name: &str
     let key = args.encrypt.as_deref().map(StoreKey::load).transpose()?;
     let mut members = Vec::new();
     for vm in &args.vms {
-        let target = Target::find(runtime, vm)?;
-        let status = target.status()?;
-        check_writable(&status)?;
+        let subject = Subject::find(args, runtime, vm)?;
+        let name = subject.check()?;
         let mut options = Options::new(new_id()?);
-        options.full = args.full;
         args.apply(&mut options);
+        options.full = args.full;
         // Shared by all: together they take no more than one would.
         options.stage_bytes = (args.stage / args.vms.len() as u64).max(1 << 20);
-        let held = status.name.clone();
         let open = move || {
-            let source: Box<dyn Source> = Box::new(VmSource::checkpoint(&held, target.socket())?);
+            let (source, _) = subject.open()?;
             let observer: Box<dyn Observer> = progress::held(Box::new(Quiet));
             Ok((source, observer))
         };
-        members.push(Joining { name: status.name, open: Box::new(open), options });
+        members.push(Joining { name, open: Box::new(open), options });
     }
     let mut lease = lock(store.as_ref(), &format!("--group {name}"), args.wait, &cancel)?;
     let vault = Vault::open_or_create(Arc::clone(&store), key.as_ref())?;

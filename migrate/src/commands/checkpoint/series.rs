@@ -40,16 +40,15 @@ pub(super) struct Tally {
 /// When the first one cannot be taken: what is wrong then will not mend itself.
 pub(super) fn run(writer: &Writer<'_>, runtime: &RuntimeDir, every: Every) -> Result<ExitCode> {
     let link = if writer.store.is_remote() { REMOTE_LINK } else { LINK };
-    let status = writer.status()?;
-    let memory_bytes = status.memory_bytes;
-    let board = SeriesBoard::new(&status.name, writer.store.place(), writer.cancel.clone());
+    let (name, memory_bytes) = (writer.subject.check()?, writer.subject.memory_bytes()?);
+    let board = SeriesBoard::new(&name, writer.store.place(), writer.cancel.clone());
     let fleet = Fleet::default();
     fleet.add_series(board.clone());
     let at = writer.args.aim.metrics;
     let _metrics = at.map(|at| crate::commands::serve_metrics(writer.common, at, &fleet)).transpose()?;
     let place = Place::of_series(runtime);
     let _server = place
-        .and_then(|place| Server::start(&place, &status.name, board.clone()))
+        .and_then(|place| Server::start(&place, &name, board.clone()))
         .inspect_err(|error| tracing::warn!("this series cannot be looked at from outside: {error}"));
     let mut rules = Rules {
         schedule: Schedule::new(writer.args.aim.aim(), memory_bytes, link),
@@ -62,8 +61,7 @@ pub(super) fn run(writer: &Writer<'_>, runtime: &RuntimeDir, every: Every) -> Re
     loop {
         let begun = Instant::now();
         let cancel = writer.cancel.for_one();
-        let taken =
-            writer.status().and_then(|status| writer.take(&status, &rules.wanted, &cancel, Some(&board)));
+        let taken = writer.take(&rules.wanted, &cancel, Some(&board));
         match taken {
             Ok(report) => {
                 tally.taken += 1;

@@ -1,7 +1,7 @@
 //! One VM that arrives: served, shown on its own socket and in the metrics, and told about.
 
 use crate::cancel::CancelFlag;
-use crate::destination::vm::{Place, VmDestination};
+use crate::destination::any::{AnyDestination, Places};
 use crate::error::Result;
 use crate::inbound::{self, Desk, Offered, Options, Stranded};
 use crate::metrics::Fleet;
@@ -50,7 +50,7 @@ impl Job {
 
 /// A host that takes VMs.
 pub(super) struct Host {
-    pub(super) place: Place,
+    pub(super) places: Places,
     pub(super) options: Options,
     /// Where steering sockets go.
     pub(super) steering: Option<steer::Place>,
@@ -71,7 +71,7 @@ impl Host {
         cancel: &CancelFlag,
         observer: &mut dyn Observer,
     ) -> Result<ArrivalReport> {
-        let destination = Box::new(VmDestination::new(self.place.clone()));
+        let destination = Box::new(AnyDestination::new(self.places.clone()));
         let mut keeper = Keeper { inner: observer, report: None };
         let arrived = match job {
             Job::Stranded(stranded) => {
@@ -102,7 +102,7 @@ impl Host {
         let subject = Subject {
             end: End::Receive,
             migration: offer.migration,
-            workload: self.place.name.clone().unwrap_or_else(|| offer.name.clone()),
+            workload: self.places.vm.name.clone().unwrap_or_else(|| offer.name.clone()),
             peer: offered.peer().to_owned(),
             memory_bytes: offer.layout.memory_bytes(),
         };

@@ -1,6 +1,6 @@
 //! Other programs, asked with a limit on time and on what they may say.
 
-use super::files::shown;
+use crate::doctor::shown;
 use rustix::fs::{Access, MemfdFlags, SealFlags};
 use rustix::process::{Pid, Signal};
 use std::ffi::OsStr;
@@ -13,7 +13,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 /// How long a program may take for its answer.
-pub(super) const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+pub(crate) const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
 /// How long a program that was killed may take to be gone: one that waits in the kernel is left behind.
 const GONE_LIMIT: Duration = Duration::from_secs(1);
@@ -29,36 +29,36 @@ const DIRECTORIES: usize = 256;
 
 /// How a program ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Ended {
+pub(crate) enum Ended {
     Code(i32),
     /// By a signal.
     Killed,
-    /// Not in time.
-    TimedOut,
+    /// Not within this time.
+    TimedOut(Duration),
     /// It did not even begin, for this reason.
     NotStarted(String),
 }
 
 /// A program's answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Said {
-    pub(super) ended: Ended,
+pub(crate) struct Said {
+    pub(crate) ended: Ended,
     /// Its standard output and error, one in the other.
-    pub(super) text: String,
+    pub(crate) text: String,
 }
 
 impl Said {
     /// Whether it did what it was asked.
-    pub(super) fn is_good(&self) -> bool {
+    pub(crate) fn is_good(&self) -> bool {
         self.ended == Ended::Code(0)
     }
 
     /// Its last word, as it can be shown, or how it ended.
-    pub(super) fn last_word(&self) -> String {
+    pub(crate) fn last_word(&self) -> String {
         let last = self.text.lines().rev().map(shown).find(|line| !line.is_empty());
         match (&self.ended, last) {
             (Ended::NotStarted(why), _) => format!("it cannot be started: {}", shown(why)),
-            (Ended::TimedOut, _) => format!("it did not answer within {} s", ANSWER_LIMIT.as_secs()),
+            (Ended::TimedOut(limit), _) => format!("it did not answer within {} s", limit.as_secs()),
             (_, Some(line)) => line,
             (Ended::Code(code), None) => format!("it said nothing and ended with exit code {code}"),
             (Ended::Killed, None) => "it said nothing and was killed by a signal".into(),
@@ -67,7 +67,7 @@ impl Said {
 }
 
 /// Where a program is. Only absolute directories are looked in: what the working directory has is nobody's choice.
-pub(super) fn find(name: &str, search_path: &OsStr) -> Option<PathBuf> {
+pub(crate) fn find(name: &str, search_path: &OsStr) -> Option<PathBuf> {
     let directories = std::env::split_paths(search_path).filter(|path| path.is_absolute());
     directories.take(DIRECTORIES).map(|path| path.join(name)).find(|path| {
         path.metadata().is_ok_and(|metadata| metadata.is_file())
@@ -76,16 +76,18 @@ pub(super) fn find(name: &str, search_path: &OsStr) -> Option<PathBuf> {
 }
 
 /// Asks a program.
-pub(super) fn ask(program: &Path, arguments: &[&str]) -> Said {
-    ask_within(program, arguments, ANSWER_LIMIT)
+pub(crate) fn ask(program: &Path, arguments: &[&str]) -> Said {
+    let mut command = Command::new(program);
+    command.args(arguments).env("LC_ALL", "C").current_dir("/");
+    ask_within(command, ANSWER_LIMIT)
 }
 
-fn ask_within(program: &Path, arguments: &[&str], limit: Duration) -> Said {
-    let not_started =
-        |error: &io::Error| Said { ended: Ended::NotStarted(error.to_string()), text: String::new() };
-    let (mut said, started) = match start(program, arguments) {
+/// Lets a program run to its end, within a limit of time.
+pub(crate) fn ask_within(mut command: Command, limit: Duration) -> Said {
+    let begun = start(&mut command);
+    let (mut said, started) = match begun {
         Ok(started) => started,
-        Err(error) => return not_started(&error),
+        Err(error) => return Said { ended: Ended::NotStarted(error.to_string()), text: String::new() },
     };
     let ended = end_of(started, limit);
     Said { ended, text: text_of(&mut said).unwrap_or_default() }
@@ -93,20 +95,13 @@ fn ask_within(program: &Path, arguments: &[&str], limit: Duration) -> Said {
 
 /// Starts it in a process group of its own. It speaks into a file of fixed length, and not into a pipe: nobody has to read that while the
 /// program runs, and whoever the program leaves behind cannot hold it open.
-fn start(program: &Path, arguments: &[&str]) -> io::Result<(File, Child)> {
+fn start(command: &mut Command) -> io::Result<(File, Child)> {
     let said = rustix::fs::memfd_create("said", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
     rustix::fs::ftruncate(&said, SAID_BYTES)?;
     rustix::fs::fcntl_add_seals(&said, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
     let said = File::from(said);
-    let child = Command::new(program)
-        .args(arguments)
-        .env("LC_ALL", "C")
-        .current_dir("/")
-        .stdin(Stdio::null())
-        .stdout(said.try_clone()?)
-        .stderr(said.try_clone()?)
-        .process_group(0)
-        .spawn()?;
+    command.stdin(Stdio::null()).stdout(said.try_clone()?).stderr(said.try_clone()?).process_group(0);
+    let child = command.spawn()?;
     Ok((said, child))
 }
 
@@ -119,10 +114,11 @@ fn end_of(mut child: Child, limit: Duration) -> Ended {
         rustix::process::kill_process_group(group, Signal::KILL).ok();
     }
     wait(&mut child, GONE_LIMIT);
-    Ended::TimedOut
+    Ended::TimedOut(limit)
 }
 
-fn wait(child: &mut Child, limit: Duration) -> Option<ExitStatus> {
+/// Waits for a program to end, for at most so long.
+pub(crate) fn wait(child: &mut Child, limit: Duration) -> Option<ExitStatus> {
     let until = Instant::now() + limit;
     loop {
         match child.try_wait() {
@@ -149,7 +145,9 @@ mod tests {
     const SHELL: &str = "/bin/sh";
 
     fn shell(script: &str, limit: Duration) -> Said {
-        ask_within(Path::new(SHELL), &["-c", script], limit)
+        let mut command = Command::new(SHELL);
+        command.args(["-c", script]);
+        ask_within(command, limit)
     }
 
     #[test]
@@ -175,7 +173,7 @@ mod tests {
         let file = parent.path().join("pid");
         let script = format!("sleep 600 & echo $! > {}; wait", file.display());
         let said = shell(&script, Duration::from_millis(500));
-        assert_eq!(said.ended, Ended::TimedOut);
+        assert_eq!(said.ended, Ended::TimedOut(Duration::from_millis(500)));
         assert!(begun.elapsed() < Duration::from_secs(30));
         let child = std::fs::read_to_string(file).unwrap();
         let stat = PathBuf::from(format!("/proc/{}/stat", child.trim()));
@@ -201,7 +199,7 @@ mod tests {
     #[test]
     fn a_program_cannot_say_without_end() {
         let said = shell("while echo 0123456789abcdef; do :; done 2>/dev/null", ANSWER_LIMIT);
-        assert_ne!(said.ended, Ended::TimedOut, "its writes fail");
+        assert_ne!(said.ended, Ended::TimedOut(ANSWER_LIMIT), "its writes fail");
         assert!(said.text.len() <= SAID_BYTES as usize && said.text.len() > 1000, "{}", said.text.len());
     }
 

@@ -1,0 +1,23 @@
+//! Containers of this host: a process tree under an OCI runtime (runc), written down by CRIU.
+//!
+//! ```text
+//! processes ─▶ slots ─▶ (spaces of a layout)       which page of which process is which page of a space
+//! keeper ─▶ runtime ─▶ runc ─▶ CRIU                standing still, its state, going on, ending
+//! images ─▶ runtime ─▶ runc ─▶ CRIU                being made anew
+//! ```
+//!
+//! Memory is read from the processes, by this program; CRIU writes down everything else, and restores. That is less than its page server
+//! could do, and more: there is nothing between a round and memory, any number of threads read, a page is read when it is wanted and
+//! not when CRIU comes to it, and no connection exists whose end could cost a process its life.
+
+mod images;
+pub(crate) mod keeper;
+mod processes;
+mod runtime;
+mod slots;
+
+pub(crate) use images::{IMAGE_LIMIT, Images};
+pub(crate) use processes::{Process, Tree, Which, is_gone};
+pub use runtime::{Criu, Runtime, Version};
+pub(crate) use runtime::{Programs, reason};
+pub(crate) use slots::{Place, Slots};

@@ -1,0 +1,454 @@
+//! Who lets a container go on when the program that moves it is killed.
+//!
+//! A container that stands still does so until somebody lets it go on, and that must not depend on a program that talks to another
+//! host. So a second process, which does nothing else, pauses it, and waits: for orders, on a socket, or for the end of whoever gives them. Before the
+//! pledge that end lets the container go on. Behind it, the container stays as it is, and `migrate recover` gives the next order.
+//!
+//! ```text
+//! running ── freeze ─▶ frozen ── pledge ─▶ pledged ── hand over ─▶ ended
+//!    ▲                   │ thaw, resume,      │ resume
+//!    └───────────────────┴── the end ◀────────┘
+//! ```
+//!
+//! Were the keeper killed, too, the container would stand still, and a note in the runtime directory says so: `migrate recover` finds it.
+
+use super::{Programs, Runtime, reason};
+use crate::error::{Error, Result};
+use crate::paths::RuntimeDir;
+use protocol::monitor::Pledge;
+use rustix::process::{Pid, Signal};
+use serde::{Deserialize, Serialize};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// How long CRIU may take to write everything down but memory.
+const HOLD_LIMIT: Duration = Duration::from_secs(60);
+
+/// How long CRIU may take to let go.
+const RELEASE_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long the keeper may take to begin.
+const BEGIN_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long an order may take: holding, and everything that it has to do when that fails.
+const ORDER_LIMIT: Duration = Duration::from_secs(120);
+
+/// How long processes may take to end that were killed.
+const END_LIMIT: Duration = Duration::from_secs(20);
+
+/// The longest order or answer.
+const LINE_BYTES: u64 = 64 << 10;
+
+/// What the keeper is told.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "order", rename_all = "kebab-case")]
+pub(crate) enum Order {
+    /// Let it stand still, and write everything down but its private memory.
+    Freeze {
+        /// Where to.
+        images: PathBuf,
+    },
+    /// Let it go on; it will be frozen again.
+    Thaw,
+    /// From now on it does not go on by itself.
+    Pledge(Pledge),
+    /// Let it go on, for good.
+    Resume,
+    /// It runs elsewhere: end it.
+    HandOver,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Answer {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
+}
+
+/// What is noted of a container that stands still.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Note {
+    /// Its id.
+    pub(crate) id: String,
+    /// The programs that it is under.
+    pub(crate) programs: Programs,
+    /// To whom it was promised, if it was.
+    pub(crate) pledge: Option<Pledge>,
+}
+
+/// The directory of notes and sockets.
+fn folder(runtime: &RuntimeDir) -> PathBuf {
+    runtime.path().join("containers")
+}
+
+fn note_path(runtime: &RuntimeDir, id: &str) -> PathBuf {
+    folder(runtime).join(format!("{id}.note"))
+}
+
+fn socket_path(runtime: &RuntimeDir, id: &str) -> PathBuf {
+    folder(runtime).join(format!("{id}.keeper"))
+}
+
+/// All notes that there are.
+///
+/// # Errors
+/// `Host` when the directory cannot be read.
+pub(crate) fn notes(runtime: &RuntimeDir) -> Result<Vec<Note>> {
+    let folder = folder(runtime);
+    let entries = match std::fs::read_dir(&folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(Error::Host(format!("{} cannot be read: {error}", folder.display()))),
+    };
+    let is_note = |path: &Path| path.extension().is_some_and(|extension| extension == "note");
+    let read = |path: PathBuf| serde_json::from_slice(&std::fs::read(path).ok()?).ok();
+    let mut notes: Vec<Note> =
+        entries.flatten().map(|entry| entry.path()).filter(|path| is_note(path)).filter_map(read).collect();
+    notes.sort_by(|one, other| one.id.cmp(&other.id));
+    Ok(notes)
+}
+
+/// The other end: whoever gives the orders. Dropped, it is the end of them.
+pub(crate) struct Keeper {
+    stream: BufReader<UnixStream>,
+    id: String,
+}
+
+impl Keeper {
+    /// Starts a keeper for a container.
+    ///
+    /// # Errors
+    /// `Host` when it does not begin, `Workload` when the container is kept already.
+    pub(crate) fn start(
+        program: &Path,
+        runtime_dir: &RuntimeDir,
+        runtime: &Runtime,
+        id: &str,
+    ) -> Result<Self> {
+        if note_path(runtime_dir, id).exists() {
+            return Err(Error::Workload(format!(
+                "{id} stands still since a move of it was cut off: settle it with migrate recover {id}"
+            )));
+        }
+        let cannot =
+            |error: std::io::Error| Error::Host(format!("the keeper of {id} cannot be started: {error}"));
+        // A process group of its own: a Ctrl-C for this program must not reach it.
+        let mut child = Command::new(program)
+            .args(["container-keeper", id, "--runtime-dir"])
+            .arg(runtime_dir.path())
+            .args(runtime.programs().arguments())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .process_group(0)
+            .spawn()
+            .map_err(cannot)?;
+        let until = Instant::now() + BEGIN_LIMIT;
+        loop {
+            match Self::connect(runtime_dir, id) {
+                Ok(keeper) => return Ok(keeper),
+                Err(error) if Instant::now() > until || matches!(child.try_wait(), Ok(Some(_))) => {
+                    return Err(error);
+                }
+                Err(_) => std::thread::sleep(Duration::from_millis(2)),
+            }
+        }
+    }
+
+    /// The keeper of a container, if it has one.
+    ///
+    /// # Errors
+    /// `Workload` when it has none.
+    pub(crate) fn connect(runtime_dir: &RuntimeDir, id: &str) -> Result<Self> {
+        let stream = UnixStream::connect(socket_path(runtime_dir, id))
+            .and_then(|stream| stream.set_read_timeout(Some(ORDER_LIMIT)).map(|()| stream))
+            .map_err(|error| Error::Workload(format!("{id} has no keeper that answers: {error}")))?;
+        Ok(Self { stream: BufReader::new(stream), id: id.into() })
+    }
+
+    /// Gives an order, and waits until it is done.
+    ///
+    /// # Errors
+    /// `Workload` with the keeper's words.
+    pub(crate) fn order(&mut self, order: &Order) -> Result<()> {
+        let gone = |why: String| Error::Workload(format!("the keeper of {} is gone: {why}", self.id));
+        let mut line = serde_json::to_vec(order).unwrap_or_default();
+        line.push(b'\n');
+        self.stream.get_mut().write_all(&line).map_err(|error| gone(error.to_string()))?;
+        let mut answer = String::new();
+        let read = (&mut self.stream).take(LINE_BYTES).read_line(&mut answer);
+        match read {
+            Ok(0) => return Err(gone("it hung up".into())),
+            Ok(_) => {}
+            Err(error) => return Err(gone(error.to_string())),
+        }
+        let answer: Answer = serde_json::from_str(&answer).map_err(|error| gone(error.to_string()))?;
+        answer.error.map_or(Ok(()), |why| Err(Error::Workload(why)))
+    }
+}
+
+/// CRIU, which holds the container's processes.
+struct Held {
+    child: Child,
+    /// Its end is the word to let go.
+    server: TcpStream,
+}
+
+/// The keeper itself.
+pub(crate) struct Kept {
+    runtime_dir: RuntimeDir,
+    runtime: Runtime,
+    id: String,
+    held: Option<Held>,
+    frozen: bool,
+    pledged: bool,
+}
+
+impl Kept {
+    /// Keeps a container until the last order.
+    ///
+    /// # Errors
+    /// `Host` when the socket cannot be made; what goes wrong later is told to whoever gave the order.
+    pub(crate) fn run(runtime_dir: RuntimeDir, runtime: Runtime, id: &str) -> Result<()> {
+        let socket = socket_path(&runtime_dir, id);
+        let cannot =
+            |error: std::io::Error| Error::Host(format!("{} cannot be made: {error}", socket.display()));
+        std::fs::create_dir_all(folder(&runtime_dir)).map_err(cannot)?;
+        if UnixStream::connect(&socket).is_ok() {
+            return Err(Error::Workload(format!("{id} has a keeper already")));
+        }
+        std::fs::remove_file(&socket).or_else(missing_is_fine).map_err(cannot)?;
+        let listener = UnixListener::bind(&socket).map_err(cannot)?;
+        let mut kept =
+            Self { runtime_dir, runtime, id: id.into(), held: None, frozen: false, pledged: false };
+        while let Ok((stream, _)) = listener.accept() {
+            let is_over = kept.serve(stream);
+            if is_over || !kept.pledged {
+                break;
+            }
+        }
+        if !kept.pledged
+            && let Err(error) = kept.resume()
+        {
+            tracing::error!("{error}");
+        }
+        std::fs::remove_file(&socket).or_else(missing_is_fine).map_err(cannot)
+    }
+
+    /// Follows the orders of one who gives them. Answers whether that was the last.
+    fn serve(&mut self, stream: UnixStream) -> bool {
+        let mut stream = BufReader::new(stream);
+        loop {
+            let mut line = String::new();
+            if !matches!((&mut stream).take(LINE_BYTES).read_line(&mut line), Ok(1..)) {
+                return false;
+            }
+            let done = serde_json::from_str(&line)
+                .map_err(|error| Error::Workload(format!("the keeper does not understand {line:?}: {error}")))
+                .and_then(|order: Order| {
+                    self.follow(&order).map(|()| matches!(order, Order::Resume | Order::HandOver))
+                });
+            let answer = Answer { error: done.as_ref().err().map(Error::to_string) };
+            let mut line = serde_json::to_vec(&answer).unwrap_or_default();
+            line.push(b'\n');
+            let told = stream.get_mut().write_all(&line);
+            match done {
+                Ok(true) => return true,
+                _ if told.is_err() => return false,
+                _ => {}
+            }
+        }
+    }
+
+    fn follow(&mut self, order: &Order) -> Result<()> {
+        match order {
+            Order::Freeze { images } => self.freeze(images),
+            Order::Thaw if !self.pledged => self.resume(),
+            Order::Thaw => Err(Error::Workload(format!("{} is pledged: it does not go on", self.id))),
+            Order::Pledge(pledge) => {
+                self.note(Some(pledge.clone()))?;
+                self.pledged = true;
+                Ok(())
+            }
+            Order::Resume => {
+                self.resume()?;
+                self.pledged = false;
+                Ok(())
+            }
+            Order::HandOver => {
+                self.end()?;
+                (self.frozen, self.pledged) = (false, false);
+                Ok(())
+            }
+        }
+    }
+
+    fn note(&self, pledge: Option<Pledge>) -> Result<()> {
+        let note = Note { id: self.id.clone(), programs: self.runtime.programs(), pledge };
+        let path = note_path(&self.runtime_dir, &self.id);
+        let draft = path.with_extension("draft");
+        serde_json::to_vec(&note)
+            .map_err(std::io::Error::other)
+            .and_then(|bytes| std::fs::write(&draft, bytes))
+            .and_then(|()| std::fs::rename(&draft, &path))
+            .map_err(|error| Error::Host(format!("the note {} cannot be written: {error}", path.display())))
+    }
+
+    fn freeze(&mut self, images: &Path) -> Result<()> {
+        if self.frozen {
+            return Err(Error::Workload(format!("{} stands still already", self.id)));
+        }
+        self.note(None)?;
+        self.frozen = true;
+        let held = self.runtime.pause(&self.id).and_then(|()| self.hold(images));
+        match held {
+            Ok(held) => {
+                self.held = Some(held);
+                // CRIU lets the control group go on and holds the processes itself. They stand still without it, too, from now on.
+                let again = self.runtime.pause(&self.id);
+                again.inspect_err(|_| drop(self.resume()))
+            }
+            Err(error) => {
+                self.resume()?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Lets CRIU write the container down and hold it.
+    fn hold(&self, images: &Path) -> Result<Held> {
+        let port = TcpListener::bind(("127.0.0.1", 0))
+            .and_then(|listener| listener.local_addr())
+            .map_err(|error| Error::Host(format!("there is no port for CRIU: {error}")))?
+            .port();
+        let mut command = self.runtime.hold(&self.id, images, port)?;
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).process_group(0);
+        let mut child =
+            command.spawn().map_err(|error| Error::Host(format!("runc cannot be started: {error}")))?;
+        let ready = child.stdout.take().map(|output| read_one(output, HOLD_LIMIT));
+        let held = match ready {
+            Some(true) => TcpStream::connect(("127.0.0.1", port)).map_err(|error| {
+                Error::Workload(format!("CRIU does not wait for the memory of {}: {error}", self.id))
+            }),
+            _ => {
+                let why = match crate::programs::wait(&mut child, Duration::from_secs(1)) {
+                    Some(_) => reason(images, "dump.log"),
+                    None => format!("CRIU did not come to an end within {} s", HOLD_LIMIT.as_secs()),
+                };
+                Err(Error::Workload(format!("{} cannot be written down: {why}", self.id)))
+            }
+        };
+        match held {
+            Ok(server) => Ok(Held { child, server }),
+            Err(error) => {
+                end_group(&mut child);
+                Err(error)
+            }
+        }
+    }
+
+    /// Lets the container go on.
+    fn resume(&mut self) -> Result<()> {
+        if !self.frozen {
+            return Ok(());
+        }
+        if let Some(Held { mut child, server }) = self.held.take() {
+            drop(server);
+            if crate::programs::wait(&mut child, RELEASE_LIMIT).is_none() {
+                tracing::warn!("CRIU does not let {} go, and is killed", self.id);
+                end_group(&mut child);
+            }
+        }
+        // How CRIU left it is not the same everywhere.
+        if self.runtime.state(&self.id)?.status == "paused" {
+            self.runtime.resume(&self.id)?;
+        }
+        self.frozen = false;
+        self.forget()
+    }
+
+    /// Ends the container; none of its processes runs another instruction.
+    fn end(&mut self) -> Result<()> {
+        if let Some(Held { mut child, server }) = self.held.take() {
+            // Killed before it hears that it may let go.
+            end_group(&mut child);
+            drop(server);
+        }
+        end_container(&self.runtime, &self.id)?;
+        self.forget()
+    }
+
+    fn forget(&self) -> Result<()> {
+        forget(&self.runtime_dir, &self.id)
+    }
+}
+
+/// Ends a container that stands still.
+fn end_container(runtime: &Runtime, id: &str) -> Result<()> {
+    runtime.kill(id)?;
+    let until = Instant::now() + END_LIMIT;
+    while runtime.state(id).is_ok_and(|state| state.status != "stopped") {
+        if Instant::now() > until {
+            return Err(Error::Workload(format!("the processes of {id} were killed and do not end")));
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    runtime.delete(id)
+}
+
+fn forget(runtime_dir: &RuntimeDir, id: &str) -> Result<()> {
+    let path = note_path(runtime_dir, id);
+    std::fs::remove_file(&path)
+        .or_else(missing_is_fine)
+        .map_err(|error| Error::Host(format!("the note {} cannot be removed: {error}", path.display())))
+}
+
+impl Note {
+    /// Whether a keeper is at it.
+    pub(crate) fn is_kept(&self, runtime_dir: &RuntimeDir) -> bool {
+        UnixStream::connect(socket_path(runtime_dir, &self.id)).is_ok()
+    }
+
+    /// Lets the container go on here, or end: by its keeper, if that lives.
+    ///
+    /// # Errors
+    /// `Workload` with runc's words, or the keeper's.
+    pub(crate) fn settle(&self, runtime_dir: &RuntimeDir, goes_on: bool) -> Result<()> {
+        if let Ok(mut keeper) = Keeper::connect(runtime_dir, &self.id) {
+            return keeper.order(if goes_on { &Order::Resume } else { &Order::HandOver });
+        }
+        let runtime = self.programs.find()?;
+        match goes_on {
+            true if runtime.state(&self.id)?.status == "paused" => runtime.resume(&self.id)?,
+            true => {}
+            false => end_container(&runtime, &self.id)?,
+        }
+        forget(runtime_dir, &self.id)
+    }
+}
+
+fn missing_is_fine(error: std::io::Error) -> std::io::Result<()> {
+    if error.kind() == std::io::ErrorKind::NotFound { Ok(()) } else { Err(error) }
+}
+
+/// Whether a byte comes in time.
+fn read_one(mut output: std::process::ChildStdout, limit: Duration) -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let Ok(limit) = Timespec::try_from(limit) else { return false };
+    let ready = poll(&mut [PollFd::new(&output, PollFlags::IN)], Some(&limit));
+    ready.is_ok_and(|ready| ready > 0) && output.read(&mut [0]).is_ok_and(|read| read == 1)
+}
+
+/// Kills a program and what it started.
+fn end_group(child: &mut Child) {
+    if let Some(group) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
+        rustix::process::kill_process_group(group, Signal::KILL).ok();
+    }
+    if let Err(error) = child.wait() {
+        tracing::warn!(pid = child.id(), %error, "a program that was killed does not end");
+    }
+}

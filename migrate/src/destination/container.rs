@@ -1,0 +1,381 @@
+//! A new container under runc as a destination.
+//!
+//! Pages are written to where CRIU reads them: what arrives of a process's memory lies in a file that is one of its images already. The images
+//! are three directories, each the parent of the one before it, as those of CRIU's own incremental dumps are:
+//!
+//! ```text
+//! dump    what CRIU wrote at the source; the pages that it left in place are in the parent
+//! later   pages that came while the container was moving, in the order of their addresses
+//! first   pages that there were at the beginning: the files that rounds write to
+//! ```
+
+use crate::container::{Images, Runtime, Version};
+use crate::destination::{Destination, Incomplete, PageMemory, Refusal};
+use crate::error::{Error, Result};
+use crate::memory::GuestMemory;
+use crate::paths::RuntimeDir;
+use protocol::MigrationId;
+use protocol::container::pagemap::{Entry, LAZY, PARENT, PRESENT, Pagemap};
+use protocol::container::{self as format, Description, Placement, Run};
+use protocol::control::{Offer, RefuseCode, WorkloadKind, check_name};
+use protocol::layout::Layout;
+use protocol::page::{PAGE_SIZE, PageSet, SpaceId};
+use protocol::state::State;
+use serde_json::Value;
+use std::fs::{DirBuilder, File};
+use std::io::Write as _;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Where and under which name an arriving container runs.
+#[derive(Debug, Clone)]
+pub struct Place {
+    /// What it runs under.
+    pub runtime: Runtime,
+    /// Where images are, if that is in memory.
+    pub runtime_dir: RuntimeDir,
+    /// Where the bundles of containers that arrive are made.
+    pub bundles: PathBuf,
+    /// Its name here, if not the one it had.
+    pub name: Option<String>,
+    /// Its root file system here, if that is not at the same path as there.
+    pub root: Option<PathBuf>,
+}
+
+/// A container that is on its way. Dropped before `start`, nothing is left of it.
+pub struct ContainerDestination {
+    place: Place,
+    arrival: Option<Arrival>,
+}
+
+struct Arrival {
+    name: String,
+    layout: Layout,
+    memory: Arc<GuestMemory>,
+    bundle: Bundle,
+    images: Images,
+    is_loaded: bool,
+}
+
+/// A bundle that is removed when it is dropped before its container runs.
+struct Bundle {
+    path: PathBuf,
+    is_needed: bool,
+}
+
+impl Drop for Bundle {
+    fn drop(&mut self) {
+        if !self.is_needed
+            && let Err(error) = std::fs::remove_dir_all(&self.path)
+        {
+            tracing::warn!(path = %self.path.display(), %error, "the bundle of a container that did not arrive is left");
+        }
+    }
+}
+
+impl ContainerDestination {
+    /// A destination that makes room when an offer comes.
+    pub fn new(place: Place) -> Self {
+        Self { place, arrival: None }
+    }
+
+    fn arrive(&self, offer: &Offer, machine: &[u8]) -> std::result::Result<Arrival, Refusal> {
+        let bad = |error: protocol::ProtocolError| refuse(RefuseCode::BadOffer, error.to_string());
+        let host = |error: Error| refuse(RefuseCode::Host, error.to_string());
+        if offer.kind != WorkloadKind::Container {
+            return Err(refuse(RefuseCode::BadOffer, format!("{} is no container", offer.name)));
+        }
+        let name = self.place.name.clone().unwrap_or_else(|| offer.name.clone());
+        check_name(&name).map_err(bad)?;
+        let machine = State::decode(machine).map_err(bad)?;
+        let body = |name: &'static str| {
+            machine.section(name).filter(|section| section.version == format::SECTION_VERSION).ok_or_else(
+                || {
+                    refuse(
+                        RefuseCode::BadOffer,
+                        format!("the container's description has no {name} that this release understands"),
+                    )
+                },
+            )
+        };
+        let description = Description::decode(&body(format::DESCRIPTION)?.body).map_err(bad)?;
+        let [major, minor, patch] = description.criu;
+        let (theirs, ours) = (Version { major, minor, patch }, self.place.runtime.criu().version);
+        if ours < theirs {
+            let reason = format!(
+                "CRIU is version {ours} here and {theirs} there, and may not understand what that writes: take a newer one here"
+            );
+            return Err(refuse(RefuseCode::Machine, reason));
+        }
+        if self.place.runtime.knows(&name) {
+            let reason = format!(
+                "a container named {name} is here already; take this one in under another name with --name"
+            );
+            return Err(refuse(RefuseCode::NameTaken, reason));
+        }
+        let root = self.place.root.clone().unwrap_or_else(|| PathBuf::from(&description.root));
+        if !root.is_dir() {
+            let reason = format!(
+                "its root file system is not here: there is no directory {}; mount it there, or say where it is with --rootfs",
+                root.display()
+            );
+            return Err(refuse(RefuseCode::Machine, reason));
+        }
+        let bundle = self.bundle(&name, &root, &body(format::CONFIG)?.body)?;
+        let images = Images::new(self.place.runtime_dir.path()).map_err(host)?;
+        let memory = files(&images, &offer.layout)
+            .and_then(|files| GuestMemory::open(&offer.layout, files, &[]))
+            .map_err(host)?;
+        Ok(Arrival {
+            name,
+            layout: offer.layout.clone(),
+            memory: Arc::new(memory),
+            bundle,
+            images,
+            is_loaded: false,
+        })
+    }
+
+    /// The configuration as it came, with the root file system of this host.
+    fn bundle(&self, name: &str, root: &Path, config: &[u8]) -> std::result::Result<Bundle, Refusal> {
+        let wrong = |why: String| {
+            refuse(RefuseCode::BadOffer, format!("the container's configuration is unusable: {why}"))
+        };
+        let mut config: Value = serde_json::from_slice(config).map_err(|error| wrong(error.to_string()))?;
+        let path = config.get_mut("root").and_then(|root| root.get_mut("path"));
+        *path.ok_or_else(|| wrong("it names no root".into()))? = root.to_string_lossy().into();
+        let path = self.place.bundles.join(name);
+        let host = |error: std::io::Error| {
+            refuse(RefuseCode::Host, format!("the bundle {} cannot be made: {error}", path.display()))
+        };
+        let exists = |error: &std::io::Error| error.kind() == std::io::ErrorKind::AlreadyExists;
+        std::fs::create_dir_all(&self.place.bundles).map_err(host)?;
+        // One of a container that is gone may be there still; that it is gone was asked before.
+        DirBuilder::new()
+            .mode(0o700)
+            .create(&path)
+            .or_else(|error| if exists(&error) { Ok(()) } else { Err(error) })
+            .map_err(host)?;
+        let bundle = Bundle { path, is_needed: false };
+        let written = serde_json::to_vec_pretty(&config).map_err(std::io::Error::other);
+        written.and_then(|bytes| std::fs::write(bundle.path.join("config.json"), bytes)).map_err(
+            |error| {
+                refuse(
+                    RefuseCode::Host,
+                    format!("the bundle {} cannot be written: {error}", bundle.path.display()),
+                )
+            },
+        )?;
+        Ok(bundle)
+    }
+
+    fn arrival(&mut self) -> Result<&mut Arrival> {
+        self.arrival.as_mut().ok_or_else(|| Error::Workload("no container was prepared here".into()))
+    }
+}
+
+/// The files of all spaces: those of the beginning are images.
+fn files(images: &Images, layout: &Layout) -> Result<Vec<OwnedFd>> {
+    let first = images.folder("first")?;
+    let open = |(index, space): (usize, &protocol::layout::Space)| {
+        let path = first.join(format!("pages-{}.img", index + 1));
+        let make = || {
+            let file = File::options().read(true).write(true).create_new(true).open(&path)?;
+            file.set_len(space.pages * PAGE_SIZE as u64).map(|()| file.into())
+        };
+        make().map_err(|error| {
+            Error::Host(format!("there is no memory for {} pages of the container: {error}", space.pages))
+        })
+    };
+    layout.spaces.iter().enumerate().map(open).collect()
+}
+
+impl Arrival {
+    /// Writes everything that CRIU needs.
+    fn load(&self, state: &[u8]) -> Result<()> {
+        let state = State::decode(state)?;
+        let section = state.section(format::PLACEMENT).ok_or_else(|| {
+            Error::Workload("the container's state does not say where its pages are".into())
+        })?;
+        let placement = Placement::decode(&self.layout, &section.body)?;
+        let dump = self.images.folder("dump")?;
+        let later = self.images.folder("later")?;
+        let written =
+            |error: std::io::Error| Error::Host(format!("the container's images cannot be written: {error}"));
+        std::os::unix::fs::symlink("../later", dump.join("parent")).map_err(written)?;
+        std::os::unix::fs::symlink("../first", later.join("parent")).map_err(written)?;
+        self.write_first(&placement)?;
+        let by_page = placement.by_page();
+        for section in &state.sections {
+            let Some(name) = section.name.strip_prefix(format::IMAGE) else { continue };
+            format::check_image_name(name)?;
+            let bytes = match format::process_of_pagemap(name) {
+                Some(process) => {
+                    let pagemap = Pagemap::decode(&section.body)?;
+                    self.write_later(process, &pagemap, &by_page)?;
+                    with_parent(pagemap).encode()
+                }
+                None => section.body.clone(),
+            };
+            std::fs::write(dump.join(name), bytes).map_err(written)?;
+        }
+        Ok(())
+    }
+
+    /// The last space: what came later.
+    fn last_space(&self) -> SpaceId {
+        // A layout has at most MAX_SPACES.
+        SpaceId(self.layout.spaces.len().saturating_sub(1) as u16)
+    }
+
+    /// Says what is in the files that rounds wrote to: all that there was at the beginning, whether it is wanted or not.
+    fn write_first(&self, placement: &Placement) -> Result<()> {
+        let first = self.images.folder("first")?;
+        let last = self.last_space();
+        for space in self.layout.spaces.iter().filter(|space| space.id != last) {
+            let runs: Vec<Run> = placement.runs.iter().filter(|run| run.space == space.id).copied().collect();
+            let wrong = |why: &str| {
+                Error::Workload(format!(
+                    "the container's state is unusable: the pages of space {} {why}",
+                    space.id.0
+                ))
+            };
+            let process = runs.first().ok_or_else(|| wrong("are nobody's"))?.process;
+            if runs.iter().any(|run| run.process != process) {
+                return Err(wrong("are of several processes"));
+            }
+            if runs.windows(2).any(|pair| pair[1].page < pair[0].page) {
+                return Err(wrong("are not in the order of their addresses"));
+            }
+            let entries =
+                runs.iter().map(|run| Entry { first: run.page, pages: u64::from(run.pages), flags: PRESENT });
+            let pagemap = Pagemap { pages_id: u32::from(space.id.0) + 1, entries: entries.collect() };
+            let path = first.join(format!("pagemap-{process}.img"));
+            File::create_new(&path).and_then(|mut file| file.write_all(&pagemap.encode())).map_err(
+                |error| {
+                    Error::Host(format!(
+                        "the container's image {} cannot be written: {error}",
+                        path.display()
+                    ))
+                },
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Says of the pages that CRIU left in place which of them came later, and puts those into the order of their addresses.
+    fn write_later(&self, process: u32, pagemap: &Pagemap, by_page: &[Run]) -> Result<()> {
+        let later = self.images.folder("later")?;
+        let (last, pages_id) = (self.last_space(), pagemap.pages_id);
+        let path = later.join(format!("pages-{pages_id}.img"));
+        let written = |error: std::io::Error| {
+            Error::Host(format!("the container's image {} cannot be written: {error}", path.display()))
+        };
+        let mut pages = File::create(&path).map_err(written)?;
+        let mut entries = Vec::new();
+        let mut buffer = Vec::new();
+        let begin = by_page.partition_point(|run| run.process < process);
+        let mut runs = by_page.iter().skip(begin).take_while(|run| run.process == process).peekable();
+        for entry in pagemap.entries.iter().filter(|entry| entry.flags & LAZY != 0) {
+            let mut page = entry.first;
+            while page < entry.end() {
+                while runs.next_if(|run| run.page + u64::from(run.pages) <= page).is_some() {}
+                let run = runs.peek().filter(|run| run.page <= page).ok_or_else(|| {
+                    Error::Workload(format!(
+                        "the container's state is unusable: page {:#x} of process {process} never came",
+                        page * PAGE_SIZE as u64
+                    ))
+                })?;
+                let until = entry.end().min(run.page + u64::from(run.pages));
+                let count = until - page;
+                let is_later = run.space == last;
+                if is_later {
+                    // Piece by piece: what the peer says must not decide how much is allocated.
+                    let mut slot = run.slot + (page - run.page);
+                    let end = slot + count;
+                    while slot < end {
+                        let piece = (end - slot).min(256);
+                        buffer.resize(usize::try_from(piece).unwrap_or(0) * PAGE_SIZE, 0);
+                        self.memory.read(run.space, slot * PAGE_SIZE as u64, &mut buffer)?;
+                        pages.write_all(&buffer).map_err(written)?;
+                        slot += piece;
+                    }
+                }
+                entries.push(Entry {
+                    first: page,
+                    pages: count,
+                    flags: if is_later { PRESENT } else { PARENT },
+                });
+                page = until;
+            }
+        }
+        let image = Pagemap { pages_id, entries }.encode();
+        std::fs::write(later.join(format!("pagemap-{process}.img")), image).map_err(written)
+    }
+}
+
+/// The pages that were left in place are in the parent now.
+fn with_parent(mut pagemap: Pagemap) -> Pagemap {
+    for entry in pagemap.entries.iter_mut().filter(|entry| entry.flags & LAZY != 0) {
+        entry.flags = PARENT;
+    }
+    pagemap
+}
+
+fn refuse(code: RefuseCode, reason: String) -> Refusal {
+    Refusal { code, reason }
+}
+
+impl Destination for ContainerDestination {
+    fn prepare(&mut self, offer: &Offer, machine: &[u8]) -> std::result::Result<(), Refusal> {
+        self.arrival = None;
+        self.arrival = Some(self.arrive(offer, machine)?);
+        Ok(())
+    }
+
+    fn memory(&self) -> Arc<dyn PageMemory> {
+        match &self.arrival {
+            Some(arrival) => arrival.memory.clone(),
+            None => Arc::new(GuestMemory::none()),
+        }
+    }
+
+    fn load(&mut self, state: &[u8]) -> Result<()> {
+        let arrival = self.arrival()?;
+        arrival.load(state)?;
+        arrival.is_loaded = true;
+        Ok(())
+    }
+
+    fn start(mut self: Box<Self>, _: MigrationId) -> Result<String> {
+        let runtime = self.place.runtime.clone();
+        let arrival = self.arrival()?;
+        if !arrival.is_loaded {
+            return Err(Error::Workload(format!("{} has no state yet", arrival.name)));
+        }
+        let (dump, work) = (arrival.images.folder("dump")?, arrival.images.folder("work")?);
+        runtime.restore(&arrival.name, &dump, &work, &arrival.bundle.path)?;
+        arrival.bundle.is_needed = true;
+        Ok(arrival.name.clone())
+    }
+
+    fn expect(&mut self, _: &[PageSet]) -> Result<()> {
+        Err(Error::Host(
+            "a container is not started before all of its memory is there: move it without post-copy".into(),
+        ))
+    }
+
+    fn start_incomplete(self: Box<Self>, _: MigrationId) -> Result<Arc<dyn Incomplete>> {
+        Err(Error::Host(
+            "a container is not started before all of its memory is there: move it without post-copy".into(),
+        ))
+    }
+
+    fn take_up(&self, _: MigrationId) -> Result<Option<Arc<dyn Incomplete>>> {
+        Ok(None)
+    }
+
+    fn discard(self: Box<Self>) {}
+}

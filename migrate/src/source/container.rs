@@ -1,0 +1,596 @@
+//! A container under runc as a source.
+
+use crate::container::keeper::{Keeper, Order};
+use crate::container::{IMAGE_LIMIT, Images, Place, Process, Runtime, Slots, Tree, Which};
+use crate::error::{Error, Result};
+use crate::memory::PageReader;
+use crate::paths::RuntimeDir;
+use crate::source::{Committed, Completed, Dirty, Donor, Durable, Source, Workload};
+use protocol::MigrationId;
+use protocol::checkpoint::name::CheckpointId;
+use protocol::container::pagemap::{LAZY, Pagemap};
+use protocol::container::{self as format, Description, SECTION_VERSION};
+use protocol::control::{WorkloadKind, check_name};
+use protocol::layout::Layout;
+use protocol::monitor::Pledge;
+use protocol::page::{PAGE_SIZE, PageRun, PageSet, SpaceId};
+use protocol::state::State;
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+const PAGE_BYTES: u64 = PAGE_SIZE as u64;
+
+/// Room for pages that come while it moves: half of what there is, and no less than this.
+const ROOM_PAGES: u64 = (64 << 20) / PAGE_BYTES;
+
+/// A running container. Dropped, it goes on, unless it was pledged.
+pub struct ContainerSource {
+    runtime_dir: RuntimeDir,
+    workload: Workload,
+    destination: String,
+    watch: Watch,
+    /// Where the watch goes when this source does.
+    post: Option<WatchPost>,
+    frozen: Option<Frozen>,
+    keeper: Option<Keeper>,
+}
+
+/// Where it is kept what is known of a container's pages, from one source to the next: so that the next checkpoint can be a delta on the last.
+#[derive(Clone, Default)]
+pub struct WatchPost(Arc<Mutex<Option<Watch>>>);
+
+/// What is known of a container's pages.
+#[derive(Default)]
+struct Watch {
+    /// Its first process: another one is another container.
+    first: i32,
+    tree: Tree,
+    memory: Arc<Memory>,
+    /// The checkpoint that has everything but what was written since.
+    baseline: Option<CheckpointId>,
+    /// What the last harvest saw. What is written behind it is not taken with it, though it lies between.
+    seen: Vec<PageSet>,
+    /// Pages that are dirty whatever the kernel says: they were taken and are safe nowhere.
+    owed: Vec<PageSet>,
+    /// Pages that were taken since the source began.
+    taken: Vec<PageSet>,
+}
+
+/// What is known once it stands still.
+struct Frozen {
+    /// As long as it is kept, they are there.
+    _images: Images,
+    folder: PathBuf,
+    /// The pages that CRIU left in place, of each process.
+    left: Vec<(u32, Pagemap)>,
+}
+
+/// The container's memory, as slots.
+#[derive(Default)]
+struct Memory {
+    slots: RwLock<Slots>,
+    /// The memory of each process, by its number inside.
+    files: RwLock<Vec<(u32, File)>>,
+    /// Nothing may be missing now.
+    is_frozen: AtomicBool,
+    /// There was no room for a page.
+    is_full: AtomicBool,
+    /// Pages that could not be read while it ran.
+    missed: Mutex<Vec<PageRun>>,
+}
+
+impl Watch {
+    fn begin(id: &str, first: i32) -> Result<Self> {
+        let tree = Tree::of(first)?;
+        let mut pages = Vec::new();
+        for process in &tree.processes {
+            let mut runs = Vec::new();
+            process
+                .pages(Which::All, &mut |first, count| runs.push((first, count)))
+                .map_err(|error| unreadable(process, &error))?;
+            pages.push((process.inside, runs));
+        }
+        let count: u64 = pages.iter().flat_map(|(_, runs)| runs).map(|(_, count)| count).sum();
+        let slots = Slots::new(&pages, ROOM_PAGES.max(count / 2)).map_err(|processes| {
+            Error::Workload(format!("{id} has {processes} processes, which are too many to move"))
+        })?;
+        let none: Vec<PageSet> =
+            slots.layout().spaces.iter().map(|space| PageSet::empty(space.pages)).collect();
+        let memory = Memory {
+            slots: RwLock::new(slots),
+            files: RwLock::new(files_of(&tree)?),
+            is_frozen: AtomicBool::new(false),
+            is_full: AtomicBool::new(false),
+            missed: Mutex::default(),
+        };
+        Ok(Self {
+            first,
+            tree,
+            memory: Arc::new(memory),
+            baseline: None,
+            seen: none.clone(),
+            owed: none.clone(),
+            taken: none,
+        })
+    }
+
+    /// A source is gone: what it took and did not make safe is owed.
+    fn give_back(&mut self) {
+        self.memory.is_frozen.store(false, Ordering::Release);
+        for (owed, taken) in self.owed.iter_mut().zip(&mut self.taken) {
+            owed.union(taken);
+            taken.clear();
+        }
+    }
+}
+
+impl ContainerSource {
+    /// Takes hold of a container. `destination` is where it will go, as an operator writes it; `program` is this program. What an earlier
+    /// source left at the post is gone on with.
+    ///
+    /// # Errors
+    /// `Workload` when there is no such container or it does not run, `Host` when its memory cannot be read.
+    pub fn connect(
+        id: &str,
+        runtime: &Runtime,
+        runtime_dir: &RuntimeDir,
+        program: &Path,
+        destination: &str,
+        post: Option<&WatchPost>,
+    ) -> Result<Self> {
+        check_name(id)?;
+        // First: one that stands still is to be settled, and says so.
+        let keeper = Keeper::start(program, runtime_dir, runtime, id)?;
+        let state = runtime.state(id)?;
+        if state.status != "running" {
+            return Err(Error::Workload(format!(
+                "{id} is {}: only a container that runs can be moved or written down",
+                state.status
+            )));
+        }
+        let config = std::fs::read(state.bundle.join("config.json")).map_err(|error| {
+            Error::Host(format!(
+                "the configuration of {id} in {} cannot be read: {error}",
+                state.bundle.display()
+            ))
+        })?;
+        let kept = post.and_then(|post| lock(&post.0).take());
+        let kept =
+            kept.filter(|watch| watch.first == state.pid && !watch.memory.is_full.load(Ordering::Acquire));
+        let watch = kept.map_or_else(|| Watch::begin(id, state.pid), Ok)?;
+        let layout = read(&watch.memory.slots).layout();
+        layout.validate(u64::MAX)?;
+        let version = runtime.criu().version;
+        let description = Description {
+            id: id.into(),
+            criu: [version.major, version.minor, version.patch],
+            root: state.rootfs.to_string_lossy().into_owned(),
+        };
+        let mut machine = State::default();
+        machine.push(format::DESCRIPTION, SECTION_VERSION, description.encode());
+        machine.push(format::CONFIG, SECTION_VERSION, config);
+        let workload =
+            Workload { kind: WorkloadKind::Container, name: id.into(), machine: machine.encode()?, layout };
+        Ok(Self {
+            runtime_dir: runtime_dir.clone(),
+            workload,
+            destination: destination.into(),
+            watch,
+            post: post.cloned(),
+            frozen: None,
+            keeper: Some(keeper),
+        })
+    }
+
+    fn order(&mut self, order: &Order) -> Result<()> {
+        match &mut self.keeper {
+            Some(keeper) => keeper.order(order),
+            None => Err(Error::Workload(format!("{} has no keeper any more", self.workload.name))),
+        }
+    }
+
+    /// Looks for new processes, and tracks them.
+    fn look(&mut self) -> Result<()> {
+        if self.watch.tree.look()? {
+            *write(&self.watch.memory.files) = files_of(&self.watch.tree)?;
+            for process in &mut self.watch.tree.processes {
+                if let Err(error) = process.track() {
+                    tracing::warn!("everything of process {} counts as written: {error}", process.inside);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts pages into `dirty`, giving those a slot that have none.
+    fn mark(&self, process: u32, first: u64, count: u64, dirty: &mut [PageSet]) -> Result<()> {
+        let mut slots = write(&self.watch.memory.slots);
+        let (mut nowhere, mut found) = (Vec::new(), Vec::new());
+        slots.find(process, first, count, &mut |page, count, place| match place {
+            Place::At(space, slot) => found.push((space, slot, count)),
+            Place::Nowhere => nowhere.push((page, count)),
+        });
+        for (page, count) in nowhere {
+            let (space, slot) = slots.add(process, page, count).ok_or_else(|| {
+                self.watch.memory.is_full.store(true, Ordering::Release);
+                Error::Workload(format!(
+                    "{} has grown by more than half of its memory since its pages were first counted: try again, and it is counted anew",
+                    self.workload.name
+                ))
+            })?;
+            found.push((space, slot, count));
+        }
+        for (space, slot, count) in found {
+            if let Some(dirty) = dirty.get_mut(usize::from(space.0)) {
+                dirty.insert(slot, count);
+            }
+        }
+        Ok(())
+    }
+
+    /// Where it stands still: of these pages only those that CRIU left in place are wanted, and what has no slot yet is dirty.
+    fn mark_left(&self, frozen: &Frozen, dirty: &mut [PageSet]) -> Result<()> {
+        let mut wanted: Vec<PageSet> = dirty.iter().map(|set| PageSet::empty(set.pages())).collect();
+        for (process, pagemap) in &frozen.left {
+            let tracked =
+                self.watch.tree.processes.iter().any(|one| one.inside == *process && one.is_tracked());
+            for entry in pagemap.entries.iter().filter(|entry| entry.flags & LAZY != 0) {
+                let mut new = Vec::new();
+                let everything = &mut |page, count, place| {
+                    if place == Place::Nowhere || !tracked {
+                        new.push((page, count));
+                    }
+                };
+                read(&self.watch.memory.slots).find(*process, entry.first, entry.pages, everything);
+                for (page, count) in new {
+                    self.mark(*process, page, count, dirty)?;
+                }
+                self.mark(*process, entry.first, entry.pages, &mut wanted)?;
+            }
+        }
+        dirty.iter_mut().zip(&wanted).for_each(|(dirty, wanted)| dirty.intersect(wanted));
+        Ok(())
+    }
+}
+
+impl Source for ContainerSource {
+    fn workload(&self) -> &Workload {
+        &self.workload
+    }
+
+    fn track(&mut self, dirty: Dirty) -> Result<String> {
+        if dirty == Dirty::Everything || self.watch.baseline.is_none() {
+            // Those that have a slot; what has none is dirty anyway.
+            for run in read(&self.watch.memory.slots).placement().runs {
+                if let Some(owed) = self.watch.owed.get_mut(usize::from(run.space.0)) {
+                    owed.insert(run.slot, u64::from(run.pages));
+                }
+            }
+        }
+        for process in &mut self.watch.tree.processes {
+            process.track()?;
+        }
+        Ok("pagemap-scan".into())
+    }
+
+    fn baseline(&self) -> Option<CheckpointId> {
+        self.watch.baseline
+    }
+
+    fn set_baseline(&mut self, checkpoint: CheckpointId) -> Result<()> {
+        self.watch.taken.iter_mut().for_each(PageSet::clear);
+        self.watch.baseline = Some(checkpoint);
+        Ok(())
+    }
+
+    fn harvest(&mut self) -> Result<Vec<PageSet>> {
+        if self.frozen.is_none() {
+            self.look()?;
+        }
+        for run in std::mem::take(&mut *lock(&self.watch.memory.missed)) {
+            if let Some(owed) = self.watch.owed.get_mut(usize::from(run.space.0)) {
+                owed.insert(run.first, u64::from(run.count));
+            }
+        }
+        let mut dirty = self.watch.owed.clone();
+        for process in &self.watch.tree.processes {
+            let mut written = Vec::new();
+            match process.pages(Which::Written, &mut |first, count| written.push((first, count))) {
+                Ok(()) => {}
+                Err(error) if crate::container::is_gone(&error) && self.frozen.is_none() => continue,
+                Err(error) => return Err(unreadable(process, &error)),
+            }
+            for (first, count) in written {
+                self.mark(process.inside, first, count, &mut dirty)?;
+            }
+        }
+        if let Some(frozen) = &self.frozen {
+            self.mark_left(frozen, &mut dirty)?;
+        }
+        self.watch.seen.clone_from(&dirty);
+        Ok(dirty)
+    }
+
+    fn take(&mut self, space: SpaceId, first: u64, count: u64) -> Result<()> {
+        let Watch { tree, memory, seen, owed, taken, .. } = &mut self.watch;
+        let at = usize::from(space.0);
+        let (Some(seen), Some(owed), Some(taken)) = (seen.get_mut(at), owed.get_mut(at), taken.get_mut(at))
+        else {
+            return Ok(());
+        };
+        let end = first.saturating_add(count).min(seen.pages());
+        let mut pieces = Vec::new();
+        let mut next = first;
+        let slots = read(&memory.slots);
+        while let Some(run) = seen.next_set_before(next, end) {
+            next = seen.next_clear_before(run, end).unwrap_or(end);
+            taken.insert(run, next - run);
+            slots.at(space, run, next - run, &mut |_, count, process, page| {
+                pieces.push((process, page, count));
+            });
+        }
+        seen.remove(first, end.saturating_sub(first));
+        owed.remove(first, end.saturating_sub(first));
+        for (inside, page, count) in pieces {
+            if let Some(process) = tree.processes.iter().find(|process| process.inside == inside) {
+                process.clean(page, count).map_err(|error| unreadable(process, &error))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn present(&mut self, space: SpaceId, first: u64, count: u64, pages: &mut PageSet) -> Result<()> {
+        let end = first.saturating_add(count).min(pages.pages());
+        let mut next = first;
+        read(&self.watch.memory.slots).at(
+            space,
+            first,
+            end.saturating_sub(first),
+            &mut |slot, count, _, _| {
+                pages.remove(next, slot - next);
+                next = slot + count;
+            },
+        );
+        pages.remove(next, end.saturating_sub(next));
+        Ok(())
+    }
+
+    fn read(&self, run: PageRun, buffer: &mut [u8]) -> Result<()> {
+        self.watch.memory.copy(run.space, run.offset(), buffer)
+    }
+
+    fn reader(&self) -> Result<Box<dyn PageReader>> {
+        Ok(Box::new(Arc::clone(&self.watch.memory)))
+    }
+
+    fn redirty(&mut self, pages: &[PageSet]) -> Result<()> {
+        self.watch.owed.iter_mut().zip(pages).for_each(|(owed, pages)| owed.union(pages));
+        Ok(())
+    }
+
+    fn can_throttle(&self) -> bool {
+        false
+    }
+
+    fn throttle(&mut self, _: u8) -> Result<()> {
+        Ok(())
+    }
+
+    fn freeze(&mut self) -> Result<()> {
+        // Behind this look no process may be new to it.
+        self.look()?;
+        let images = Images::new(self.runtime_dir.path())?;
+        let folder = images.folder("dump")?;
+        self.order(&Order::Freeze { images: folder.clone() })?;
+        let left = pagemaps(&folder)?;
+        self.watch.memory.is_frozen.store(true, Ordering::Release);
+        self.frozen = Some(Frozen { _images: images, folder, left });
+        Ok(())
+    }
+
+    fn state(&mut self) -> Result<Vec<u8>> {
+        let Some(frozen) = &self.frozen else {
+            return Err(Error::Workload(format!("{} runs: it has no state", self.workload.name)));
+        };
+        let mut state = State::default();
+        let placement = read(&self.watch.memory.slots).placement();
+        state.push(format::PLACEMENT, SECTION_VERSION, placement.encode()?);
+        for (name, bytes) in image_files(&frozen.folder)? {
+            state.push(format!("{}{name}", format::IMAGE), SECTION_VERSION, bytes);
+        }
+        Ok(state.encode()?)
+    }
+
+    fn pledge(&mut self, migration: MigrationId, _: &str) -> Result<()> {
+        let peer = self.destination.clone();
+        self.order(&Order::Pledge(Pledge { migration, peer }))
+    }
+
+    fn thaw(&mut self) -> Result<()> {
+        self.order(&Order::Thaw)?;
+        self.watch.memory.is_frozen.store(false, Ordering::Release);
+        self.frozen = None;
+        Ok(())
+    }
+
+    fn resume(mut self: Box<Self>) -> Result<()> {
+        self.order(&Order::Resume)
+    }
+
+    fn end(mut self: Box<Self>, _: Durable) -> Result<()> {
+        self.order(&Order::HandOver)
+    }
+
+    fn hand_over(mut self: Box<Self>, _: Committed) -> Result<()> {
+        self.order(&Order::HandOver)
+    }
+
+    fn can_donate(&self) -> bool {
+        false
+    }
+
+    fn donate(self: Box<Self>, _: Committed) -> Box<dyn Donor> {
+        Box::new(Remains { source: self })
+    }
+
+    fn leave_frozen(self: Box<Self>) {}
+}
+
+impl Drop for ContainerSource {
+    fn drop(&mut self) {
+        if let Some(post) = self.post.take() {
+            self.watch.give_back();
+            *lock(&post.0) = Some(std::mem::take(&mut self.watch));
+        }
+    }
+}
+
+impl Memory {
+    /// Copies what lies in a range of a space. A page that is not there any more while the container runs reads as zeros, and is read again.
+    fn copy(&self, space: SpaceId, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        let first = offset / PAGE_BYTES;
+        let skipped = usize::try_from(offset % PAGE_BYTES).unwrap_or(0);
+        if skipped != 0 || !buffer.len().is_multiple_of(PAGE_SIZE) {
+            // Whoever reads less than pages is not in a hurry.
+            let mut pages = vec![0; (skipped + buffer.len()).next_multiple_of(PAGE_SIZE)];
+            self.copy(space, first * PAGE_BYTES, &mut pages)?;
+            let length = buffer.len();
+            buffer.copy_from_slice(&pages[skipped..skipped + length]);
+            return Ok(());
+        }
+        let mut pieces = Vec::new();
+        let count = (buffer.len() / PAGE_SIZE) as u64;
+        read(&self.slots).at(space, first, count, &mut |slot, count, process, page| {
+            pieces.push((slot, count, process, page));
+        });
+        if pieces.iter().map(|(_, count, _, _)| count).sum::<u64>() < count {
+            buffer.fill(0);
+        }
+        let files = read(&self.files);
+        for (slot, count, process, page) in pieces {
+            let at = usize::try_from((slot - first) * PAGE_BYTES).unwrap_or(usize::MAX);
+            let bytes = usize::try_from(count * PAGE_BYTES).unwrap_or(usize::MAX);
+            let Some(into) = buffer.get_mut(at..at.saturating_add(bytes)) else { continue };
+            let file = files.iter().find(|(inside, _)| *inside == process).map(|(_, file)| file);
+            if file.is_some_and(|file| file.read_exact_at(into, page * PAGE_BYTES).is_ok()) {
+                continue;
+            }
+            for (index, into) in (0..).zip(into.chunks_mut(PAGE_SIZE)) {
+                let read =
+                    file.is_some_and(|file| file.read_exact_at(into, (page + index) * PAGE_BYTES).is_ok());
+                if read {
+                    continue;
+                }
+                if self.is_frozen.load(Ordering::Acquire) {
+                    return Err(Error::Workload(format!(
+                        "page {:#x} of process {process} cannot be read, though the container stands still",
+                        (page + index) * PAGE_BYTES
+                    )));
+                }
+                into.fill(0);
+                lock(&self.missed).push(PageRun { space, first: slot + index, count: 1 });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl PageReader for Arc<Memory> {
+    fn read(&self, space: SpaceId, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        self.copy(space, offset, buffer)
+    }
+
+    fn is_untouched(&self, _: PageRun) -> Result<bool> {
+        Ok(false)
+    }
+}
+
+/// The memory of each process once more, for several threads.
+fn files_of(tree: &Tree) -> Result<Vec<(u32, File)>> {
+    let files = tree.processes.iter().map(|process| {
+        let file = process.memory.try_clone().map_err(|error| unreadable(process, &error))?;
+        Ok((process.inside, file))
+    });
+    files.collect()
+}
+
+fn unreadable(process: &Process, error: &std::io::Error) -> Error {
+    Error::Host(format!(
+        "the memory of process {} ({} in the container) cannot be read: {error}",
+        process.pid, process.inside
+    ))
+}
+
+/// The files that CRIU wrote, without its logs.
+fn image_files(folder: &Path) -> Result<Vec<(String, Vec<u8>)>> {
+    let cannot = |error: std::io::Error| Error::Host(format!("what CRIU wrote cannot be read: {error}"));
+    let mut files = Vec::new();
+    let mut bytes = 0;
+    for entry in std::fs::read_dir(folder).map_err(cannot)? {
+        let entry = entry.map_err(cannot)?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if !name.ends_with(".img") && name != "descriptors.json" {
+            continue;
+        }
+        format::check_image_name(&name)?;
+        bytes += entry.metadata().map_err(cannot)?.len();
+        if bytes > IMAGE_LIMIT {
+            return Err(Error::Workload(format!(
+                "what the container has beside private memory (shared memory, files in a tmpfs) is more than {} MiB, which cannot be moved",
+                IMAGE_LIMIT >> 20
+            )));
+        }
+        files.push((name, std::fs::read(entry.path()).map_err(cannot)?));
+    }
+    files.sort();
+    Ok(files)
+}
+
+/// The pagemaps among them, by process.
+fn pagemaps(folder: &Path) -> Result<Vec<(u32, Pagemap)>> {
+    let mut found = Vec::new();
+    for (name, bytes) in image_files(folder)? {
+        if let Some(process) = format::process_of_pagemap(&name) {
+            found.push((process, Pagemap::decode(&bytes)?));
+        }
+    }
+    Ok(found)
+}
+
+fn read<T>(shared: &RwLock<T>) -> RwLockReadGuard<'_, T> {
+    shared.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn write<T>(shared: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
+    shared.write().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A container's memory, for as long as somebody may ask for it.
+struct Remains {
+    source: Box<ContainerSource>,
+}
+
+impl Donor for Remains {
+    fn name(&self) -> &str {
+        &self.source.workload.name
+    }
+
+    fn layout(&self) -> &Layout {
+        &self.source.workload.layout
+    }
+
+    fn read(&self, run: PageRun, buffer: &mut [u8]) -> Result<()> {
+        self.source.read(run, buffer)
+    }
+
+    fn finish(mut self: Box<Self>, _: Completed) -> Result<()> {
+        self.source.order(&Order::HandOver)
+    }
+}

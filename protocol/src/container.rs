@@ -1,0 +1,115 @@
+//! What travels of a container beside its pages: where it comes from, and at which addresses of which processes its pages lie.
+//!
+//! A container's address spaces are sparse and change while it runs, and a layout is dense and does not. So the pages of each process
+//! that there is when the offer is made are put one behind the other, in the order of their addresses, into a space; one more
+//! space, the last, takes the pages that come later, in the order in which they come. The [`Placement`] says which page is where.
+//!
+//! The machine blob of an offer is a [state](crate::state) with the sections [`DESCRIPTION`] (JSON) and [`CONFIG`] (the OCI
+//! `config.json`, as it is). The state of a container has the section [`PLACEMENT`], and one for every image file that CRIU wrote:
+//! [`IMAGE`] and the file's name.
+
+pub mod pagemap;
+mod placement;
+
+pub use placement::{MAX_RUNS, Placement, Run};
+
+use crate::control::check_name;
+use crate::error::{ProtocolError, Result};
+use serde::{Deserialize, Serialize};
+
+/// The section with the [`Description`].
+pub const DESCRIPTION: &str = "container";
+
+/// The section with the OCI configuration.
+pub const CONFIG: &str = "config.json";
+
+/// The section with the [`Placement`].
+pub const PLACEMENT: &str = "placement";
+
+/// What the name of a section with an image file begins with.
+pub const IMAGE: &str = "image/";
+
+/// The version of all of these sections.
+pub const SECTION_VERSION: u16 = 1;
+
+/// The longest name of an image file in bytes.
+const MAX_IMAGE_NAME: usize = 200;
+
+/// What the destination needs to know before the first page.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Description {
+    /// The container's id at the source.
+    pub id: String,
+    /// CRIU there, as `[major, minor, patch]`: an older one may not understand what it writes.
+    pub criu: [u32; 3],
+    /// The root file system there, an absolute path.
+    pub root: String,
+}
+
+impl Description {
+    /// The section's body.
+    pub fn encode(&self) -> Vec<u8> {
+        // A struct of strings and numbers always can.
+        serde_json::to_vec(self).unwrap_or_default()
+    }
+
+    /// Reads the section's body.
+    ///
+    /// # Errors
+    /// `Body` or `Name`, or `Layout` for a root that is no absolute path.
+    pub fn decode(bytes: &[u8]) -> Result<Self> {
+        let description: Self = serde_json::from_slice(bytes)
+            .map_err(|error| ProtocolError::Body { what: "container description", why: error.to_string() })?;
+        check_name(&description.id)?;
+        if !description.root.starts_with('/') {
+            return Err(ProtocolError::Layout { why: "the container's root is no absolute path".into() });
+        }
+        Ok(description)
+    }
+}
+
+/// Checks the name of an image file from outside: it becomes a file in a directory, and nothing else.
+///
+/// # Errors
+/// `Name`.
+pub fn check_image_name(name: &str) -> Result<()> {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
+    let fits = (1..=MAX_IMAGE_NAME).contains(&name.len()) && name.bytes().all(allowed);
+    if fits && !name.starts_with('.') {
+        return Ok(());
+    }
+    Err(ProtocolError::Name { limit: MAX_IMAGE_NAME })
+}
+
+/// The process, by its number in the container, whose pagemap an image is: `pagemap-<process>.img`.
+pub fn process_of_pagemap(name: &str) -> Option<u32> {
+    name.strip_prefix("pagemap-")?.strip_suffix(".img")?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_is_a_file_and_no_path() {
+        for good in ["pagemap-1.img", "tmpfs-dev-41.tar.gz.img", "descriptors.json"] {
+            check_image_name(good).unwrap();
+        }
+        for bad in ["", ".", "..", "a/b", "../a", ".hidden", "a\0b", &"x".repeat(201)] {
+            check_image_name(bad).unwrap_err();
+        }
+    }
+
+    #[test]
+    fn a_description_is_read_as_it_was_written() {
+        let description = Description { id: "web".into(), criu: [4, 1, 1], root: "/srv/web".into() };
+        assert_eq!(Description::decode(&description.encode()).unwrap(), description);
+        for bad in [
+            Description { root: "srv".into(), ..description.clone() },
+            Description { id: "../web".into(), ..description },
+        ] {
+            Description::decode(&bad.encode()).unwrap_err();
+        }
+        Description::decode(b"{").unwrap_err();
+    }
+}

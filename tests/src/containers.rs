@@ -1,0 +1,330 @@
+//! Containers under test: runc and a CRIU from Debian, which are unpacked into a cache and never installed, and bundles with the tenant in them.
+
+use crate::lab::packages::{cache_dir, run};
+use crate::lab::{Context as _, Result};
+use rustix::fs::FlockOperation;
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+/// The release whose CRIU works on kernels of 2025 and later; Debian 12's does not.
+const RELEASE: &str = "trixie";
+
+/// How long a container may take for anything that is waited for.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// The programs.
+#[derive(Debug, Clone)]
+pub struct Tools {
+    /// runc.
+    pub runc: PathBuf,
+    /// CRIU.
+    pub criu: PathBuf,
+}
+
+impl Tools {
+    /// What is in the cache, after a download if it is not there yet. Two that come at once wait for each other.
+    ///
+    /// # Errors
+    /// If Debian's archive cannot be reached.
+    pub fn ensure() -> Result<Self> {
+        let cache = cache_dir()?.with_file_name("migrate-containers");
+        let failed = || cache.display().to_string();
+        std::fs::create_dir_all(&cache).context(failed)?;
+        let lock = std::fs::File::create(cache.join("lock")).context(failed)?;
+        rustix::fs::flock(&lock, FlockOperation::LockExclusive).context(failed)?;
+        let root = cache.join("debian");
+        if !root.exists() {
+            // Under another name first: what is there is whole.
+            let fresh = cache.join("debian.new");
+            if fresh.exists() {
+                std::fs::remove_dir_all(&fresh).context(failed)?;
+            }
+            download(&fresh)?;
+            std::fs::rename(&fresh, &root).context(failed)?;
+        }
+        let criu = root.join("bin/criu");
+        std::fs::create_dir_all(root.join("bin")).context(failed)?;
+        let libraries = root.join("new/usr/lib/x86_64-linux-gnu");
+        // Its own libraries are newer than this system's, so it is started by its own loader.
+        let script = format!(
+            "#!/bin/sh\nexec {0}/ld-linux-x86-64.so.2 --library-path {0} {1} \"$@\"\n",
+            libraries.display(),
+            root.join("new/usr/sbin/criu").display()
+        );
+        if std::fs::read_to_string(&criu).ok().as_deref() != Some(&script) {
+            std::fs::write(&criu, script).context(failed)?;
+            run(&root, "chmod", &["755", "bin/criu"])?;
+        }
+        Ok(Self { runc: root.join("old/usr/sbin/runc"), criu })
+    }
+}
+
+/// Downloads and unpacks runc of this system's release and CRIU of a newer one.
+fn download(into: &Path) -> Result<()> {
+    let failed = || into.display().to_string();
+    for folder in ["old", "new", "archives", "apt/lists/partial", "apt/cache/archives/partial"] {
+        std::fs::create_dir_all(into.join(folder)).context(failed)?;
+    }
+    let archives = into.join("archives");
+    // Where this system gets its packages from, it gets those of the newer release.
+    let format = "$(COMPONENT) $(REPO_URI)";
+    let targets = run(into, "apt-get", &["indextargets", "--format", format, "Created-By: Packages"])?;
+    let uri =
+        targets.lines().find_map(|line| line.strip_prefix("main ").filter(|uri| uri.ends_with("/debian/")));
+    let uri = uri.ok_or("apt has no source of Debian's packages: the tests of containers need one")?;
+    let keyring = "/usr/share/keyrings/debian-archive-keyring.gpg";
+    let source = format!("deb [signed-by={keyring}] {uri} {RELEASE} main\n");
+    let apt = into.join("apt");
+    std::fs::write(apt.join("sources.list"), source).context(failed)?;
+    let option = |name: &str, value: &str| format!("{name}={}", apt.join(value).display());
+    let options = [
+        option("Dir::State::lists", "lists"),
+        option("Dir::Cache", "cache"),
+        option("Dir::Etc::sourcelist", "sources.list"),
+        "Dir::Etc::sourceparts=-".into(),
+        "APT::Sandbox::User=root".into(),
+    ];
+    let options: Vec<&str> = options.iter().flat_map(|option| ["-o", option]).collect();
+    let newer = |program: &str, arguments: &[&str]| run(&archives, program, &[&options, arguments].concat());
+    eprintln!("containers: downloading runc and CRIU (once, into {})", into.with_extension("").display());
+    newer("apt-get", &["update", "-qq"])?;
+    let only = [
+        "--recurse",
+        "--no-recommends",
+        "--no-suggests",
+        "--no-conflicts",
+        "--no-breaks",
+        "--no-replaces",
+        "--no-enhances",
+    ];
+    let depends = newer("apt-cache", &[&["depends"], &only[..], &["criu"]].concat())?;
+    let is_package = |line: &&str| line.starts_with("lib") || *line == "criu";
+    let packages: Vec<&str> = depends.lines().filter(is_package).filter(|name| !name.contains(':')).collect();
+    let unpack = |into: PathBuf| -> Result<()> {
+        for entry in std::fs::read_dir(&archives).context(failed)?.flatten() {
+            let (package, into) = (entry.path(), into.to_string_lossy().into_owned());
+            run(&archives, "dpkg", &["-x", &package.to_string_lossy(), &into])?;
+            std::fs::remove_file(entry.path()).context(failed)?;
+        }
+        Ok(())
+    };
+    newer("apt-get", &[&["download", "-qq"], &packages[..]].concat())?;
+    unpack(into.join("new"))?;
+    if run(&archives, "apt-cache", &["show", "runc"]).is_err() {
+        run(&archives, "apt-get", &["update", "-qq"])?;
+    }
+    run(&archives, "apt-get", &["download", "-qq", "-o", "APT::Sandbox::User=root", "runc"])?;
+    unpack(into.join("old"))?;
+    std::fs::remove_dir_all(&archives).context(failed)?;
+    std::fs::remove_dir_all(&apt).context(failed)
+}
+
+/// A host's containers: a state directory of runc, and bundles. What is left of them ends with it.
+pub struct Yard {
+    dir: tempfile::TempDir,
+    tools: Tools,
+}
+
+/// What a tenant said last.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Word {
+    /// Ticks since it began.
+    pub ticks: u64,
+    /// The longest gap between two of them.
+    pub longest_gap_us: u64,
+    /// Pages that it wrote.
+    pub written: u64,
+    /// How often it has looked through all of its memory.
+    pub looks: u64,
+    /// Pages that were not as they should be.
+    pub wrong: u64,
+}
+
+impl Yard {
+    /// One without containers.
+    ///
+    /// # Panics
+    /// If the programs cannot be had.
+    pub fn new() -> Self {
+        let prefix = format!("migrate-yard-{}-", std::process::id());
+        let dir = tempfile::Builder::new().prefix(&prefix).tempdir().expect("a temporary directory");
+        Self { dir, tools: Tools::ensure().expect("runc and CRIU") }
+    }
+
+    /// A name that no other container has; on one machine their control groups must differ.
+    pub fn name() -> String {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        format!("e2e-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+
+    fn root(&self) -> PathBuf {
+        self.dir.path().join("runc")
+    }
+
+    /// A directory for the bundles of containers that arrive.
+    pub fn bundles(&self) -> PathBuf {
+        self.dir.path().join("bundles")
+    }
+
+    /// What `migrate` has to be told about runc and CRIU.
+    pub fn arguments(&self) -> Vec<String> {
+        let text = |path: &Path| path.to_string_lossy().into_owned();
+        let Tools { runc, criu } = &self.tools;
+        vec![
+            "--runc".into(),
+            text(runc),
+            "--runc-root".into(),
+            text(&self.root()),
+            "--criu".into(),
+            text(criu),
+        ]
+    }
+
+    fn runc(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(&self.tools.runc);
+        command.arg("--root").arg(self.root()).args(arguments);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        command
+    }
+
+    /// What runc says of a container, if it is there.
+    pub fn state(&self, id: &str) -> Option<Value> {
+        let output = self.runc(&["state", id]).stdout(Stdio::piped()).output().expect("runc runs");
+        output.status.success().then(|| serde_json::from_slice(&output.stdout).expect("JSON"))
+    }
+
+    /// How a container is: `running`, `paused`, `stopped`; nothing if it is not there.
+    pub fn status(&self, id: &str) -> Option<String> {
+        self.state(id)?["status"].as_str().map(str::to_owned)
+    }
+
+    /// Starts a tenant with these arguments behind its file's name.
+    ///
+    /// # Panics
+    /// If it does not run.
+    pub fn start(&self, id: &str, tenant: &Path, arguments: &str) {
+        let bundle = self.dir.path().join(id);
+        let rootfs = bundle.join("rootfs");
+        for folder in ["proc", "dev", "tmp", "sys", "lib", "lib64"] {
+            std::fs::create_dir_all(rootfs.join(folder)).expect("a directory");
+        }
+        std::fs::copy(tenant, rootfs.join("tenant")).expect("the tenant");
+        let libraries = Command::new("ldd").arg(tenant).output().expect("ldd");
+        for library in
+            String::from_utf8_lossy(&libraries.stdout).split_whitespace().filter(|word| word.starts_with('/'))
+        {
+            let into = rootfs.join(&library[1..]);
+            std::fs::create_dir_all(into.parent().expect("a directory")).expect("a directory");
+            std::fs::copy(library, into).expect("a library");
+        }
+        let spec = self.runc(&["spec", "--bundle", &bundle.to_string_lossy()]).status();
+        assert!(spec.is_ok_and(|status| status.success()), "runc writes no configuration");
+        let path = bundle.join("config.json");
+        let mut config: Value =
+            serde_json::from_slice(&std::fs::read(&path).expect("it is there")).expect("JSON");
+        let words: Vec<&str> =
+            ["/tenant", "/tmp/out"].into_iter().chain(arguments.split_whitespace()).collect();
+        config["process"]["args"] = json!(words);
+        config["process"]["terminal"] = json!(false);
+        config["root"]["readonly"] = json!(false);
+        std::fs::write(&path, config.to_string()).expect("it is written");
+        let run = self.runc(&["run", "--detach", "--bundle", &bundle.to_string_lossy(), id]).status();
+        assert!(run.is_ok_and(|status| status.success()), "{id} does not run");
+        let children = arguments.split_whitespace().nth(2).map_or(0, |text| text.parse().expect("a number"));
+        let until = Instant::now() + LIMIT;
+        while self.words(id).len() < 1 + children {
+            assert!(
+                Instant::now() < until,
+                "waited a minute for the processes of {id}: {:?}",
+                self.words(id)
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// The file to which a tenant that began here says how it is.
+    pub fn out(&self, id: &str) -> PathBuf {
+        self.dir.path().join(id).join("rootfs/tmp/out")
+    }
+
+    /// What each process of a tenant said last, if it said something; `id` is that under which it began here.
+    pub fn words(&self, id: &str) -> Vec<Word> {
+        let text = std::fs::read(self.out(id)).unwrap_or_default();
+        let records = String::from_utf8_lossy(&text).replace('\0', "");
+        let word = |line: &str| {
+            let numbers: Vec<u64> = line.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+            match numbers[..] {
+                [ticks, longest_gap_us, written, looks, wrong] => {
+                    Some(Word { ticks, longest_gap_us, written, looks, wrong })
+                }
+                _ => None,
+            }
+        };
+        records.lines().filter_map(word).collect()
+    }
+
+    /// Waits until the last words of all processes are so.
+    ///
+    /// # Panics
+    /// After a minute.
+    pub fn wait(&self, id: &str, what: &str, wanted: impl Fn(&Word) -> bool) {
+        let until = Instant::now() + LIMIT;
+        loop {
+            let words = self.words(id);
+            if !words.is_empty() && words.iter().all(&wanted) {
+                return;
+            }
+            assert!(Instant::now() < until, "waited a minute until {id} {what}; it said {words:?}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Waits until every process has gone on and has looked through all of its memory again, and found it as it should be.
+    ///
+    /// # Panics
+    /// If it has not, or after a minute.
+    pub fn assert_sound(&self, id: &str) {
+        let before = self.words(id);
+        assert!(!before.is_empty(), "{id} said nothing");
+        let until = Instant::now() + LIMIT;
+        loop {
+            let after = self.words(id);
+            assert!(after.iter().all(|word| word.wrong == 0), "{id}: {before:?}, then {after:?}");
+            // The first look may have begun before.
+            let done = |(after, before): (&Word, &Word)| after.looks >= before.looks + 2;
+            if after.len() == before.len() && after.iter().zip(&before).all(done) {
+                return;
+            }
+            assert!(
+                Instant::now() < until,
+                "waited a minute for {id} to look through its memory: {before:?}, {after:?}"
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Kills a container and forgets it.
+    pub fn end(&self, id: &str) {
+        let _ = self.runc(&["delete", "--force", id]).status();
+    }
+}
+
+impl Default for Yard {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for Yard {
+    fn drop(&mut self) {
+        let Ok(entries) = std::fs::read_dir(self.root()) else { return };
+        for entry in entries.flatten() {
+            let id = entry.file_name().to_string_lossy().into_owned();
+            // One that stands still can be ended, too.
+            self.end(&id);
+        }
+    }
+}

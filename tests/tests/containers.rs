@@ -1,0 +1,270 @@
+//! Real process trees under runc and CRIU move between two hosts, and say themselves that nothing was lost.
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests: what goes wrong in them fails the test"
+)]
+
+use e2e::containers::Yard;
+use e2e::network::without_root;
+use e2e::{Finished, Host, says, trusting_pair};
+use rustix::process::Signal;
+use serde_json::Value;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_migrate-under-test");
+const TENANT: &str = env!("CARGO_BIN_EXE_tenant");
+
+/// How long anything may take that is waited for.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// One end: a host, and its containers.
+struct End {
+    host: Host,
+    yard: Yard,
+}
+
+impl End {
+    fn pair() -> (Self, Self) {
+        let (a, b) = trusting_pair(Path::new(PROGRAM));
+        (Self { host: a, yard: Yard::new() }, Self { host: b, yard: Yard::new() })
+    }
+
+    fn arguments<'a>(own: &'a [String], more: &[&'a str]) -> Vec<&'a str> {
+        more.iter().copied().chain(own.iter().map(String::as_str)).collect()
+    }
+
+    /// What `migrate receive` is told.
+    fn receives(&self, name: &str) -> Vec<String> {
+        let bundles = self.yard.bundles().to_string_lossy().into_owned();
+        let mut arguments =
+            vec!["--once".into(), "--name".into(), name.into(), "--containers".into(), bundles];
+        arguments.extend(self.yard.arguments());
+        arguments
+    }
+
+    /// Sends a container to another end, under another name there.
+    fn send(&self, to: &Self, id: &str, name: &str, more: &[&str]) -> (Finished, Finished) {
+        let receives = to.receives(name);
+        let (receiver, address) = to.host.receive(&Self::arguments(&receives, &[]));
+        let own = self.yard.arguments();
+        let words = [&["send", "--container", id, &address], more].concat();
+        let sent = self.host.run(&Self::arguments(&own, &words));
+        (sent, receiver.finish())
+    }
+
+    /// The same, and it arrives. Answers the sender's report.
+    fn moves(&self, to: &Self, id: &str, name: &str) -> Value {
+        let (sent, received) = self.send(to, id, name, &[]);
+        let report = sent.success().event("report").expect("a report").clone();
+        received.success();
+        assert_eq!((self.yard.status(id), to.yard.status(name).as_deref()), (None, Some("running")));
+        report
+    }
+}
+
+#[test]
+fn a_busy_process_moves_there_and_back_and_again() {
+    if without_root("a_busy_process_moves_there_and_back_and_again") {
+        return;
+    }
+    let (a, b) = End::pair();
+    let first = Yard::name();
+    a.yard.start(&first, Path::new(TENANT), "64 2000");
+    let mut name = first.clone();
+    for round in 0..5 {
+        let (from, to) = if round % 2 == 0 { (&a, &b) } else { (&b, &a) };
+        let next = Yard::name();
+        let report = from.moves(to, &name, &next);
+        let rounds = report["rounds"].as_array().expect("rounds");
+        // Everything once, and at the end only what was written meanwhile.
+        assert!(rounds[0]["sent_pages"].as_u64().expect("pages") > (64 << 20) / 4096, "{report:#}");
+        assert!(
+            rounds[rounds.len() - 1]["sent_pages"].as_u64().expect("pages") < (64 << 20) / 4096 / 2,
+            "{report:#}"
+        );
+        a.yard.assert_sound(&first);
+        name = next;
+    }
+}
+
+#[test]
+fn a_tree_of_processes_moves() {
+    if without_root("a_tree_of_processes_moves") {
+        return;
+    }
+    let (a, b) = End::pair();
+    let (id, name) = (Yard::name(), Yard::name());
+    a.yard.start(&id, Path::new(TENANT), "16 500 3");
+    a.yard.wait(&id, "writes", |word| word.written > 10);
+    assert_eq!(a.yard.words(&id).len(), 4);
+    a.moves(&b, &id, &name);
+    a.yard.assert_sound(&id);
+}
+
+#[test]
+fn what_cannot_arrive_is_refused_and_runs_on() {
+    if without_root("what_cannot_arrive_is_refused_and_runs_on") {
+        return;
+    }
+    let (a, b) = End::pair();
+    let (id, name) = (Yard::name(), Yard::name());
+    a.yard.start(&id, Path::new(TENANT), "4 100");
+    let runs_on = || {
+        assert_eq!(a.yard.status(&id).as_deref(), Some("running"));
+        assert_eq!(b.yard.status(&name), None);
+        assert!(!b.yard.bundles().join(&name).exists(), "nothing is left of it");
+        a.yard.assert_sound(&id);
+    };
+    let own = a.yard.arguments();
+    let send =
+        |id: &str, address: &str| a.host.run(&End::arguments(&own, &["send", "--container", id, address]));
+    says(&send("nobody", "127.0.0.1:1"), 4, &["nobody"]);
+
+    // A host that takes no containers.
+    let (receiver, address) = b.host.receive(&["--once"]);
+    says(&send(&id, &address), 6, &["--containers"]);
+    drop(receiver);
+    runs_on();
+
+    // One where its files are not.
+    let mut receives = b.receives(&name);
+    receives.extend(["--rootfs".into(), "/nowhere".into()]);
+    let (receiver, address) = b.host.receive(&End::arguments(&receives, &[]));
+    says(&send(&id, &address), 6, &["/nowhere"]);
+    drop(receiver);
+    runs_on();
+
+    // One where they are others: CRIU finds that out when it has everything, and the container has been promised.
+    let empty = b.host.path("empty");
+    std::fs::create_dir_all(empty.join("proc")).expect("a directory");
+    let mut receives = b.receives(&name);
+    receives.extend(["--rootfs".into(), empty.to_string_lossy().into_owned()]);
+    let (receiver, address) = b.host.receive(&End::arguments(&receives, &[]));
+    let sent = send(&id, &address);
+    assert_ne!(sent.code, 0, "{sent:#?}");
+    drop(receiver);
+    runs_on();
+
+    let (sent, received) = a.send(&b, &id, &name, &[]);
+    sent.success();
+    received.success();
+    a.yard.assert_sound(&id);
+}
+
+#[test]
+fn whoever_is_killed_the_container_is_on_one_side() {
+    if without_root("whoever_is_killed_the_container_is_on_one_side") {
+        return;
+    }
+    let (a, b) = End::pair();
+    let (id, name) = (Yard::name(), Yard::name());
+    a.yard.start(&id, Path::new(TENANT), "8 300");
+    let runs_on = || {
+        let until = Instant::now() + LIMIT;
+        while a.yard.status(&id).as_deref() != Some("running") {
+            assert!(Instant::now() < until, "waited a minute until it goes on: {:?}", a.yard.status(&id));
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        assert_eq!(b.yard.status(&name), None);
+        a.yard.assert_sound(&id);
+        assert_eq!(a.host.run(&["recover"]).success().lines.len(), 0, "nothing is in doubt");
+    };
+    let (own, receives) = (a.yard.arguments(), b.receives(&name));
+    let held = |phase: &str| {
+        let (receiver, address) = b.host.receive(&End::arguments(&receives, &[]));
+        let words = ["send", "--container", &id, &address];
+        let mut sender = a.host.start_held(&End::arguments(&own, &words), phase);
+        sender.wait_held();
+        (sender, receiver)
+    };
+
+    // While it stands still, before anything was promised: it goes on by itself.
+    for phase in ["rounds", "freeze", "state", "ready"] {
+        let (sender, receiver) = held(phase);
+        sender.signal(Signal::KILL);
+        drop((sender, receiver));
+        runs_on();
+    }
+
+    // The same, and whoever would have let it go on is killed, too.
+    let (sender, receiver) = held("state");
+    assert_eq!(a.yard.status(&id).as_deref(), Some("paused"));
+    a.host.kill_keeper(&id);
+    sender.signal(Signal::KILL);
+    drop((sender, receiver));
+    assert_eq!(a.yard.status(&id).as_deref(), Some("paused"));
+    let listed = a.host.run(&["recover"]).success().lines;
+    assert_eq!(
+        (listed[0]["name"].as_str(), listed[0]["phase"].as_str()),
+        (Some(id.as_str()), Some("frozen"))
+    );
+    a.host.run(&["recover", &id]).success();
+    runs_on();
+
+    // When it was promised, it stands still until the other end has said that it will never start it.
+    let mut receives = b.receives(&name);
+    receives.retain(|word| word != "--once");
+    let (receiver, address) = b.host.receive(&End::arguments(&receives, &[]));
+    let words = ["send", "--container", &id, &address];
+    let mut sender = a.host.start_held(&End::arguments(&own, &words), "commit");
+    sender.wait_held();
+    sender.signal(Signal::KILL);
+    drop(sender);
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(a.yard.status(&id).as_deref(), Some("paused"));
+    says(&a.host.run(&End::arguments(&own, &words)), 4, &["migrate recover"]);
+    let settled = a.host.run(&["recover", &id]).success();
+    assert_eq!(settled.event("settled").expect("settled")["outcome"], "discarded");
+    drop(receiver);
+    runs_on();
+
+    // The receiver, when it has everything.
+    let (mut receiver, address) = b.host.receive_held(&End::arguments(&b.receives(&name), &[]), "ready");
+    let words = ["send", "--container", &id, &address];
+    let sender = a.host.start(&End::arguments(&own, &words));
+    receiver.wait_held();
+    receiver.signal(Signal::KILL);
+    drop(receiver);
+    assert_ne!(sender.finish().code, 0);
+    runs_on();
+
+    let (sent, received) = a.send(&b, &id, &name, &[]);
+    sent.success();
+    received.success();
+    a.yard.assert_sound(&id);
+}
+
+#[test]
+fn a_series_of_checkpoints_has_what_was_written_and_each_can_be_restored() {
+    if without_root("a_series_of_checkpoints_has_what_was_written_and_each_can_be_restored") {
+        return;
+    }
+    let (a, b) = End::pair();
+    let id = Yard::name();
+    a.yard.start(&id, Path::new(TENANT), "32 200 1");
+    let store = a.host.path("store").to_string_lossy().into_owned();
+    let own = a.yard.arguments();
+    let words = ["checkpoint", "--container", &id, "--store", &store, "--every", "1s"];
+    let mut series = a.host.start(&End::arguments(&own, &words));
+    let taken: Vec<Value> = (0..4).map(|_| series.wait_event("checkpoint")).collect();
+    series.signal(Signal::INT);
+    series.finish();
+    a.yard.assert_sound(&id);
+    let pages = |taken: &Value| taken["data_pages"].as_u64().expect("pages");
+    assert!(taken[0]["parent"].is_null() && pages(&taken[0]) > 2 * (32 << 20) / 4096, "{:#}", taken[0]);
+    for delta in &taken[1..] {
+        assert!(delta["parent"].is_string() && pages(delta) < pages(&taken[0]) / 4, "{delta:#}");
+    }
+    a.yard.end(&id);
+    for (taken, name) in taken.iter().zip([(); 4].map(|()| Yard::name())) {
+        let checkpoint = taken["id"].as_str().expect("its id");
+        let (bundles, own) = (b.yard.bundles().to_string_lossy().into_owned(), b.yard.arguments());
+        let words = ["restore", "--store", &store, checkpoint, "--name", &name, "--containers", &bundles];
+        b.host.run(&End::arguments(&own, &words)).success();
+        assert_eq!(b.yard.status(&name).as_deref(), Some("running"));
+        a.yard.assert_sound(&id);
+        b.yard.end(&name);
+    }
+}
