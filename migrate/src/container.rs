@@ -10,14 +10,37 @@
 //! could do, and more: there is nothing between a round and memory, any number of threads read, a page is read when it is wanted and
 //! not when CRIU comes to it, and no connection exists whose end could cost a process its life.
 
+pub(crate) mod arrivals;
+mod digests;
 mod images;
 pub(crate) mod keeper;
 mod processes;
 mod runtime;
 mod slots;
 
+pub(crate) use digests::Digests;
 pub(crate) use images::{IMAGE_LIMIT, Images};
 pub(crate) use processes::{Process, Tree, Which, is_gone};
 pub use runtime::{Criu, Runtime, Version};
 pub(crate) use runtime::{Programs, reason};
 pub(crate) use slots::{Place, Slots};
+
+use crate::paths::RuntimeDir;
+use std::path::PathBuf;
+
+/// How it is found what a container writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum Tracking {
+    /// By the kernel if it can tell, else by comparing.
+    #[default]
+    Auto,
+    /// The kernel tells (PAGEMAP_SCAN, Linux 6.7).
+    Kernel,
+    /// All pages are compared with what was sent of them, by BLAKE3.
+    Digests,
+}
+
+/// The directory of notes and sockets of this host's containers.
+fn folder(runtime_dir: &RuntimeDir) -> PathBuf {
+    runtime_dir.path().join("containers")
+}

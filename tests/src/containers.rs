@@ -9,8 +9,9 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-/// The release whose CRIU works on kernels of 2025 and later; Debian 12's does not.
-const RELEASE: &str = "trixie";
+/// The release whose CRIU is taken. Debian 12's does not work on kernels of 2025 and later; Debian 13's (4.1.1) cannot write down Internet sockets on
+/// Linux 6.18, which no longer tells their `SO_PASSCRED`.
+const RELEASE: &str = "forky";
 
 /// How long a container may take for anything that is waited for.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -35,10 +36,10 @@ impl Tools {
         std::fs::create_dir_all(&cache).context(failed)?;
         let lock = std::fs::File::create(cache.join("lock")).context(failed)?;
         rustix::fs::flock(&lock, FlockOperation::LockExclusive).context(failed)?;
-        let root = cache.join("debian");
+        let root = cache.join(RELEASE);
         if !root.exists() {
             // Under another name first: what is there is whole.
-            let fresh = cache.join("debian.new");
+            let fresh = cache.join(format!("{RELEASE}.new"));
             if fresh.exists() {
                 std::fs::remove_dir_all(&fresh).context(failed)?;
             }
@@ -201,11 +202,29 @@ impl Yard {
         self.state(id)?["status"].as_str().map(str::to_owned)
     }
 
-    /// Starts a tenant with these arguments behind its file's name.
+    /// Starts a tenant with these arguments behind its file's name, and waits until all of its processes have said something.
     ///
     /// # Panics
     /// If it does not run.
     pub fn start(&self, id: &str, tenant: &Path, arguments: &str) {
+        self.run(id, tenant, arguments, true);
+        let children = arguments.split_whitespace().nth(2).map_or(0, |text| text.parse().expect("a number"));
+        let until = Instant::now() + LIMIT;
+        while self.words(id).len() < 1 + children {
+            assert!(
+                Instant::now() < until,
+                "waited a minute for the processes of {id}: {:?}",
+                self.words(id)
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Runs a program in a container, with these arguments behind its file's name, in a network of its own or in this one.
+    ///
+    /// # Panics
+    /// If it does not run.
+    pub fn run(&self, id: &str, tenant: &Path, arguments: &str, own_network: bool) {
         let bundle = self.dir.path().join(id);
         let rootfs = bundle.join("rootfs");
         for folder in ["proc", "dev", "tmp", "sys", "lib", "lib64"] {
@@ -230,19 +249,12 @@ impl Yard {
         config["process"]["args"] = json!(words);
         config["process"]["terminal"] = json!(false);
         config["root"]["readonly"] = json!(false);
+        if !own_network && let Some(namespaces) = config["linux"]["namespaces"].as_array_mut() {
+            namespaces.retain(|namespace| namespace["type"] != "network");
+        }
         std::fs::write(&path, config.to_string()).expect("it is written");
         let run = self.runc(&["run", "--detach", "--bundle", &bundle.to_string_lossy(), id]).status();
         assert!(run.is_ok_and(|status| status.success()), "{id} does not run");
-        let children = arguments.split_whitespace().nth(2).map_or(0, |text| text.parse().expect("a number"));
-        let until = Instant::now() + LIMIT;
-        while self.words(id).len() < 1 + children {
-            assert!(
-                Instant::now() < until,
-                "waited a minute for the processes of {id}: {:?}",
-                self.words(id)
-            );
-            std::thread::sleep(Duration::from_millis(20));
-        }
     }
 
     /// The file to which a tenant that began here says how it is.
@@ -264,6 +276,13 @@ impl Yard {
             }
         };
         records.lines().filter_map(word).collect()
+    }
+
+    /// The words of a record that is alone in its file; none before there is one.
+    pub fn record(&self, id: &str) -> Vec<String> {
+        let text = std::fs::read(self.out(id)).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text).replace('\0', "");
+        text.split_whitespace().map(str::to_owned).collect()
     }
 
     /// Waits until the last words of all processes are so.

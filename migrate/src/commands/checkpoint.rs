@@ -12,6 +12,7 @@ use crate::cancel::CancelFlag;
 use crate::chains::Chains;
 use crate::checkpoint::{self, CheckpointReport, Options};
 use crate::cli::Common;
+use crate::container::Tracking;
 use crate::error::{Error, Result};
 use crate::paths::RuntimeDir;
 use crate::progress;
@@ -67,6 +68,9 @@ pub struct Args {
     /// They are no VMs: they are the ids of containers under runc.
     #[arg(long)]
     container: bool,
+    /// How it is found what a container writes.
+    #[arg(long, value_enum, default_value = "auto", requires = "container")]
+    tracking: Tracking,
     #[command(flatten)]
     runtime: RuntimeArgs,
     /// Take one checkpoint of several VMs, of one instant, under this name.

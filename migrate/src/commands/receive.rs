@@ -8,6 +8,7 @@ use super::{cancel_on_signals, emit, say, send};
 use crate::cancel::CancelFlag;
 use crate::cli::Common;
 use crate::connections;
+use crate::container::arrivals;
 use crate::destination::any::Places;
 use crate::destination::vm::Place;
 use crate::error::{Error, Result};
@@ -315,6 +316,7 @@ impl Ledger for HostLedger {
                 // One that misses pages needs its source still.
                 let arrived =
                     vms.iter().any(|(_, vm)| vm.arrived_by == Some(migration) && vm.awaiting_pages.is_none());
+                let arrived = arrived || arrivals::has(&self.runtime, migration);
                 if arrived { Outcome::Started } else { Outcome::Unknown }
             }
             known => known,

@@ -8,6 +8,7 @@ use super::{cancel_on_signals, emit};
 use crate::cancel::CancelFlag;
 use crate::cli::Common;
 use crate::connections::{self, Host, Meter, Wanted};
+use crate::container::Tracking;
 use crate::controls::{check_bandwidth, check_limits};
 use crate::converge::Limits;
 use crate::converge::trace::Recorder;
@@ -61,6 +62,9 @@ pub struct Args {
     /// It is no VM: it is the id of a container under runc.
     #[arg(long, conflicts_with_all = ["verify", "post_copy", "copy_disk", "seed_from"])]
     container: bool,
+    /// How it is found what a container writes.
+    #[arg(long, value_enum, default_value = "auto", requires = "container")]
+    tracking: Tracking,
     #[command(flatten)]
     runtime: RuntimeArgs,
     /// Where migrate receive listens: HOST:PORT.
@@ -277,6 +281,7 @@ fn container(args: &Args, runtime_dir: &RuntimeDir) -> Result<Subject> {
         runtime_dir,
         &program,
         &args.address,
+        args.tracking,
         None,
     )?;
     let limits = Limits { downtime: DOWNTIME, max_downtime: MAX_DOWNTIME, ..Limits::default() };

@@ -12,7 +12,7 @@
 //!
 //! Were the keeper killed, too, the container would stand still, and a note in the runtime directory says so: `migrate recover` finds it.
 
-use super::{Programs, Runtime, reason};
+use super::{Programs, Runtime, folder, reason};
 use crate::error::{Error, Result};
 use crate::paths::RuntimeDir;
 use protocol::monitor::Pledge;
@@ -78,11 +78,6 @@ pub(crate) struct Note {
     pub(crate) programs: Programs,
     /// To whom it was promised, if it was.
     pub(crate) pledge: Option<Pledge>,
-}
-
-/// The directory of notes and sockets.
-fn folder(runtime: &RuntimeDir) -> PathBuf {
-    runtime.path().join("containers")
 }
 
 fn note_path(runtime: &RuntimeDir, id: &str) -> PathBuf {

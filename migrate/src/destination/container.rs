@@ -9,7 +9,7 @@
 //! first   pages that there were at the beginning: the files that rounds write to
 //! ```
 
-use crate::container::{Images, Runtime, Version};
+use crate::container::{Images, Runtime, Version, arrivals};
 use crate::destination::{Destination, Incomplete, PageMemory, Refusal};
 use crate::error::{Error, Result};
 use crate::memory::GuestMemory;
@@ -349,8 +349,8 @@ impl Destination for ContainerDestination {
         Ok(())
     }
 
-    fn start(mut self: Box<Self>, _: MigrationId) -> Result<String> {
-        let runtime = self.place.runtime.clone();
+    fn start(mut self: Box<Self>, migration: MigrationId) -> Result<String> {
+        let (runtime, runtime_dir) = (self.place.runtime.clone(), self.place.runtime_dir.clone());
         let arrival = self.arrival()?;
         if !arrival.is_loaded {
             return Err(Error::Workload(format!("{} has no state yet", arrival.name)));
@@ -358,6 +358,10 @@ impl Destination for ContainerDestination {
         let (dump, work) = (arrival.images.folder("dump")?, arrival.images.folder("work")?);
         runtime.restore(&arrival.name, &dump, &work, &arrival.bundle.path)?;
         arrival.bundle.is_needed = true;
+        if let Err(error) = arrivals::note(&runtime_dir, &arrival.name, migration) {
+            // It runs, and this process says so.
+            tracing::warn!("{error}");
+        }
         Ok(arrival.name.clone())
     }
 

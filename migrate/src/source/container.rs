@@ -1,7 +1,7 @@
 //! A container under runc as a source.
 
 use crate::container::keeper::{Keeper, Order};
-use crate::container::{IMAGE_LIMIT, Images, Place, Process, Runtime, Slots, Tree, Which};
+use crate::container::{Digests, IMAGE_LIMIT, Images, Place, Process, Runtime, Slots, Tracking, Tree, Which};
 use crate::error::{Error, Result};
 use crate::memory::PageReader;
 use crate::paths::RuntimeDir;
@@ -23,6 +23,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 
 const PAGE_BYTES: u64 = PAGE_SIZE as u64;
 
+/// Pages that are compared at once: what is read stays in a core's cache until it is hashed.
+const PIECE_PAGES: u64 = 16;
+
 /// Room for pages that come while it moves: half of what there is, and no less than this.
 const ROOM_PAGES: u64 = (64 << 20) / PAGE_BYTES;
 
@@ -31,6 +34,7 @@ pub struct ContainerSource {
     runtime_dir: RuntimeDir,
     workload: Workload,
     destination: String,
+    tracking: Tracking,
     watch: Watch,
     /// Where the watch goes when this source does.
     post: Option<WatchPost>,
@@ -80,6 +84,8 @@ struct Memory {
     is_full: AtomicBool,
     /// Pages that could not be read while it ran.
     missed: Mutex<Vec<PageRun>>,
+    /// What was delivered, where the kernel does not tell what is written since.
+    digests: Mutex<Option<Digests>>,
 }
 
 impl Watch {
@@ -105,6 +111,7 @@ impl Watch {
             is_frozen: AtomicBool::new(false),
             is_full: AtomicBool::new(false),
             missed: Mutex::default(),
+            digests: Mutex::default(),
         };
         Ok(Self {
             first,
@@ -139,6 +146,7 @@ impl ContainerSource {
         runtime_dir: &RuntimeDir,
         program: &Path,
         destination: &str,
+        tracking: Tracking,
         post: Option<&WatchPost>,
     ) -> Result<Self> {
         check_name(id)?;
@@ -178,11 +186,58 @@ impl ContainerSource {
             runtime_dir: runtime_dir.clone(),
             workload,
             destination: destination.into(),
+            tracking,
             watch,
             post: post.cloned(),
             frozen: None,
             keeper: Some(keeper),
         })
+    }
+
+    fn track_by_kernel(&mut self) -> Result<()> {
+        if self.tracking == Tracking::Digests {
+            return Err(Error::Usage("that was asked for".into()));
+        }
+        self.watch.tree.processes.iter_mut().try_for_each(Process::track)
+    }
+
+    /// Tells the pages of a process that are not as they were delivered, or were never, by first page and number.
+    fn differing(&self, process: &Process) -> std::io::Result<Vec<(u64, u64)>> {
+        let mut pages = Vec::new();
+        process.pages(Which::All, &mut |first, count| pages.push((first, count)))?;
+        let mut found = Vec::new();
+        let mut buffer = vec![0; PIECE_PAGES as usize * PAGE_SIZE];
+        let slots = read(&self.watch.memory.slots);
+        let digests = lock(&self.watch.memory.digests);
+        for (first, count) in pages {
+            let mut page = first;
+            while page < first + count {
+                let piece = (first + count - page).min(PIECE_PAGES);
+                let bytes = &mut buffer[..piece as usize * PAGE_SIZE];
+                if process.memory.read_exact_at(bytes, page * PAGE_BYTES).is_err() {
+                    // A part of it is gone: what is left is read when it is sent.
+                    found.push((page, piece));
+                    page += piece;
+                    continue;
+                }
+                slots.find(process.inside, page, piece, &mut |at, count, place| match place {
+                    Place::Nowhere => found.push((at, count)),
+                    Place::At(space, slot) => {
+                        let from = (at - page) as usize * PAGE_SIZE;
+                        for (index, one) in (0..count).zip(bytes[from..].chunks(PAGE_SIZE)) {
+                            if digests
+                                .as_ref()
+                                .is_none_or(|digests| digests.differs(space, slot + index, one))
+                            {
+                                found.push((at + index, 1));
+                            }
+                        }
+                    }
+                });
+                page += piece;
+            }
+        }
+        Ok(found)
     }
 
     fn order(&mut self, order: &Order) -> Result<()> {
@@ -196,6 +251,9 @@ impl ContainerSource {
     fn look(&mut self) -> Result<()> {
         if self.watch.tree.look()? {
             *write(&self.watch.memory.files) = files_of(&self.watch.tree)?;
+            if lock(&self.watch.memory.digests).is_some() {
+                return Ok(());
+            }
             for process in &mut self.watch.tree.processes {
                 if let Err(error) = process.track() {
                     tracing::warn!("everything of process {} counts as written: {error}", process.inside);
@@ -233,10 +291,11 @@ impl ContainerSource {
 
     /// Where it stands still: of these pages only those that CRIU left in place are wanted, and what has no slot yet is dirty.
     fn mark_left(&self, frozen: &Frozen, dirty: &mut [PageSet]) -> Result<()> {
+        let by_digests = lock(&self.watch.memory.digests).is_some();
         let mut wanted: Vec<PageSet> = dirty.iter().map(|set| PageSet::empty(set.pages())).collect();
         for (process, pagemap) in &frozen.left {
-            let tracked =
-                self.watch.tree.processes.iter().any(|one| one.inside == *process && one.is_tracked());
+            let tracked = by_digests
+                || self.watch.tree.processes.iter().any(|one| one.inside == *process && one.is_tracked());
             for entry in pagemap.entries.iter().filter(|entry| entry.flags & LAZY != 0) {
                 let mut new = Vec::new();
                 let everything = &mut |page, count, place| {
@@ -270,10 +329,17 @@ impl Source for ContainerSource {
                 }
             }
         }
-        for process in &mut self.watch.tree.processes {
-            process.track()?;
+        if lock(&self.watch.memory.digests).is_none() {
+            match self.track_by_kernel() {
+                Ok(()) => return Ok("pagemap-scan".into()),
+                Err(error) if self.tracking == Tracking::Kernel => return Err(error),
+                Err(error) => {
+                    tracing::info!("every page is compared: {error}");
+                    *lock(&self.watch.memory.digests) = Some(Digests::default());
+                }
+            }
         }
-        Ok("pagemap-scan".into())
+        Ok("blake3-digests".into())
     }
 
     fn baseline(&self) -> Option<CheckpointId> {
@@ -296,9 +362,14 @@ impl Source for ContainerSource {
             }
         }
         let mut dirty = self.watch.owed.clone();
+        let by_digests = lock(&self.watch.memory.digests).is_some();
         for process in &self.watch.tree.processes {
             let mut written = Vec::new();
-            match process.pages(Which::Written, &mut |first, count| written.push((first, count))) {
+            let looked = match by_digests {
+                true => self.differing(process).map(|found| written = found),
+                false => process.pages(Which::Written, &mut |first, count| written.push((first, count))),
+            };
+            match looked {
                 Ok(()) => {}
                 Err(error) if crate::container::is_gone(&error) && self.frozen.is_none() => continue,
                 Err(error) => return Err(unreadable(process, &error)),
@@ -359,7 +430,11 @@ impl Source for ContainerSource {
     }
 
     fn read(&self, run: PageRun, buffer: &mut [u8]) -> Result<()> {
-        self.watch.memory.copy(run.space, run.offset(), buffer)
+        self.watch.memory.copy(run.space, run.offset(), buffer)?;
+        if let Some(digests) = &mut *lock(&self.watch.memory.digests) {
+            digests.delivered(run.space, run.first, buffer);
+        }
+        Ok(())
     }
 
     fn reader(&self) -> Result<Box<dyn PageReader>> {

@@ -3,9 +3,10 @@
 //! ```text
 //! u32 0x54564319  u32 0x56084025                         the marks of an image, and of this one
 //! u32 bytes       head  { 1: pages_id }                  protocol buffers, each behind its length
-//! u32 bytes       entry { 1: vaddr, 2: nr_pages, 3: in_parent, 4: flags }   …
+//! u32 bytes       entry { 1: vaddr, 2: compat_nr_pages, 3: in_parent, 4: flags, 5: nr_pages }   …
 //! ```
 //!
+//! Until CRIU 4.1 the number of pages is field 2; from 4.2 on it is field 5, and field 2 is 0. Both are written, and each reads its own.
 //! (images/pagemap.proto, criu/include/image.h and criu/include/pagemap.h of CRIU 3.17 to 4.2.) Entries ascend and do not
 //! overlap. The bytes of the pages of every entry that has [`PRESENT`] lie in `pages-<pages_id>.img`, in the order of the entries.
 
@@ -63,13 +64,14 @@ struct HeadMessage {
 struct EntryMessage {
     #[prost(uint64, required, tag = "1")]
     vaddr: u64,
-    // 32 bits until CRIU 4.1; the bytes are the same.
-    #[prost(uint64, required, tag = "2")]
-    nr_pages: u64,
+    #[prost(uint32, required, tag = "2")]
+    compat_nr_pages: u32,
     #[prost(bool, optional, tag = "3")]
     in_parent: Option<bool>,
     #[prost(uint32, optional, tag = "4")]
     flags: Option<u32>,
+    #[prost(uint64, optional, tag = "5")]
+    nr_pages: Option<u64>,
 }
 
 impl Pagemap {
@@ -84,8 +86,13 @@ impl Pagemap {
         put(HeadMessage { pages_id: self.pages_id }.encode_to_vec());
         for Entry { first, pages, flags } in &self.entries {
             let in_parent = (flags & PARENT != 0).then_some(true);
-            let message =
-                EntryMessage { vaddr: first * PAGE_BYTES, nr_pages: *pages, in_parent, flags: Some(*flags) };
+            let message = EntryMessage {
+                vaddr: first * PAGE_BYTES,
+                compat_nr_pages: u32::try_from(*pages).unwrap_or(u32::MAX),
+                in_parent,
+                flags: Some(*flags),
+                nr_pages: Some(*pages),
+            };
             put(message.encode_to_vec());
         }
         bytes
@@ -108,8 +115,9 @@ impl Pagemap {
         let mut entries: Vec<Entry> = Vec::new();
         let mut end = 0;
         while let Some(message) = next(&mut rest)? {
-            let EntryMessage { vaddr, nr_pages, in_parent, flags } =
+            let EntryMessage { vaddr, compat_nr_pages, in_parent, flags, nr_pages } =
                 EntryMessage::decode(message).map_err(|error| unreadable(&error))?;
+            let nr_pages = nr_pages.unwrap_or_else(|| u64::from(compat_nr_pages));
             let first = vaddr / PAGE_BYTES;
             if !vaddr.is_multiple_of(PAGE_BYTES) || first < end || nr_pages == 0 || nr_pages > MAX_PAGES {
                 let why =
@@ -158,11 +166,15 @@ mod tests {
     ];
 
     #[test]
-    fn what_criu_writes_is_read_and_written_again() {
+    fn what_criu_writes_is_read() {
         let image = Pagemap::decode(&WRITTEN).unwrap();
         let entry = |first, pages| Entry { first, pages, flags: PRESENT };
         assert_eq!(image, Pagemap { pages_id: 1, entries: vec![entry(1025, 1), entry(1186, 5)] });
-        assert_eq!(image.encode(), WRITTEN);
+        assert_eq!(Pagemap::decode(&image.encode()).unwrap(), image);
+        // As 4.2.1 writes the first entry.
+        let newer =
+            [&WRITTEN[..14], &[11, 0, 0, 0, 8, 0x80, 0xa0, 0x80, 2, 0x10, 0, 0x20, 4, 0x28, 1]].concat();
+        assert_eq!(Pagemap::decode(&newer).unwrap().entries, [entry(1025, 1)]);
     }
 
     #[test]
