@@ -40,6 +40,15 @@ pub enum Tracking {
     Digests,
 }
 
+/// What an operator wants of a container that is moved or written down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Wishes {
+    /// How it is found what it writes.
+    pub tracking: Tracking,
+    /// Its TCP connections go with it.
+    pub tcp_established: bool,
+}
+
 /// The directory of notes and sockets of this host's containers.
 fn folder(runtime_dir: &RuntimeDir) -> PathBuf {
     runtime_dir.path().join("containers")

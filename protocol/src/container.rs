@@ -44,6 +44,9 @@ pub struct Description {
     pub criu: [u32; 3],
     /// The root file system there, an absolute path.
     pub root: String,
+    /// Whether established TCP connections go with it: the destination must have their addresses.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub tcp_established: bool,
 }
 
 impl Description {
@@ -102,7 +105,12 @@ mod tests {
 
     #[test]
     fn a_description_is_read_as_it_was_written() {
-        let description = Description { id: "web".into(), criu: [4, 1, 1], root: "/srv/web".into() };
+        let description = Description {
+            id: "web".into(),
+            criu: [4, 1, 1],
+            root: "/srv/web".into(),
+            tcp_established: false,
+        };
         assert_eq!(Description::decode(&description.encode()).unwrap(), description);
         for bad in [
             Description { root: "srv".into(), ..description.clone() },

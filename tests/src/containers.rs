@@ -129,6 +129,17 @@ pub struct Yard {
     tools: Tools,
 }
 
+/// The network of a container.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Network {
+    /// One of its own, without anything.
+    Own,
+    /// That of whoever starts it.
+    Shared,
+    /// This namespace.
+    At(PathBuf),
+}
+
 /// What a tenant said last.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Word {
@@ -207,7 +218,7 @@ impl Yard {
     /// # Panics
     /// If it does not run.
     pub fn start(&self, id: &str, tenant: &Path, arguments: &str) {
-        self.run(id, tenant, arguments, true);
+        self.run(id, tenant, arguments, &Network::Own);
         let children = arguments.split_whitespace().nth(2).map_or(0, |text| text.parse().expect("a number"));
         let until = Instant::now() + LIMIT;
         while self.words(id).len() < 1 + children {
@@ -220,11 +231,11 @@ impl Yard {
         }
     }
 
-    /// Runs a program in a container, with these arguments behind its file's name, in a network of its own or in this one.
+    /// Runs a program in a container, with these arguments behind its file's name.
     ///
     /// # Panics
     /// If it does not run.
-    pub fn run(&self, id: &str, tenant: &Path, arguments: &str, own_network: bool) {
+    pub fn run(&self, id: &str, tenant: &Path, arguments: &str, network: &Network) {
         let bundle = self.dir.path().join(id);
         let rootfs = bundle.join("rootfs");
         for folder in ["proc", "dev", "tmp", "sys", "lib", "lib64"] {
@@ -249,8 +260,15 @@ impl Yard {
         config["process"]["args"] = json!(words);
         config["process"]["terminal"] = json!(false);
         config["root"]["readonly"] = json!(false);
-        if !own_network && let Some(namespaces) = config["linux"]["namespaces"].as_array_mut() {
-            namespaces.retain(|namespace| namespace["type"] != "network");
+        let namespaces = config["linux"]["namespaces"].as_array_mut().expect("namespaces");
+        let is_network = |namespace: &Value| namespace["type"] == "network";
+        match network {
+            Network::Own => {}
+            Network::Shared => namespaces.retain(|namespace| !is_network(namespace)),
+            Network::At(path) => namespaces
+                .iter_mut()
+                .filter(|namespace| is_network(namespace))
+                .for_each(|namespace| namespace["path"] = json!(path)),
         }
         std::fs::write(&path, config.to_string()).expect("it is written");
         let run = self.runc(&["run", "--detach", "--bundle", &bundle.to_string_lossy(), id]).status();

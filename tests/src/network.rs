@@ -185,6 +185,87 @@ impl Cable {
     }
 }
 
+/// A host with a bridge, at which two namespaces have the same addresses: a container moves from one to the other.
+pub struct Street {
+    host: String,
+    one: String,
+    other: String,
+}
+
+impl Street {
+    /// What the host has.
+    pub const HOST: &str = "10.78.0.1";
+    /// What the container has, wherever it is.
+    pub const CONTAINER: &str = "10.78.0.2";
+
+    /// Three new namespaces. Packets for the container go to the first one, until some come from the second.
+    ///
+    /// # Panics
+    /// With what `ip` said, if it does not work.
+    pub fn new() -> Self {
+        const MACS: [&str; 2] = ["02:00:00:00:00:01", "02:00:00:00:00:02"];
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        if number == 0 {
+            sweep();
+        }
+        let name = |end| format!("{PREFIX}{}-{number}{end}", std::process::id());
+        let street = Self { host: name("h"), one: name("1"), other: name("2") };
+        let Self { host, one, other } = &street;
+        for namespace in [host, one, other] {
+            run("ip", &["netns", "add", namespace]);
+            run("ip", &["-n", namespace, "link", "set", "lo", "up"]);
+            // What it would say by itself would tell the bridge that the container is there.
+            within(namespace, || {
+                for place in ["all", "default"] {
+                    std::fs::write(format!("/proc/sys/net/ipv6/conf/{place}/disable_ipv6"), "1").ok();
+                }
+            });
+        }
+        run("ip", &["-n", host, "link", "add", "street", "address", MACS[0], "type", "bridge"]);
+        run("ip", &["-n", host, "addr", "add", &format!("{}/24", Self::HOST), "dev", "street"]);
+        run("ip", &["-n", host, "link", "set", "street", "up"]);
+        for (namespace, port) in [(one, "one"), (other, "other")] {
+            wire((namespace, "wire"), (host, port), 1500);
+            run("ip", &["-n", namespace, "link", "set", "wire", "address", MACS[1]]);
+            run("ip", &["-n", namespace, "addr", "add", &format!("{}/24", Self::CONTAINER), "dev", "wire"]);
+            run("ip", &["-n", namespace, "neigh", "add", Self::HOST, "lladdr", MACS[0], "dev", "wire"]);
+            run("ip", &["-n", host, "link", "set", port, "master", "street"]);
+        }
+        run("ip", &["-n", host, "neigh", "add", Self::CONTAINER, "lladdr", MACS[1], "dev", "street"]);
+        run("bridge", &["-n", host, "fdb", "replace", MACS[1], "dev", "one", "master", "dynamic"]);
+        street
+    }
+
+    /// The paths of the container's two namespaces.
+    pub fn places(&self) -> [PathBuf; 2] {
+        [&self.one, &self.other].map(|name| PathBuf::from(NAMES).join(name))
+    }
+
+    /// Runs something on a thread of the host: sockets that it makes stay there.
+    ///
+    /// # Panics
+    /// If the namespace cannot be entered.
+    pub fn at_host<T: Send>(&self, body: impl FnOnce() -> T + Send) -> T {
+        within(&self.host, body)
+    }
+}
+
+impl Default for Street {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for Street {
+    fn drop(&mut self) {
+        for name in [&self.host, &self.one, &self.other] {
+            if let Err(error) = try_run("ip", &["netns", "del", name]) {
+                println!("the namespace {name} is left behind: {error}");
+            }
+        }
+    }
+}
+
 fn within<T: Send>(namespace: &str, body: impl FnOnce() -> T + Send) -> T {
     let path = PathBuf::from(NAMES).join(namespace);
     std::thread::scope(|scope| {

@@ -5,17 +5,20 @@
     reason = "helpers of tests: what goes wrong in them fails the test"
 )]
 
-use e2e::containers::Yard;
-use e2e::network::without_root;
+use e2e::containers::{Network, Yard};
+use e2e::network::{Street, without_root};
 use e2e::{Finished, Host, says, trusting_pair};
 use rustix::process::Signal;
 use serde_json::Value;
+use std::io::{Read as _, Write as _};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_migrate-under-test");
 const TENANT: &str = env!("CARGO_BIN_EXE_tenant");
 const COURIER: &str = env!("CARGO_BIN_EXE_courier");
+const COUNTER: &str = env!("CARGO_BIN_EXE_counter");
 const TRAINER: &str = env!("CARGO_BIN_EXE_trainer");
 
 /// How long anything may take that is waited for.
@@ -308,7 +311,7 @@ fn wrong_messages_of_a_restored_group(more: &[&str]) -> u64 {
             id,
             Path::new(COURIER),
             &format!("{} {} {}", ports[at], ports[(at + 1) % 3], [0, 0, 600][at]),
-            false,
+            &Network::Shared,
         );
     }
     let received =
@@ -367,7 +370,7 @@ fn a_training_run_that_was_killed_comes_to_the_same_loss() {
     let wanted: Vec<&str> = text.split_whitespace().collect();
 
     let (id, name) = (Yard::name(), Yard::name());
-    a.yard.run(&id, Path::new(TRAINER), &format!("{STEPS} 3000"), true);
+    a.yard.run(&id, Path::new(TRAINER), &format!("{STEPS} 3000"), &Network::Own);
     let steps = || a.yard.record(&id).first().and_then(|word| word.parse::<u64>().ok()).unwrap_or(0);
     let wait = |least: u64| {
         let until = Instant::now() + LIMIT;
@@ -396,4 +399,72 @@ fn a_training_run_that_was_killed_comes_to_the_same_loss() {
     wait(killed_at + 100);
     wait(STEPS.parse().expect("a number"));
     assert_eq!(a.yard.record(&id), wanted);
+}
+
+#[test]
+fn a_connection_goes_with_the_container() {
+    if without_root("a_connection_goes_with_the_container") {
+        return;
+    }
+    const PORT: u16 = 7000;
+    let street = Street::new();
+    let [one, other] = street.places();
+    let (a, b) = End::pair();
+    let (id, name) = (Yard::name(), Yard::name());
+    a.yard.run(&id, Path::new(COUNTER), &PORT.to_string(), &Network::At(one));
+
+    let done = AtomicBool::new(false);
+    let (asked, longest) = std::thread::scope(|scope| {
+        let asking = scope.spawn(|| street.at_host(|| ask(&done, (Street::CONTAINER, PORT))));
+        std::thread::sleep(Duration::from_millis(500));
+        let mut receives = b.receives(&name);
+        receives.extend(["--netns".into(), other.to_string_lossy().into_owned()]);
+        receives.retain(|word| word != "--once");
+        let (receiver, address) = b.host.receive(&End::arguments(&receives, &[]));
+        let own = a.yard.arguments();
+        let send = |more: &[&str]| {
+            let words = [&["send", "--container", &id, &address], more].concat();
+            a.host.run(&End::arguments(&own, &words))
+        };
+        // Nobody said that it may lose its connections, or that they can go.
+        says(&send(&[]), 4, &["--tcp-established"]);
+        assert_eq!(a.yard.status(&id).as_deref(), Some("running"));
+        send(&["--tcp-established"]).success();
+        receiver.finish().success();
+        std::thread::sleep(Duration::from_secs(1));
+        done.store(true, Ordering::Relaxed);
+        asking.join().expect("every answer was right")
+    });
+    assert_eq!((a.yard.status(&id), b.yard.status(&name).as_deref()), (None, Some("running")));
+    println!("{asked} questions were answered; the longest wait was {} ms", longest.as_millis());
+    assert!(asked > 100);
+}
+
+/// Asks over one connection until it is enough, and answers how often, and the longest wait for an answer.
+///
+/// # Panics
+/// If the connection ends, or an answer is wrong.
+fn ask(done: &AtomicBool, address: (&str, u16)) -> (u64, Duration) {
+    let until = Instant::now() + LIMIT;
+    let mut connection = loop {
+        match std::net::TcpStream::connect(address) {
+            Ok(connection) => break connection,
+            Err(error) => assert!(Instant::now() < until, "waited a minute for {address:?}: {error}"),
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    connection.set_nodelay(true).expect("it is a TCP connection");
+    connection.set_read_timeout(Some(LIMIT)).expect("a limit");
+    let (mut number, mut longest) = (0_u64, Duration::ZERO);
+    while !done.load(Ordering::Relaxed) {
+        number += 1;
+        let begun = Instant::now();
+        connection.write_all(&number.to_le_bytes()).expect("the connection lives");
+        let mut answer = [0; 8];
+        connection.read_exact(&mut answer).expect("the connection lives");
+        assert_eq!(u64::from_le_bytes(answer), number);
+        longest = longest.max(begun.elapsed());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    (number, longest)
 }

@@ -6,13 +6,12 @@ mod subject;
 mod show;
 
 use super::cancel_on_signals;
-use super::containers::RuntimeArgs;
+use super::containers::{RuntimeArgs, WishArgs};
 use super::store::KeepArgs;
 use crate::cancel::CancelFlag;
 use crate::chains::Chains;
 use crate::checkpoint::{self, CheckpointReport, Options};
 use crate::cli::Common;
-use crate::container::Tracking;
 use crate::error::{Error, Result};
 use crate::paths::RuntimeDir;
 use crate::progress;
@@ -68,9 +67,8 @@ pub struct Args {
     /// They are no VMs: they are the ids of containers under runc.
     #[arg(long)]
     container: bool,
-    /// How it is found what a container writes.
-    #[arg(long, value_enum, default_value = "auto", requires = "container")]
-    tracking: Tracking,
+    #[command(flatten)]
+    wishes: WishArgs,
     #[command(flatten)]
     runtime: RuntimeArgs,
     /// Take one checkpoint of several VMs, of one instant, under this name.

@@ -1,10 +1,10 @@
 //! Which programs containers run under, as an operator says it.
 
-use crate::container::Runtime;
+use crate::container::{Runtime, Tracking, Wishes};
 use crate::destination::any::ContainerPlace;
 use crate::error::{Error, Result};
 use crate::paths::RuntimeDir;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// runc and CRIU.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -31,30 +31,64 @@ impl RuntimeArgs {
     }
 }
 
-/// Where containers go: their bundles into a folder, if they are taken at all, and with the root file system of this host, if it is not where it
-/// was.
-///
-/// # Errors
-/// `Host` when a path cannot be made absolute.
-pub(super) fn place(
-    runtime: &RuntimeArgs,
-    runtime_dir: &RuntimeDir,
-    bundles: Option<&Path>,
-    root: Option<&Path>,
-    name: Option<&str>,
-) -> Result<ContainerPlace> {
-    let absolute = |path: &Path| {
-        std::path::absolute(path)
-            .map_err(|error| Error::Host(format!("the path of {} is not known: {error}", path.display())))
-    };
-    let RuntimeArgs { runc, runc_root, criu } = runtime.clone();
-    Ok(ContainerPlace {
-        runc,
-        runc_root,
-        criu,
-        runtime_dir: runtime_dir.clone(),
-        bundles: bundles.map(absolute).transpose()?,
-        name: name.map(str::to_owned),
-        root: root.map(absolute).transpose()?,
-    })
+/// What is wanted of a container that is moved or written down.
+#[derive(Debug, Clone, Copy, clap::Args)]
+#[command(next_help_heading = "Containers")]
+pub(super) struct WishArgs {
+    /// How it is found what a container writes.
+    #[arg(long, value_enum, default_value = "auto", requires = "container")]
+    tracking: Tracking,
+    /// Let the container's TCP connections go with it. They go on where it has the same addresses.
+    #[arg(long, requires = "container")]
+    tcp_established: bool,
+}
+
+impl WishArgs {
+    /// As the source wants it.
+    pub(super) fn wishes(self) -> Wishes {
+        let Self { tracking, tcp_established } = self;
+        Wishes { tracking, tcp_established }
+    }
+}
+
+/// What an arriving container has of this host.
+#[derive(Debug, Clone, Default, clap::Args)]
+#[command(next_help_heading = "Containers")]
+pub(super) struct PlaceArgs {
+    /// Take containers, too, and make their bundles in this folder. *Whoever sends one can then run programs as root on this host:* what
+    /// a container may do is said by its configuration, which comes with it.
+    #[arg(long, value_name = "FOLDER")]
+    containers: Option<PathBuf>,
+    /// Where the root file system of the container is on this host [default: at the same path as on its own].
+    #[arg(long, value_name = "DIR", requires = "containers")]
+    rootfs: Option<PathBuf>,
+    /// The network namespace of the container on this host [default: at the same path as on its own].
+    #[arg(long, value_name = "PATH", requires = "containers")]
+    netns: Option<PathBuf>,
+    #[command(flatten)]
+    runtime: RuntimeArgs,
+}
+
+impl PlaceArgs {
+    /// Where containers go; this is their name here, if that is another one.
+    ///
+    /// # Errors
+    /// `Host` when a path cannot be made absolute.
+    pub(super) fn place(&self, runtime_dir: &RuntimeDir, name: Option<&str>) -> Result<ContainerPlace> {
+        let absolute = |path: &Option<PathBuf>| {
+            let absolute = path.as_deref().map(std::path::absolute).transpose();
+            absolute.map_err(|error| Error::Host(format!("the path of {path:?} is not known: {error}")))
+        };
+        let RuntimeArgs { runc, runc_root, criu } = self.runtime.clone();
+        Ok(ContainerPlace {
+            runc,
+            runc_root,
+            criu,
+            runtime_dir: runtime_dir.clone(),
+            bundles: absolute(&self.containers)?,
+            name: name.map(str::to_owned),
+            root: absolute(&self.rootfs)?,
+            netns: absolute(&self.netns)?,
+        })
+    }
 }

@@ -3,7 +3,7 @@
 mod arrival;
 mod daemon;
 
-use super::containers::RuntimeArgs;
+use super::containers::PlaceArgs;
 use super::{cancel_on_signals, emit, say, send};
 use crate::cancel::CancelFlag;
 use crate::cli::Common;
@@ -91,15 +91,8 @@ pub struct Args {
     /// template (see migrate cpu). One that was shown more is refused.
     #[arg(long, value_name = "MODEL", default_value = "host")]
     cpu: String,
-    /// Take containers, too, and make their bundles in this folder. *Whoever may send to this host can then run programs as root on it:* what
-    /// a container may do is said by its configuration, which comes with it.
-    #[arg(long, value_name = "FOLDER")]
-    containers: Option<PathBuf>,
-    /// Where the root file system of a container that arrives is on this host [default: at the same path as on its own].
-    #[arg(long, value_name = "DIR", requires = "containers", conflicts_with = "daemon")]
-    rootfs: Option<PathBuf>,
     #[command(flatten)]
-    runtime: RuntimeArgs,
+    place: PlaceArgs,
     /// End after the first attempt, whatever came of it.
     #[arg(long)]
     once: bool,
@@ -180,13 +173,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         .ok();
     let host = Host {
         places: Places {
-            container: super::containers::place(
-                &args.runtime,
-                &runtime,
-                args.containers.as_deref(),
-                args.rootfs.as_deref(),
-                args.name.as_deref(),
-            )?,
+            container: args.place.place(&runtime, args.name.as_deref())?,
             vm: Place {
                 program,
                 runtime: runtime.clone(),

@@ -1,6 +1,6 @@
 //! `migrate restore`: start a VM from a checkpoint, with all of its memory or before that.
 
-use super::containers::RuntimeArgs;
+use super::containers::PlaceArgs;
 use super::store::StoreArgs;
 use super::target::Target;
 use super::{cancel_on_signals, emit};
@@ -63,14 +63,8 @@ pub struct Args {
     /// Where the other end of the VM's console is, if it has one: socket:PATH, or a file [default: nowhere].
     #[arg(long, value_name = "WHERE")]
     console: Option<ConsoleConfig>,
-    /// Where the bundle of a container is made; without it none is restored.
-    #[arg(long, value_name = "FOLDER")]
-    containers: Option<PathBuf>,
-    /// Where the root file system of a container is on this host [default: where it was].
-    #[arg(long, value_name = "DIR", requires = "containers")]
-    rootfs: Option<PathBuf>,
     #[command(flatten)]
-    runtime: RuntimeArgs,
+    place: PlaceArgs,
     /// The most memory the VM may have [default: what this host has available].
     #[arg(long, value_name = "SIZE", value_parser = units::size)]
     max_memory: Option<u64>,
@@ -96,13 +90,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let options = Options { lazy: args.lazy, ..Options::new(max_memory_bytes) };
     let allowed =
         Allowed { disk_folders: args.disks.clone(), taps: args.taps.clone(), console: args.console.clone() };
-    let container = super::containers::place(
-        &args.runtime,
-        &runtime,
-        args.containers.as_deref(),
-        args.rootfs.as_deref(),
-        args.name.as_deref(),
-    )?;
+    let container = args.place.place(&runtime, args.name.as_deref())?;
     if let Some(group) = &args.group {
         let group = vault.resolve_group(group)?;
         let open = || {

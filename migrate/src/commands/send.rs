@@ -1,6 +1,6 @@
 //! `migrate send`: move a running VM to another host.
 
-use super::containers::RuntimeArgs;
+use super::containers::{RuntimeArgs, WishArgs};
 use super::disks::DiskArgs;
 use super::limits::LimitArgs;
 use super::target::Target;
@@ -8,7 +8,6 @@ use super::{cancel_on_signals, emit};
 use crate::cancel::CancelFlag;
 use crate::cli::Common;
 use crate::connections::{self, Host, Meter, Wanted};
-use crate::container::Tracking;
 use crate::controls::{check_bandwidth, check_limits};
 use crate::converge::Limits;
 use crate::converge::trace::Recorder;
@@ -62,9 +61,8 @@ pub struct Args {
     /// It is no VM: it is the id of a container under runc.
     #[arg(long, conflicts_with_all = ["verify", "post_copy", "copy_disk", "seed_from"])]
     container: bool,
-    /// How it is found what a container writes.
-    #[arg(long, value_enum, default_value = "auto", requires = "container")]
-    tracking: Tracking,
+    #[command(flatten)]
+    wishes: WishArgs,
     #[command(flatten)]
     runtime: RuntimeArgs,
     /// Where migrate receive listens: HOST:PORT.
@@ -281,7 +279,7 @@ fn container(args: &Args, runtime_dir: &RuntimeDir) -> Result<Subject> {
         runtime_dir,
         &program,
         &args.address,
-        args.tracking,
+        args.wishes.wishes(),
         None,
     )?;
     let limits = Limits { downtime: DOWNTIME, max_downtime: MAX_DOWNTIME, ..Limits::default() };

@@ -15,6 +15,7 @@
 use super::{Programs, Runtime, folder, reason};
 use crate::error::{Error, Result};
 use crate::paths::RuntimeDir;
+use crate::programs::ask_within;
 use protocol::monitor::Pledge;
 use rustix::process::{Pid, Signal};
 use serde::{Deserialize, Serialize};
@@ -38,6 +39,9 @@ const BEGIN_LIMIT: Duration = Duration::from_secs(10);
 /// How long an order may take: holding, and everything that it has to do when that fails.
 const ORDER_LIMIT: Duration = Duration::from_secs(120);
 
+/// How long `ip` may take.
+const NETWORK_LIMIT: Duration = Duration::from_secs(5);
+
 /// How long processes may take to end that were killed.
 const END_LIMIT: Duration = Duration::from_secs(20);
 
@@ -52,6 +56,8 @@ pub(crate) enum Order {
     Freeze {
         /// Where to.
         images: PathBuf,
+        /// With its TCP connections.
+        tcp_established: bool,
     },
     /// Let it go on; it will be frozen again.
     Thaw,
@@ -191,6 +197,7 @@ struct Held {
     child: Child,
     /// Its end is the word to let go.
     server: TcpStream,
+    tcp_established: bool,
 }
 
 /// The keeper itself.
@@ -261,7 +268,7 @@ impl Kept {
 
     fn follow(&mut self, order: &Order) -> Result<()> {
         match order {
-            Order::Freeze { images } => self.freeze(images),
+            Order::Freeze { images, tcp_established } => self.freeze(images, *tcp_established),
             Order::Thaw if !self.pledged => self.resume(),
             Order::Thaw => Err(Error::Workload(format!("{} is pledged: it does not go on", self.id))),
             Order::Pledge(pledge) => {
@@ -293,13 +300,13 @@ impl Kept {
             .map_err(|error| Error::Host(format!("the note {} cannot be written: {error}", path.display())))
     }
 
-    fn freeze(&mut self, images: &Path) -> Result<()> {
+    fn freeze(&mut self, images: &Path, tcp_established: bool) -> Result<()> {
         if self.frozen {
             return Err(Error::Workload(format!("{} stands still already", self.id)));
         }
         self.note(None)?;
         self.frozen = true;
-        let held = self.runtime.pause(&self.id).and_then(|()| self.hold(images));
+        let held = self.runtime.pause(&self.id).and_then(|()| self.hold(images, tcp_established));
         match held {
             Ok(held) => {
                 self.held = Some(held);
@@ -315,12 +322,12 @@ impl Kept {
     }
 
     /// Lets CRIU write the container down and hold it.
-    fn hold(&self, images: &Path) -> Result<Held> {
+    fn hold(&self, images: &Path, tcp_established: bool) -> Result<Held> {
         let port = TcpListener::bind(("127.0.0.1", 0))
             .and_then(|listener| listener.local_addr())
             .map_err(|error| Error::Host(format!("there is no port for CRIU: {error}")))?
             .port();
-        let mut command = self.runtime.hold(&self.id, images, port)?;
+        let mut command = self.runtime.hold(&self.id, images, port, tcp_established)?;
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).process_group(0);
         let mut child =
             command.spawn().map_err(|error| Error::Host(format!("runc cannot be started: {error}")))?;
@@ -338,7 +345,7 @@ impl Kept {
             }
         };
         match held {
-            Ok(server) => Ok(Held { child, server }),
+            Ok(server) => Ok(Held { child, server, tcp_established }),
             Err(error) => {
                 end_group(&mut child);
                 Err(error)
@@ -351,10 +358,11 @@ impl Kept {
         if !self.frozen {
             return Ok(());
         }
-        if let Some(Held { mut child, server }) = self.held.take() {
+        if let Some(Held { mut child, server, .. }) = self.held.take() {
             drop(server);
             if crate::programs::wait(&mut child, RELEASE_LIMIT).is_none() {
                 tracing::warn!("CRIU does not let {} go, and is killed", self.id);
+                self.kill_tracer()?;
                 end_group(&mut child);
             }
         }
@@ -368,8 +376,15 @@ impl Kept {
 
     /// Ends the container; none of its processes runs another instruction.
     fn end(&mut self) -> Result<()> {
-        if let Some(Held { mut child, server }) = self.held.take() {
-            // Killed before it hears that it may let go.
+        if let Some(Held { mut child, server, tcp_established }) = self.held.take() {
+            if tcp_established {
+                let first = self.runtime.state(&self.id)?.pid;
+                if let Err(error) = silence(first) {
+                    tracing::warn!("the network of {} here may answer for it still: {error}", self.id);
+                }
+            }
+            // Killed before it hears that it may let go: its sockets would say that they are closed.
+            self.kill_tracer()?;
             end_group(&mut child);
             drop(server);
         }
@@ -377,9 +392,50 @@ impl Kept {
         self.forget()
     }
 
+    /// Kills CRIU, which need not be in runc's process group, and waits until it holds nothing any more.
+    fn kill_tracer(&self) -> Result<()> {
+        let first = self.runtime.state(&self.id)?.pid;
+        let until = Instant::now() + RELEASE_LIMIT;
+        while let Some(tracer) = tracer_of(first) {
+            rustix::process::kill_process(tracer, Signal::KILL).ok();
+            if Instant::now() > until {
+                return Err(Error::Workload(format!("CRIU was killed and still holds {}", self.id)));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
     fn forget(&self) -> Result<()> {
         forget(&self.runtime_dir, &self.id)
     }
+}
+
+/// Takes the links of a process's network namespace down, if it has one of its own: what comes for its connections is for where they are now,
+/// and the kernel would say here that there are none. The rules by which CRIU keeps packets away end with it.
+fn silence(pid: i32) -> std::result::Result<(), String> {
+    let namespace = format!("/proc/{pid}/ns/net");
+    let is_ours = std::fs::read_link(&namespace).ok() == std::fs::read_link("/proc/self/ns/net").ok();
+    if is_ours {
+        return Err("it has none of its own".into());
+    }
+    let inside = |arguments: &[&str]| {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net={namespace}")).args(["--", "ip"]).args(arguments);
+        let said = ask_within(command, NETWORK_LIMIT);
+        if said.is_good() { Ok(said.text) } else { Err(said.last_word()) }
+    };
+    // `2: eth0@if7: <…> …`
+    let links = inside(&["-o", "link", "show"])?;
+    let names = links.lines().filter_map(|line| line.split(": ").nth(1)?.split('@').next());
+    names.filter(|name| *name != "lo").try_for_each(|name| inside(&["link", "set", name, "down"]).map(drop))
+}
+
+/// Who traces a process (proc_pid_status(5)).
+fn tracer_of(pid: i32) -> Option<Pid> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let tracer = status.lines().find_map(|line| line.strip_prefix("TracerPid:"))?;
+    Pid::from_raw(tracer.trim().parse().ok()?)
 }
 
 /// Ends a container that stands still.

@@ -16,6 +16,9 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(20);
 /// How long making a container anew may take.
 const RESTORE_LIMIT: Duration = Duration::from_secs(120);
 
+/// That connections go along, for runc.
+const TCP_ESTABLISHED: &str = "--tcp-established";
+
 /// The oldest CRIU that is taken.
 const OLDEST: Version = Version { major: 3, minor: 17, patch: 0 };
 
@@ -258,7 +261,7 @@ impl Runtime {
     ///
     /// # Errors
     /// `Host`.
-    pub(crate) fn hold(&self, id: &str, images: &Path, port: u16) -> Result<Command> {
+    pub(crate) fn hold(&self, id: &str, images: &Path, port: u16, tcp_established: bool) -> Result<Command> {
         let server = format!("127.0.0.1:{port}");
         let log = images.join("runc.log");
         let arguments: &[&OsStr] = &[
@@ -274,9 +277,9 @@ impl Runtime {
             "--status-fd".as_ref(),
             "1".as_ref(),
             "--file-locks".as_ref(),
-            id.as_ref(),
         ];
         let mut command = self.command(Some(&log), arguments);
+        command.args(tcp_established.then_some(TCP_ESTABLISHED)).arg(id);
         self.configure(&mut command, images)?;
         Ok(command)
     }
@@ -285,7 +288,14 @@ impl Runtime {
     ///
     /// # Errors
     /// `Workload` with CRIU's words.
-    pub(crate) fn restore(&self, id: &str, images: &Path, work: &Path, bundle: &Path) -> Result<()> {
+    pub(crate) fn restore(
+        &self,
+        id: &str,
+        images: &Path,
+        work: &Path,
+        bundle: &Path,
+        tcp_established: bool,
+    ) -> Result<()> {
         let log = work.join("runc.log");
         let arguments: &[&OsStr] = &[
             "restore".as_ref(),
@@ -297,9 +307,9 @@ impl Runtime {
             "--bundle".as_ref(),
             bundle.as_ref(),
             "--file-locks".as_ref(),
-            id.as_ref(),
         ];
         let mut command = self.command(Some(&log), arguments);
+        command.args(tcp_established.then_some(TCP_ESTABLISHED)).arg(id);
         self.configure(&mut command, work)?;
         // Its processes keep these, and must not keep what is ours.
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());

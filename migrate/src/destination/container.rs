@@ -42,6 +42,8 @@ pub struct Place {
     pub name: Option<String>,
     /// Its root file system here, if that is not at the same path as there.
     pub root: Option<PathBuf>,
+    /// Its network namespace here, if that is not at the same path as there.
+    pub netns: Option<PathBuf>,
 }
 
 /// A container that is on its way. Dropped before `start`, nothing is left of it.
@@ -56,6 +58,7 @@ struct Arrival {
     memory: Arc<GuestMemory>,
     bundle: Bundle,
     images: Images,
+    tcp_established: bool,
     is_loaded: bool,
 }
 
@@ -134,6 +137,7 @@ impl ContainerDestination {
             memory: Arc::new(memory),
             bundle,
             images,
+            tcp_established: description.tcp_established,
             is_loaded: false,
         })
     }
@@ -146,6 +150,15 @@ impl ContainerDestination {
         let mut config: Value = serde_json::from_slice(config).map_err(|error| wrong(error.to_string()))?;
         let path = config.get_mut("root").and_then(|root| root.get_mut("path"));
         *path.ok_or_else(|| wrong("it names no root".into()))? = root.to_string_lossy().into();
+        if let Some(netns) = &self.place.netns {
+            let namespaces =
+                config.get_mut("linux").and_then(|linux| linux.get_mut("namespaces")?.as_array_mut());
+            let network =
+                namespaces.and_then(|all| all.iter_mut().find(|namespace| namespace["type"] == "network"));
+            let network = network
+                .ok_or_else(|| wrong("it has no network of its own, for which --netns names one".into()))?;
+            network["path"] = netns.to_string_lossy().into();
+        }
         let path = self.place.bundles.join(name);
         let host = |error: std::io::Error| {
             refuse(RefuseCode::Host, format!("the bundle {} cannot be made: {error}", path.display()))
@@ -356,7 +369,7 @@ impl Destination for ContainerDestination {
             return Err(Error::Workload(format!("{} has no state yet", arrival.name)));
         }
         let (dump, work) = (arrival.images.folder("dump")?, arrival.images.folder("work")?);
-        runtime.restore(&arrival.name, &dump, &work, &arrival.bundle.path)?;
+        runtime.restore(&arrival.name, &dump, &work, &arrival.bundle.path, arrival.tcp_established)?;
         arrival.bundle.is_needed = true;
         if let Err(error) = arrivals::note(&runtime_dir, &arrival.name, migration) {
             // It runs, and this process says so.

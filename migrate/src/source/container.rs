@@ -1,7 +1,9 @@
 //! A container under runc as a source.
 
 use crate::container::keeper::{Keeper, Order};
-use crate::container::{Digests, IMAGE_LIMIT, Images, Place, Process, Runtime, Slots, Tracking, Tree, Which};
+use crate::container::{
+    Digests, IMAGE_LIMIT, Images, Place, Process, Runtime, Slots, Tracking, Tree, Which, Wishes,
+};
 use crate::error::{Error, Result};
 use crate::memory::PageReader;
 use crate::paths::RuntimeDir;
@@ -34,7 +36,7 @@ pub struct ContainerSource {
     runtime_dir: RuntimeDir,
     workload: Workload,
     destination: String,
-    tracking: Tracking,
+    wishes: Wishes,
     watch: Watch,
     /// Where the watch goes when this source does.
     post: Option<WatchPost>,
@@ -146,7 +148,7 @@ impl ContainerSource {
         runtime_dir: &RuntimeDir,
         program: &Path,
         destination: &str,
-        tracking: Tracking,
+        wishes: Wishes,
         post: Option<&WatchPost>,
     ) -> Result<Self> {
         check_name(id)?;
@@ -176,6 +178,7 @@ impl ContainerSource {
             id: id.into(),
             criu: [version.major, version.minor, version.patch],
             root: state.rootfs.to_string_lossy().into_owned(),
+            tcp_established: wishes.tcp_established,
         };
         let mut machine = State::default();
         machine.push(format::DESCRIPTION, SECTION_VERSION, description.encode());
@@ -186,7 +189,7 @@ impl ContainerSource {
             runtime_dir: runtime_dir.clone(),
             workload,
             destination: destination.into(),
-            tracking,
+            wishes,
             watch,
             post: post.cloned(),
             frozen: None,
@@ -195,7 +198,7 @@ impl ContainerSource {
     }
 
     fn track_by_kernel(&mut self) -> Result<()> {
-        if self.tracking == Tracking::Digests {
+        if self.wishes.tracking == Tracking::Digests {
             return Err(Error::Usage("that was asked for".into()));
         }
         self.watch.tree.processes.iter_mut().try_for_each(Process::track)
@@ -332,7 +335,7 @@ impl Source for ContainerSource {
         if lock(&self.watch.memory.digests).is_none() {
             match self.track_by_kernel() {
                 Ok(()) => return Ok("pagemap-scan".into()),
-                Err(error) if self.tracking == Tracking::Kernel => return Err(error),
+                Err(error) if self.wishes.tracking == Tracking::Kernel => return Err(error),
                 Err(error) => {
                     tracing::info!("every page is compared: {error}");
                     *lock(&self.watch.memory.digests) = Some(Digests::default());
@@ -459,7 +462,8 @@ impl Source for ContainerSource {
         self.look()?;
         let images = Images::new(self.runtime_dir.path())?;
         let folder = images.folder("dump")?;
-        self.order(&Order::Freeze { images: folder.clone() })?;
+        let tcp_established = self.wishes.tcp_established;
+        self.order(&Order::Freeze { images: folder.clone(), tcp_established })?;
         let left = pagemaps(&folder)?;
         self.watch.memory.is_frozen.store(true, Ordering::Release);
         self.frozen = Some(Frozen { _images: images, folder, left });

@@ -560,7 +560,7 @@ pub(crate) fn complete() -> bool {
 
 /// What an offer says of a container.
 pub(crate) fn container() -> Description {
-    Description { id: "web-1".into(), criu: [4, 1, 1], root: "/srv/web/rootfs".into() }
+    Description { id: "web-1".into(), criu: [4, 1, 1], root: "/srv/web/rootfs".into(), tcp_established: true }
 }
 
 /// Two processes, and pages that came later.

@@ -3,7 +3,7 @@
 use super::Args;
 use crate::commands::check_name;
 use crate::commands::target::Target;
-use crate::container::{Runtime, Tracking};
+use crate::container::{Runtime, Wishes};
 use crate::error::{Error, Result};
 use crate::paths::RuntimeDir;
 use crate::source::Source;
@@ -27,7 +27,7 @@ pub(super) struct Container {
     runtime: Runtime,
     runtime_dir: RuntimeDir,
     program: PathBuf,
-    tracking: Tracking,
+    wishes: Wishes,
     post: WatchPost,
 }
 
@@ -45,7 +45,7 @@ impl Subject {
             runtime: args.runtime.runtime()?,
             runtime_dir: runtime_dir.clone(),
             program,
-            tracking: args.tracking,
+            wishes: args.wishes.wishes(),
             post: WatchPost::default(),
         }))
     }
@@ -85,8 +85,8 @@ impl Subject {
 
 impl Container {
     fn source(&self) -> Result<ContainerSource> {
-        let Self { id, runtime, runtime_dir, program, tracking, post } = self;
-        ContainerSource::connect(id, runtime, runtime_dir, program, "", *tracking, Some(post))
+        let Self { id, runtime, runtime_dir, program, wishes, post } = self;
+        ContainerSource::connect(id, runtime, runtime_dir, program, "", *wishes, Some(post))
     }
 }
 
