@@ -6,6 +6,7 @@
 //!                          ├ ours (and the raw pipe)
 //!                          ├ qemu (qmp, certificates)
 //!                          ├ first_write: what tracking costs a guest
+//!                          ├ container: its pause, by rounds and by hand
 //!                          ├ checkpoints: taken and restored
 //!                          └ laboratory: Linux guests, ours and QEMU's, in an emulated host
 //! ```
@@ -22,6 +23,7 @@ mod qemu;
 mod ceiling;
 mod harvest;
 mod first_write;
+mod container;
 mod checkpoints;
 mod figures;
 mod targets;

@@ -202,6 +202,25 @@ impl Yard {
         command
     }
 
+    /// As `runc`, with CRIU where runc looks for it, and told how to keep connections still where there are no iptables.
+    ///
+    /// # Panics
+    /// If the file that tells it cannot be written.
+    pub fn with_criu(&self, arguments: &[&str]) -> Command {
+        let config = self.dir.path().join("criu.conf");
+        std::fs::write(&config, "network-lock nftables\n").expect("a file");
+        let folder = self.tools.criu.parent().expect("a directory").display();
+        let path = std::env::var("PATH").unwrap_or_default();
+        let mut command = self.runc(arguments);
+        command.env("PATH", format!("{folder}:{path}")).env("CRIU_CONFIG_FILE", config);
+        command
+    }
+
+    /// The bundle of a container that began here.
+    pub fn bundle(&self, id: &str) -> PathBuf {
+        self.dir.path().join(id)
+    }
+
     /// What runc says of a container, if it is there.
     pub fn state(&self, id: &str) -> Option<Value> {
         let output = self.runc(&["state", id]).stdout(Stdio::piped()).output().expect("runc runs");

@@ -1,4 +1,4 @@
-//! What moving containers will need. Nothing here moves them yet, so none of it stands in the way of anything.
+//! What moving containers needs. A host can move VMs without any of it, so none of it decides anything.
 
 use super::check::Check;
 use super::files::{Root, shown};
@@ -118,7 +118,7 @@ pub(super) fn judge(facts: &Facts) -> Vec<Check> {
 fn check(name: &'static str, found: impl Into<String>) -> Check {
     let needed_for = match name {
         "criu-mem-dirty-track" | "soft-dirty" => {
-            "dumps of containers that have only what was written since the last"
+            "pre-dumps by CRIU, which migrate does without: see write-tracking"
         }
         "criu-uffd-noncoop" => "containers that run before all of their memory is there",
         "runtime" => "starting and stopping containers",
@@ -196,6 +196,7 @@ fn runtime(runtime: Option<&(&'static str, Program)>) -> Check {
     let first = program.said.text.lines().map(shown).find(|line| !line.is_empty());
     match first.filter(|_| program.said.is_good()) {
         Some(line) => check("runtime", format!("{path}: {line}"))
+            .limited_if(*name != "runc", "install runc: containers under another runtime are not moved")
             .figure("name", *name)
             .figure("path", path)
             .figure("version", line.split_ascii_whitespace().next_back().unwrap_or_default()),
@@ -221,26 +222,15 @@ fn control_groups(hierarchy: Hierarchy) -> Check {
 }
 
 /// What keeps packets away while a container is between two hosts. criu takes iptables unless it is told otherwise, and fails where only
-/// one of its two programs is there.
+/// one of its two programs is there; so it is told to take nftables then, by its library.
 fn network_lock(facts: &Facts) -> Check {
-    let (found, advice) = match (facts.ip6tables, facts.nft) {
-        (true, true) => ("ip6tables and nftables", None),
-        (true, false) => ("ip6tables", None),
-        (false, true) => (
-            "nftables, and no ip6tables",
-            Some("a line `network-lock nftables` in a configuration file of criu"),
-        ),
-        (false, false) => ("neither ip6tables nor nftables in PATH", None),
+    let found = match (facts.ip6tables, facts.nft) {
+        (true, true) => "ip6tables and nftables",
+        (true, false) => "ip6tables",
+        (false, true) => "nftables, which criu is told to take",
+        (false, false) => "no program; criu is told to take nftables, for which it needs none",
     };
-    let check =
-        check("network-lock", found).figure("ip6tables", facts.ip6tables).figure("nftables", facts.nft);
-    match (advice, facts.ip6tables || facts.nft) {
-        (Some(advice), _) => check.limited(advice),
-        (None, true) => check,
-        (None, false) => {
-            check.missing("install nftables or iptables, or add their directory to PATH (often /usr/sbin)")
-        }
-    }
+    check("network-lock", found).figure("ip6tables", facts.ip6tables).figure("nftables", facts.nft)
 }
 
 #[cfg(test)]
@@ -363,10 +353,11 @@ mod tests {
         let facts = Facts { runtime: Some(("crun", mute)), hierarchy: Hierarchy::Legacy, ..host() };
         assert_eq!(found(&facts, "runtime").verdict, Verdict::Missing);
         assert_eq!(found(&facts, "control-groups").figures["version"], "1");
-        for (ip6tables, nft, verdict) in
-            [(true, false, Verdict::Ok), (false, true, Verdict::Limited), (false, false, Verdict::Missing)]
+        for (ip6tables, nft, word) in
+            [(true, false, "ip6tables"), (false, true, "told"), (false, false, "needs none")]
         {
-            assert_eq!(network_lock(&Facts { ip6tables, nft, ..host() }).verdict, verdict);
+            let check = network_lock(&Facts { ip6tables, nft, ..host() });
+            assert!(check.verdict == Verdict::Ok && check.found.contains(word), "{check:?}");
         }
     }
 

@@ -2,9 +2,10 @@
 
 use super::Options;
 use super::cases::{ALONE, Case, QUICK};
+use super::container::How;
 use super::figures::{self, described, summary};
 use super::ours::Ours;
-use super::{checkpoints, first_write, pipe};
+use super::{checkpoints, container, first_write, pipe};
 use serde_json::{Value, json};
 use std::io::Write as _;
 
@@ -46,6 +47,19 @@ pub(super) fn run(options: &Options) -> Value {
             sample
         })
         .collect();
+    let mut containers = vec![Vec::new(); How::ALL.len()];
+    let wants_containers =
+        !options.quick && options.wants("container") && rustix::process::geteuid().is_root();
+    for run in (0..options.runs).filter(|_| wants_containers) {
+        for (how, samples) in How::ALL.into_iter().zip(&mut containers) {
+            let sample = container::measure(&options.program, how);
+            eprintln!("container {} run {run}: {sample}", how.name());
+            samples.push(sample);
+        }
+    }
+    let containers = How::ALL.iter().zip(&containers);
+    let containers: serde_json::Map<_, _> =
+        containers.map(|(how, samples)| (how.name().into(), summary(samples))).collect();
     let checkpoints = checkpoints::run(options);
     let samples = figures::named(&cases, &samples);
     described(
@@ -54,6 +68,7 @@ pub(super) fn run(options: &Options) -> Value {
             "results": results,
             "samples": samples,
             "first_write": summary(&first_writes),
+            "containers": containers,
             "checkpoints": checkpoints,
         }),
     )
