@@ -80,8 +80,8 @@ struct Memory {
     slots: RwLock<Slots>,
     /// The memory of each process, by its number inside.
     files: RwLock<Vec<(u32, File)>>,
-    /// Nothing may be missing now.
-    is_frozen: AtomicBool,
+    /// While it stands still: the pages that it has. None of them may be missing.
+    wanted: RwLock<Option<Vec<PageSet>>>,
     /// There was no room for a page.
     is_full: AtomicBool,
     /// Pages that could not be read while it ran.
@@ -110,7 +110,7 @@ impl Watch {
         let memory = Memory {
             slots: RwLock::new(slots),
             files: RwLock::new(files_of(&tree)?),
-            is_frozen: AtomicBool::new(false),
+            wanted: RwLock::default(),
             is_full: AtomicBool::new(false),
             missed: Mutex::default(),
             digests: Mutex::default(),
@@ -128,7 +128,7 @@ impl Watch {
 
     /// A source is gone: what it took and did not make safe is owed.
     fn give_back(&mut self) {
-        self.memory.is_frozen.store(false, Ordering::Release);
+        *write(&self.memory.wanted) = None;
         for (owed, taken) in self.owed.iter_mut().zip(&mut self.taken) {
             owed.union(taken);
             taken.clear();
@@ -314,6 +314,7 @@ impl ContainerSource {
             }
         }
         dirty.iter_mut().zip(&wanted).for_each(|(dirty, wanted)| dirty.intersect(wanted));
+        *write(&self.watch.memory.wanted) = Some(wanted);
         Ok(())
     }
 }
@@ -429,6 +430,16 @@ impl Source for ContainerSource {
             },
         );
         pages.remove(next, end.saturating_sub(next));
+        // What the container has no more need not be read.
+        let wanted = read(&self.watch.memory.wanted);
+        let Some(wanted) = wanted.as_ref().and_then(|wanted| wanted.get(usize::from(space.0))) else {
+            return Ok(());
+        };
+        let mut next = first;
+        while let Some(gap) = wanted.next_clear_before(next, end) {
+            next = wanted.next_set_before(gap, end).unwrap_or(end);
+            pages.remove(gap, next - gap);
+        }
         Ok(())
     }
 
@@ -465,7 +476,6 @@ impl Source for ContainerSource {
         let tcp_established = self.wishes.tcp_established;
         self.order(&Order::Freeze { images: folder.clone(), tcp_established })?;
         let left = pagemaps(&folder)?;
-        self.watch.memory.is_frozen.store(true, Ordering::Release);
         self.frozen = Some(Frozen { _images: images, folder, left });
         Ok(())
     }
@@ -490,7 +500,7 @@ impl Source for ContainerSource {
 
     fn thaw(&mut self) -> Result<()> {
         self.order(&Order::Thaw)?;
-        self.watch.memory.is_frozen.store(false, Ordering::Release);
+        *write(&self.watch.memory.wanted) = None;
         self.frozen = None;
         Ok(())
     }
@@ -528,6 +538,12 @@ impl Drop for ContainerSource {
 }
 
 impl Memory {
+    /// While the container stands still: whether it has the page of this slot.
+    fn is_wanted(&self, space: SpaceId, slot: u64) -> Option<bool> {
+        let wanted = read(&self.wanted);
+        wanted.as_ref().map(|wanted| wanted.get(usize::from(space.0)).is_none_or(|set| set.contains(slot)))
+    }
+
     /// Copies what lies in a range of a space. A page that is not there any more while the container runs reads as zeros, and is read again.
     fn copy(&self, space: SpaceId, offset: u64, buffer: &mut [u8]) -> Result<()> {
         let first = offset / PAGE_BYTES;
@@ -563,14 +579,18 @@ impl Memory {
                 if read {
                     continue;
                 }
-                if self.is_frozen.load(Ordering::Acquire) {
-                    return Err(Error::Workload(format!(
-                        "page {:#x} of process {process} cannot be read, though the container stands still",
-                        (page + index) * PAGE_BYTES
-                    )));
-                }
                 into.fill(0);
-                lock(&self.missed).push(PageRun { space, first: slot + index, count: 1 });
+                match self.is_wanted(space, slot + index) {
+                    None => lock(&self.missed).push(PageRun { space, first: slot + index, count: 1 }),
+                    // It was taken in an earlier round, held back, and given up by the process.
+                    Some(false) => {}
+                    Some(true) => {
+                        return Err(Error::Workload(format!(
+                            "page {:#x} of process {process} cannot be read, though the container stands still",
+                            (page + index) * PAGE_BYTES
+                        )));
+                    }
+                }
             }
         }
         Ok(())
