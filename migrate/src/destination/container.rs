@@ -29,6 +29,9 @@ use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+/// The file in a bundle that says that it was made here.
+const MARK: &str = ".made-by-migrate";
+
 /// Where and under which name an arriving container runs.
 #[derive(Debug, Clone)]
 pub struct Place {
@@ -62,17 +65,37 @@ struct Arrival {
     is_loaded: bool,
 }
 
-/// A bundle that is removed when it is dropped before its container runs.
+/// A bundle that was made here, and is removed when it is dropped before its container runs. Nothing else in its folder is touched.
 struct Bundle {
     path: PathBuf,
     is_needed: bool,
 }
 
+impl Bundle {
+    /// A new one; or in the place of one that was made here before, whose container is gone.
+    fn make(path: PathBuf, config: &[u8]) -> std::io::Result<Self> {
+        let mark = path.join(MARK);
+        if !mark.exists() {
+            // Somebody else's is not to be overwritten, and certainly not to be removed.
+            DirBuilder::new().mode(0o700).create(&path)?;
+            std::fs::write(&mark, "")?;
+        }
+        let bundle = Self { path, is_needed: false };
+        std::fs::write(bundle.path.join("config.json"), config)?;
+        Ok(bundle)
+    }
+}
+
 impl Drop for Bundle {
     fn drop(&mut self) {
-        if !self.is_needed
-            && let Err(error) = std::fs::remove_dir_all(&self.path)
-        {
+        if self.is_needed {
+            return;
+        }
+        let removed = ["config.json", MARK]
+            .into_iter()
+            .try_for_each(|file| std::fs::remove_file(self.path.join(file)))
+            .and_then(|()| std::fs::remove_dir(&self.path));
+        if let Err(error) = removed {
             tracing::warn!(path = %self.path.display(), %error, "the bundle of a container that did not arrive is left");
         }
     }
@@ -160,28 +183,20 @@ impl ContainerDestination {
             network["path"] = netns.to_string_lossy().into();
         }
         let path = self.place.bundles.join(name);
-        let host = |error: std::io::Error| {
-            refuse(RefuseCode::Host, format!("the bundle {} cannot be made: {error}", path.display()))
-        };
-        let exists = |error: &std::io::Error| error.kind() == std::io::ErrorKind::AlreadyExists;
-        std::fs::create_dir_all(&self.place.bundles).map_err(host)?;
-        // One of a container that is gone may be there still; that it is gone was asked before.
-        DirBuilder::new()
-            .mode(0o700)
-            .create(&path)
-            .or_else(|error| if exists(&error) { Ok(()) } else { Err(error) })
-            .map_err(host)?;
-        let bundle = Bundle { path, is_needed: false };
         let written = serde_json::to_vec_pretty(&config).map_err(std::io::Error::other);
-        written.and_then(|bytes| std::fs::write(bundle.path.join("config.json"), bytes)).map_err(
-            |error| {
-                refuse(
-                    RefuseCode::Host,
-                    format!("the bundle {} cannot be written: {error}", bundle.path.display()),
-                )
-            },
-        )?;
-        Ok(bundle)
+        let made = std::fs::create_dir_all(&self.place.bundles)
+            .and(written)
+            .and_then(|config| Bundle::make(path.clone(), &config));
+        made.map_err(|error| {
+            refuse(
+                RefuseCode::Host,
+                format!(
+                    "its bundle {} cannot be made: {error}; take it in under another name with --name, or name another folder with \
+                     --containers",
+                    path.display()
+                ),
+            )
+        })
     }
 
     fn arrival(&mut self) -> Result<&mut Arrival> {
@@ -395,4 +410,31 @@ impl Destination for ContainerDestination {
     }
 
     fn discard(self: Box<Self>) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_elses_bundle_is_touched() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let theirs = path("theirs");
+        std::fs::create_dir_all(theirs.join("rootfs")).unwrap();
+        std::fs::write(theirs.join("config.json"), "theirs").unwrap();
+        assert!(Bundle::make(theirs.clone(), b"ours").is_err());
+        assert_eq!(std::fs::read(theirs.join("config.json")).unwrap(), b"theirs");
+        assert!(theirs.join("rootfs").is_dir());
+
+        let mut ours = Bundle::make(path("ours"), b"1").unwrap();
+        ours.is_needed = true;
+        drop(ours);
+        // Its container is gone, and comes again; meanwhile somebody put something there.
+        std::fs::write(path("ours").join("notes"), "x").unwrap();
+        drop(Bundle::make(path("ours"), b"2").unwrap());
+        assert_eq!(std::fs::read_dir(path("ours")).unwrap().count(), 1);
+        drop(Bundle::make(path("new"), b"3").unwrap());
+        assert!(!path("new").exists());
+    }
 }
