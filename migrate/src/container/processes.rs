@@ -5,6 +5,7 @@ use crate::sys::inject;
 use crate::sys::written::{self, PRESENT, SWAPPED, Scan, WP_ALLOWED, WRITTEN, ZERO_PAGE};
 use protocol::page::PAGE_SIZE;
 use rustix::io::Errno;
+use std::cell::Cell;
 use std::collections::HashSet;
 use std::fs::File;
 use std::io;
@@ -22,6 +23,8 @@ pub(crate) struct Process {
     pagemap: File,
     /// Once it is tracked.
     userfaultfd: Option<OwnedFd>,
+    /// Somebody else tracks some of its memory: who makes pages clean there takes them away from the other.
+    is_shared: Cell<bool>,
 }
 
 /// What is known of an area's pages.
@@ -38,7 +41,7 @@ impl Process {
         let open = |file: &str| File::open(format!("/proc/{pid}/{file}"));
         let (memory, pagemap) = (open("mem")?, open("pagemap")?);
         let inside = inside(pid)?;
-        Ok(Self { inside, pid, memory, pagemap, userfaultfd: None })
+        Ok(Self { inside, pid, memory, pagemap, userfaultfd: None, is_shared: Cell::new(false) })
     }
 
     /// Begins to track what it writes. Every page counts as written.
@@ -57,13 +60,25 @@ impl Process {
             let nothing = Scan { all: WRITTEN, tell: WRITTEN, ..Scan::default() };
             written::scan(&self.pagemap, 0, PAGE_BYTES, nothing, &mut |_, _, _| {}).map_err(too_old)?;
             self.userfaultfd = Some(descriptor);
+            let gone =
+                |error: io::Error| Error::Host(format!("process {} cannot be watched: {error}", self.pid));
+            for (start, end) in areas(self.pid).map_err(gone)? {
+                self.protect_anew(start, end).map_err(gone)?;
+            }
+            if self.is_shared.get() {
+                self.userfaultfd = None;
+                return Err(Error::Host(format!(
+                    "what process {} writes is watched already, by another migrate or through a process that has the same memory",
+                    self.pid
+                )));
+            }
         }
         Ok(())
     }
 
     /// Whether it is tracked; if not, all of its pages count as written.
     pub(crate) fn is_tracked(&self) -> bool {
-        self.userfaultfd.is_some()
+        self.userfaultfd.is_some() && !self.is_shared.get()
     }
 
     /// Tells its pages of private memory that no file stands behind, by first page and number, ascending.
@@ -72,7 +87,7 @@ impl Process {
     /// The kernel's; `NotFound` or `ESRCH` when it has ended.
     pub(crate) fn pages(&self, which: Which, tell: &mut dyn FnMut(u64, u64)) -> io::Result<()> {
         for (start, end) in areas(self.pid)? {
-            let tracked = which == Which::Written && self.protect_anew(start, end)?;
+            let tracked = which == Which::Written && self.is_tracked() && self.protect_anew(start, end)?;
             let all = if tracked { WRITTEN } else { 0 };
             let what =
                 Scan { all, any: PRESENT | SWAPPED, none: ZERO_PAGE, tell: PRESENT, ..Scan::default() };
@@ -92,7 +107,11 @@ impl Process {
         match written::register(descriptor, start, end - start) {
             Ok(()) => {}
             // It cannot be protected, or it is gone by now.
-            Err(Errno::INVAL | Errno::BUSY | Errno::PERM | Errno::NOMEM | Errno::SRCH) => return Ok(false),
+            Err(Errno::INVAL | Errno::PERM | Errno::NOMEM | Errno::SRCH) => return Ok(false),
+            Err(Errno::BUSY) => {
+                self.is_shared.set(true);
+                return Ok(false);
+            }
             Err(error) => return Err(error.into()),
         }
         if is_new {
@@ -110,7 +129,7 @@ impl Process {
     /// # Errors
     /// The kernel's.
     pub(crate) fn clean(&self, first: u64, count: u64) -> io::Result<()> {
-        if self.userfaultfd.is_none() {
+        if !self.is_tracked() {
             return Ok(());
         }
         let (start, end) = (first * PAGE_BYTES, (first + count) * PAGE_BYTES);
@@ -291,6 +310,13 @@ mod tests {
             return;
         }
         assert_eq!(count(shell, Which::Written), all);
+        // Whoever comes second must not take away what the first one has to find.
+        let mut again = Process::open(pid).unwrap();
+        assert!(again.track().unwrap_err().to_string().contains("watched already"));
+        again.clean(0, 1 << 35).unwrap();
+        let mut counted = 0;
+        again.pages(Which::Written, &mut |_, pages| counted += pages).unwrap();
+        assert_eq!((counted, count(shell, Which::Written)), (all, all));
         let mut pages = Vec::new();
         shell.pages(Which::All, &mut |first, count| pages.push((first, count))).unwrap();
         pages.iter().for_each(|(first, count)| shell.clean(*first, *count).unwrap());
