@@ -109,12 +109,17 @@ fn end_of(mut child: Child, limit: Duration) -> Ended {
     if let Some(status) = wait(&mut child, limit) {
         return status.code().map_or(Ended::Killed, Ended::Code);
     }
+    end_group(&mut child);
+    Ended::TimedOut(limit)
+}
+
+/// Kills a program that leads a process group, and all of that.
+pub(crate) fn end_group(child: &mut Child) {
     // It is not waited for yet, so its number is still its own.
     if let Some(group) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
         rustix::process::kill_process_group(group, Signal::KILL).ok();
     }
-    wait(&mut child, GONE_LIMIT);
-    Ended::TimedOut(limit)
+    wait(child, GONE_LIMIT);
 }
 
 /// Waits for a program to end, for at most so long.

@@ -3,8 +3,9 @@
 use super::containers::RuntimeArgs;
 use crate::cli::Common;
 use crate::container::keeper::Kept;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::paths::RuntimeDir;
+use std::os::fd::AsFd as _;
 use std::process::ExitCode;
 
 /// Which container.
@@ -23,6 +24,11 @@ pub struct Args {
 pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     super::check_name(&args.id)?;
     let runtime_dir = RuntimeDir::open(common.runtime_dir.as_deref())?;
-    Kept::run(runtime_dir, args.runtime.runtime()?, &args.id)?;
+    // Whoever started this is at the other end.
+    let first = std::io::stdin()
+        .as_fd()
+        .try_clone_to_owned()
+        .map_err(|error| Error::Host(format!("nobody gives orders on the standard input: {error}")))?;
+    Kept::run(runtime_dir, args.runtime.runtime()?, &args.id, first.into())?;
     Ok(ExitCode::SUCCESS)
 }

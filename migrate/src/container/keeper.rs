@@ -19,8 +19,10 @@ use crate::programs::ask_within;
 use protocol::monitor::Pledge;
 use rustix::process::{Pid, Signal};
 use serde::{Deserialize, Serialize};
+use std::fs::{File, TryLockError};
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -115,8 +117,11 @@ pub(crate) fn notes(runtime: &RuntimeDir) -> Result<Vec<Note>> {
 
 /// The other end: whoever gives the orders. Dropped, it is the end of them.
 pub(crate) struct Keeper {
-    stream: BufReader<UnixStream>,
+    stream: Option<BufReader<UnixStream>>,
     id: String,
+    /// If it was started here. It ends with its last order, or with us, unless the container was pledged.
+    child: Option<Child>,
+    pledged: bool,
 }
 
 impl Keeper {
@@ -130,45 +135,48 @@ impl Keeper {
         runtime: &Runtime,
         id: &str,
     ) -> Result<Self> {
-        if note_path(runtime_dir, id).exists() {
-            return Err(Error::Workload(format!(
-                "{id} stands still since a move of it was cut off: settle it with migrate recover {id}"
-            )));
+        if let Some(note) = notes(runtime_dir)?.into_iter().find(|note| note.id == id) {
+            let is_moved = note.pledge.is_none() && note.is_kept(runtime_dir);
+            return Err(Error::Workload(match is_moved {
+                true => kept_already(id),
+                false => format!(
+                    "{id} stands still since a move of it was cut off: settle it with migrate recover {id}"
+                ),
+            }));
         }
         let cannot =
             |error: std::io::Error| Error::Host(format!("the keeper of {id} cannot be started: {error}"));
+        let (ours, theirs) = UnixStream::pair().map_err(cannot)?;
+        ours.set_read_timeout(Some(BEGIN_LIMIT)).map_err(cannot)?;
         // A process group of its own: a Ctrl-C for this program must not reach it.
-        let mut child = Command::new(program)
+        let child = Command::new(program)
             .args(["container-keeper", id, "--runtime-dir"])
             .arg(runtime_dir.path())
             .args(runtime.programs().arguments())
-            .stdin(Stdio::null())
+            .stdin(OwnedFd::from(theirs))
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .process_group(0)
             .spawn()
             .map_err(cannot)?;
-        let until = Instant::now() + BEGIN_LIMIT;
-        loop {
-            match Self::connect(runtime_dir, id) {
-                Ok(keeper) => return Ok(keeper),
-                Err(error) if Instant::now() > until || matches!(child.try_wait(), Ok(Some(_))) => {
-                    return Err(error);
-                }
-                Err(_) => std::thread::sleep(Duration::from_millis(2)),
-            }
+        let stream = Some(BufReader::new(ours));
+        let mut keeper = Self { stream, id: id.into(), child: Some(child), pledged: false };
+        keeper.answer()?;
+        if let Some(stream) = &keeper.stream {
+            stream.get_ref().set_read_timeout(Some(ORDER_LIMIT)).map_err(cannot)?;
         }
+        Ok(keeper)
     }
 
     /// The keeper of a container, if it has one.
     ///
     /// # Errors
     /// `Workload` when it has none.
-    pub(crate) fn connect(runtime_dir: &RuntimeDir, id: &str) -> Result<Self> {
+    fn connect(runtime_dir: &RuntimeDir, id: &str) -> Result<Self> {
         let stream = UnixStream::connect(socket_path(runtime_dir, id))
             .and_then(|stream| stream.set_read_timeout(Some(ORDER_LIMIT)).map(|()| stream))
             .map_err(|error| Error::Workload(format!("{id} has no keeper that answers: {error}")))?;
-        Ok(Self { stream: BufReader::new(stream), id: id.into() })
+        Ok(Self { stream: Some(BufReader::new(stream)), id: id.into(), child: None, pledged: false })
     }
 
     /// Gives an order, and waits until it is done.
@@ -176,20 +184,50 @@ impl Keeper {
     /// # Errors
     /// `Workload` with the keeper's words.
     pub(crate) fn order(&mut self, order: &Order) -> Result<()> {
-        let gone = |why: String| Error::Workload(format!("the keeper of {} is gone: {why}", self.id));
         let mut line = serde_json::to_vec(order).unwrap_or_default();
         line.push(b'\n');
-        self.stream.get_mut().write_all(&line).map_err(|error| gone(error.to_string()))?;
-        let mut answer = String::new();
-        let read = (&mut self.stream).take(LINE_BYTES).read_line(&mut answer);
-        match read {
-            Ok(0) => return Err(gone("it hung up".into())),
-            Ok(_) => {}
-            Err(error) => return Err(gone(error.to_string())),
+        if matches!(order, Order::Pledge(_)) {
+            // Also where the answer is lost.
+            self.pledged = true;
         }
-        let answer: Answer = serde_json::from_str(&answer).map_err(|error| gone(error.to_string()))?;
+        if let Some(stream) = &mut self.stream {
+            stream.get_mut().write_all(&line).map_err(|error| gone(&self.id, &error))?;
+        }
+        self.answer()
+    }
+
+    /// Waits for an answer.
+    fn answer(&mut self) -> Result<()> {
+        let mut line = String::new();
+        let read = self.stream.as_mut().map(|stream| stream.take(LINE_BYTES).read_line(&mut line));
+        match read {
+            Some(Ok(1..)) => {}
+            Some(Err(error)) => return Err(gone(&self.id, &error)),
+            _ => return Err(gone(&self.id, &"it hung up")),
+        }
+        let answer: Answer = serde_json::from_str(&line).map_err(|error| gone(&self.id, &error))?;
         answer.error.map_or(Ok(()), |why| Err(Error::Workload(why)))
     }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        self.stream = None;
+        // A series of checkpoints starts many.
+        if let Some(child) = self.child.as_mut().filter(|_| !self.pledged)
+            && crate::programs::wait(child, RELEASE_LIMIT).is_none()
+        {
+            tracing::warn!("the keeper of {} has not let it go yet", self.id);
+        }
+    }
+}
+
+fn gone(id: &str, why: &dyn std::fmt::Display) -> Error {
+    Error::Workload(format!("the keeper of {id} is gone: {why}"))
+}
+
+fn kept_already(id: &str) -> String {
+    format!("{id} is being moved or written down already: see migrate status")
 }
 
 /// CRIU, which holds the container's processes.
@@ -211,34 +249,36 @@ pub(crate) struct Kept {
 }
 
 impl Kept {
-    /// Keeps a container until the last order.
+    /// Keeps a container until the last order. The first who gives some is at the other end of `first`.
     ///
     /// # Errors
-    /// `Host` when the socket cannot be made; what goes wrong later is told to whoever gave the order.
-    pub(crate) fn run(runtime_dir: RuntimeDir, runtime: Runtime, id: &str) -> Result<()> {
+    /// `Host` when the socket for others cannot be made; that and everything later is told to whoever gives orders.
+    pub(crate) fn run(
+        runtime_dir: RuntimeDir,
+        runtime: Runtime,
+        id: &str,
+        mut first: UnixStream,
+    ) -> Result<()> {
         let socket = socket_path(&runtime_dir, id);
-        let cannot =
-            |error: std::io::Error| Error::Host(format!("{} cannot be made: {error}", socket.display()));
-        std::fs::create_dir_all(folder(&runtime_dir)).map_err(cannot)?;
-        if UnixStream::connect(&socket).is_ok() {
-            return Err(Error::Workload(format!("{id} has a keeper already")));
-        }
-        std::fs::remove_file(&socket).or_else(missing_is_fine).map_err(cannot)?;
-        let listener = UnixListener::bind(&socket).map_err(cannot)?;
+        let begun = begin(&runtime_dir, id);
+        let told = tell(&mut first, begun.as_ref().err());
+        let (_lock, listener) = begun?;
         let mut kept =
             Self { runtime_dir, runtime, id: id.into(), held: None, frozen: false, pledged: false };
-        while let Ok((stream, _)) = listener.accept() {
+        let mut next = told.is_ok().then_some(first);
+        while let Some(stream) = next.take() {
             let is_over = kept.serve(stream);
             if is_over || !kept.pledged {
                 break;
             }
+            next = listener.accept().map(|(stream, _)| stream).ok();
         }
         if !kept.pledged
             && let Err(error) = kept.resume()
         {
             tracing::error!("{error}");
         }
-        std::fs::remove_file(&socket).or_else(missing_is_fine).map_err(cannot)
+        std::fs::remove_file(&socket).or_else(missing_is_fine).map_err(|error| no_socket(&socket, &error))
     }
 
     /// Follows the orders of one who gives them. Answers whether that was the last.
@@ -254,10 +294,7 @@ impl Kept {
                 .and_then(|order: Order| {
                     self.follow(&order).map(|()| matches!(order, Order::Resume | Order::HandOver))
                 });
-            let answer = Answer { error: done.as_ref().err().map(Error::to_string) };
-            let mut line = serde_json::to_vec(&answer).unwrap_or_default();
-            line.push(b'\n');
-            let told = stream.get_mut().write_all(&line);
+            let told = tell(stream.get_mut(), done.as_ref().err());
             match done {
                 Ok(true) => return true,
                 _ if told.is_err() => return false,
@@ -347,7 +384,7 @@ impl Kept {
         match held {
             Ok(server) => Ok(Held { child, server, tcp_established }),
             Err(error) => {
-                end_group(&mut child);
+                crate::programs::end_group(&mut child);
                 Err(error)
             }
         }
@@ -363,7 +400,7 @@ impl Kept {
             if crate::programs::wait(&mut child, RELEASE_LIMIT).is_none() {
                 tracing::warn!("CRIU does not let {} go, and is killed", self.id);
                 self.kill_tracer()?;
-                end_group(&mut child);
+                crate::programs::end_group(&mut child);
             }
         }
         // How CRIU left it is not the same everywhere.
@@ -385,7 +422,7 @@ impl Kept {
             }
             // Killed before it hears that it may let go: its sockets would say that they are closed.
             self.kill_tracer()?;
-            end_group(&mut child);
+            crate::programs::end_group(&mut child);
             drop(server);
         }
         end_container(&self.runtime, &self.id)?;
@@ -409,6 +446,31 @@ impl Kept {
     fn forget(&self) -> Result<()> {
         forget(&self.runtime_dir, &self.id)
     }
+}
+
+/// The right to keep a container, for as long as the lock is held, and the socket for those who come later.
+fn begin(runtime_dir: &RuntimeDir, id: &str) -> Result<(File, UnixListener)> {
+    let socket = socket_path(runtime_dir, id);
+    let cannot = |error: std::io::Error| no_socket(&socket, &error);
+    std::fs::create_dir_all(folder(runtime_dir)).map_err(cannot)?;
+    let lock = File::create(socket.with_extension("lock")).map_err(cannot)?;
+    lock.try_lock().map_err(|error| match error {
+        TryLockError::WouldBlock => Error::Workload(kept_already(id)),
+        TryLockError::Error(error) => cannot(error),
+    })?;
+    std::fs::remove_file(&socket).or_else(missing_is_fine).map_err(cannot)?;
+    Ok((lock, UnixListener::bind(&socket).map_err(cannot)?))
+}
+
+fn no_socket(socket: &Path, error: &std::io::Error) -> Error {
+    Error::Host(format!("the keeper's socket {} cannot be made: {error}", socket.display()))
+}
+
+/// Tells what became of an order.
+fn tell(stream: &mut UnixStream, error: Option<&Error>) -> std::io::Result<()> {
+    let mut line = serde_json::to_vec(&Answer { error: error.map(Error::to_string) })?;
+    line.push(b'\n');
+    stream.write_all(&line)
 }
 
 /// Takes the links of a process's network namespace down, if it has one of its own: what comes for its connections is for where they are now,
@@ -492,14 +554,4 @@ fn read_one(mut output: std::process::ChildStdout, limit: Duration) -> bool {
     let Ok(limit) = Timespec::try_from(limit) else { return false };
     let ready = poll(&mut [PollFd::new(&output, PollFlags::IN)], Some(&limit));
     ready.is_ok_and(|ready| ready > 0) && output.read(&mut [0]).is_ok_and(|read| read == 1)
-}
-
-/// Kills a program and what it started.
-fn end_group(child: &mut Child) {
-    if let Some(group) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
-        rustix::process::kill_process_group(group, Signal::KILL).ok();
-    }
-    if let Err(error) = child.wait() {
-        tracing::warn!(pid = child.id(), %error, "a program that was killed does not end");
-    }
 }

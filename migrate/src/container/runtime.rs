@@ -2,10 +2,11 @@
 
 use crate::doctor::shown;
 use crate::error::{Error, Result};
-use crate::programs::{Said, ask, ask_within, find};
+use crate::programs::{Said, ask, ask_within, end_group, find, wait};
 use serde::{Deserialize, Serialize};
 use std::ffi::{OsStr, OsString};
 use std::fmt;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -13,8 +14,8 @@ use std::time::Duration;
 /// How long runc may take for what it does alone.
 const ANSWER_LIMIT: Duration = Duration::from_secs(20);
 
-/// How long making a container anew may take.
-const RESTORE_LIMIT: Duration = Duration::from_secs(120);
+/// How long making a container anew may take: copying its memory once more, of large ones tens of GiB.
+const RESTORE_LIMIT: Duration = Duration::from_secs(600);
 
 /// That connections go along, for runc.
 const TCP_ESTABLISHED: &str = "--tcp-established";
@@ -312,19 +313,25 @@ impl Runtime {
         command.args(tcp_established.then_some(TCP_ESTABLISHED)).arg(id);
         self.configure(&mut command, work)?;
         // Its processes keep these, and must not keep what is ours.
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
         let mut child = command
             .spawn()
             .map_err(|error| Error::Host(format!("{} cannot be started: {error}", self.program.display())))?;
-        let status = crate::programs::wait(&mut child, RESTORE_LIMIT);
+        let status = wait(&mut child, RESTORE_LIMIT);
         if status.is_some_and(|status| status.success()) {
             return Ok(());
         }
-        let why = reason(work, "restore.log");
-        if status.is_none() {
-            child.kill().and_then(|()| child.wait().map(drop)).ok();
+        // CRIU lets no process run before runc has answered it, and that cannot any more.
+        end_group(&mut child);
+        if self.state(id).is_ok_and(|state| state.status == "running") {
+            // Whatever went wrong behind it: whoever is told that nothing runs here lets it run elsewhere.
+            tracing::warn!("{id} runs, though runc did not say so: {}", reason(work, "restore.log"));
+            return Ok(());
         }
-        Err(Error::Workload(format!("{id} could not be made anew: {why}")))
+        if self.knows(id) {
+            self.delete(id)?;
+        }
+        Err(Error::Workload(format!("{id} could not be made anew: {}", reason(work, "restore.log"))))
     }
 }
 
