@@ -5,7 +5,7 @@ pub mod container;
 pub mod vm;
 pub mod scripted;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::memory::PageReader;
 pub use copied::Copied;
 use protocol::MigrationId;
@@ -194,6 +194,33 @@ pub trait Donor: Send + Sync {
     /// # Errors
     /// `Workload`; the destination runs all the same.
     fn finish(self: Box<Self>, completed: Completed) -> Result<()>;
+}
+
+/// For `donate` of a source whose `can_donate` is false: nobody calls it who asks.
+pub(crate) struct NoDonor(pub(crate) Workload);
+
+impl NoDonor {
+    fn error(&self) -> Error {
+        Error::Workload(format!("{} runs only where all of its memory is: none of it follows", self.0.name))
+    }
+}
+
+impl Donor for NoDonor {
+    fn name(&self) -> &str {
+        &self.0.name
+    }
+
+    fn layout(&self) -> &Layout {
+        &self.0.layout
+    }
+
+    fn read(&self, _: PageRun, _: &mut [u8]) -> Result<()> {
+        Err(self.error())
+    }
+
+    fn finish(self: Box<Self>, _: Completed) -> Result<()> {
+        Err(self.error())
+    }
 }
 
 /// Proof that the destination has said that it misses nothing. Only the outbound engine makes one.

@@ -4,7 +4,7 @@ use super::digests::Digests;
 use super::none_of;
 use crate::error::{Error, Result};
 use crate::memory::{GuestMemory, PageReader};
-use crate::source::{Committed, Completed, Dirty, Donor, Durable, Source, Workload};
+use crate::source::{Committed, Dirty, Donor, Durable, NoDonor, Source, Workload};
 use crate::sys::{Mapped, WriteTracker};
 use protocol::MigrationId;
 use protocol::checkpoint::name::CheckpointId;
@@ -250,8 +250,12 @@ impl Source for ProgramSource {
         Err(not_moved())
     }
 
+    fn can_donate(&self) -> bool {
+        false
+    }
+
     fn donate(self: Box<Self>, _: Committed) -> Box<dyn Donor> {
-        Box::new(Remains { source: self })
+        Box::new(NoDonor(self.workload.clone()))
     }
 
     fn leave_frozen(self: Box<Self>) {}
@@ -259,27 +263,4 @@ impl Source for ProgramSource {
 
 fn not_moved() -> Error {
     Error::Workload("a program is written down, not moved: restore it from a checkpoint elsewhere".into())
-}
-
-/// A program's memory, for as long as somebody may ask for it.
-struct Remains {
-    source: Box<ProgramSource>,
-}
-
-impl Donor for Remains {
-    fn name(&self) -> &str {
-        &self.source.workload.name
-    }
-
-    fn layout(&self) -> &Layout {
-        &self.source.workload.layout
-    }
-
-    fn read(&self, run: PageRun, buffer: &mut [u8]) -> Result<()> {
-        self.source.read(run, buffer)
-    }
-
-    fn finish(self: Box<Self>, _: Completed) -> Result<()> {
-        Err(not_moved())
-    }
 }

@@ -1,5 +1,7 @@
 //! A container under runc as a source.
 
+mod memory;
+
 use crate::container::keeper::{Keeper, Order};
 use crate::container::{
     Digests, IMAGE_LIMIT, Images, Place, Process, Runtime, Slots, Tracking, Tree, Which, Wishes,
@@ -7,23 +9,21 @@ use crate::container::{
 use crate::error::{Error, Result};
 use crate::memory::PageReader;
 use crate::paths::RuntimeDir;
-use crate::source::{Committed, Completed, Dirty, Donor, Durable, Source, Workload};
+use crate::source::{Committed, Dirty, Donor, Durable, NoDonor, Source, Workload};
+use memory::{Memory, PAGE_BYTES, lock, read, write};
 use protocol::MigrationId;
 use protocol::checkpoint::name::CheckpointId;
 use protocol::container::pagemap::{LAZY, Pagemap};
 use protocol::container::{self as format, Description, SECTION_VERSION};
 use protocol::control::{WorkloadKind, check_name};
-use protocol::layout::Layout;
 use protocol::monitor::Pledge;
 use protocol::page::{PAGE_SIZE, PageRun, PageSet, SpaceId};
 use protocol::state::State;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
-
-const PAGE_BYTES: u64 = PAGE_SIZE as u64;
+use std::sync::{Arc, Mutex, RwLock};
 
 /// Pages that are compared at once: what is read stays in a core's cache until it is hashed.
 const PIECE_PAGES: u64 = 16;
@@ -67,27 +67,12 @@ struct Watch {
 
 /// What is known once it stands still.
 struct Frozen {
-    /// As long as it is kept, they are there.
+    /// CRIU still writes its log there, until it lets go.
     _images: Images,
-    folder: PathBuf,
+    /// What it wrote, by name.
+    files: Vec<(String, Vec<u8>)>,
     /// The pages that CRIU left in place, of each process.
     left: Vec<(u32, Pagemap)>,
-}
-
-/// The container's memory, as slots.
-#[derive(Default)]
-struct Memory {
-    slots: RwLock<Slots>,
-    /// The memory of each process, by its number inside.
-    files: RwLock<Vec<(u32, File)>>,
-    /// While it stands still: the pages that it has. None of them may be missing.
-    wanted: RwLock<Option<Vec<PageSet>>>,
-    /// There was no room for a page.
-    is_full: AtomicBool,
-    /// Pages that could not be read while it ran.
-    missed: Mutex<Vec<PageRun>>,
-    /// What was delivered, where the kernel does not tell what is written since.
-    digests: Mutex<Option<Digests>>,
 }
 
 impl Watch {
@@ -469,14 +454,17 @@ impl Source for ContainerSource {
     }
 
     fn freeze(&mut self) -> Result<()> {
-        // Behind this look no process may be new to it.
-        self.look()?;
         let images = Images::new(self.runtime_dir.path())?;
         let folder = images.folder("dump")?;
         let tcp_established = self.wishes.tcp_established;
         self.order(&Order::Freeze { images: folder.clone(), tcp_established })?;
-        let left = pagemaps(&folder)?;
-        self.frozen = Some(Frozen { _images: images, folder, left });
+        // One that was started since the last round cannot be tracked any more, and need not be: all of it counts as written.
+        if self.watch.tree.look()? {
+            *write(&self.watch.memory.files) = files_of(&self.watch.tree)?;
+        }
+        let files = image_files(&folder)?;
+        let left = pagemaps(&files)?;
+        self.frozen = Some(Frozen { _images: images, files, left });
         Ok(())
     }
 
@@ -487,8 +475,8 @@ impl Source for ContainerSource {
         let mut state = State::default();
         let placement = read(&self.watch.memory.slots).placement();
         state.push(format::PLACEMENT, SECTION_VERSION, placement.encode()?);
-        for (name, bytes) in image_files(&frozen.folder)? {
-            state.push(format!("{}{name}", format::IMAGE), SECTION_VERSION, bytes);
+        for (name, bytes) in &frozen.files {
+            state.push(format!("{}{name}", format::IMAGE), SECTION_VERSION, bytes.clone());
         }
         Ok(state.encode()?)
     }
@@ -522,7 +510,7 @@ impl Source for ContainerSource {
     }
 
     fn donate(self: Box<Self>, _: Committed) -> Box<dyn Donor> {
-        Box::new(Remains { source: self })
+        Box::new(NoDonor(self.workload.clone()))
     }
 
     fn leave_frozen(self: Box<Self>) {}
@@ -534,76 +522,6 @@ impl Drop for ContainerSource {
             self.watch.give_back();
             *lock(&post.0) = Some(std::mem::take(&mut self.watch));
         }
-    }
-}
-
-impl Memory {
-    /// While the container stands still: whether it has the page of this slot.
-    fn is_wanted(&self, space: SpaceId, slot: u64) -> Option<bool> {
-        let wanted = read(&self.wanted);
-        wanted.as_ref().map(|wanted| wanted.get(usize::from(space.0)).is_none_or(|set| set.contains(slot)))
-    }
-
-    /// Copies what lies in a range of a space. A page that is not there any more while the container runs reads as zeros, and is read again.
-    fn copy(&self, space: SpaceId, offset: u64, buffer: &mut [u8]) -> Result<()> {
-        let first = offset / PAGE_BYTES;
-        let skipped = usize::try_from(offset % PAGE_BYTES).unwrap_or(0);
-        if skipped != 0 || !buffer.len().is_multiple_of(PAGE_SIZE) {
-            // Whoever reads less than pages is not in a hurry.
-            let mut pages = vec![0; (skipped + buffer.len()).next_multiple_of(PAGE_SIZE)];
-            self.copy(space, first * PAGE_BYTES, &mut pages)?;
-            let length = buffer.len();
-            buffer.copy_from_slice(&pages[skipped..skipped + length]);
-            return Ok(());
-        }
-        let mut pieces = Vec::new();
-        let count = (buffer.len() / PAGE_SIZE) as u64;
-        read(&self.slots).at(space, first, count, &mut |slot, count, process, page| {
-            pieces.push((slot, count, process, page));
-        });
-        if pieces.iter().map(|(_, count, _, _)| count).sum::<u64>() < count {
-            buffer.fill(0);
-        }
-        let files = read(&self.files);
-        for (slot, count, process, page) in pieces {
-            let at = usize::try_from((slot - first) * PAGE_BYTES).unwrap_or(usize::MAX);
-            let bytes = usize::try_from(count * PAGE_BYTES).unwrap_or(usize::MAX);
-            let Some(into) = buffer.get_mut(at..at.saturating_add(bytes)) else { continue };
-            let file = files.iter().find(|(inside, _)| *inside == process).map(|(_, file)| file);
-            if file.is_some_and(|file| file.read_exact_at(into, page * PAGE_BYTES).is_ok()) {
-                continue;
-            }
-            for (index, into) in (0..).zip(into.chunks_mut(PAGE_SIZE)) {
-                let read =
-                    file.is_some_and(|file| file.read_exact_at(into, (page + index) * PAGE_BYTES).is_ok());
-                if read {
-                    continue;
-                }
-                into.fill(0);
-                match self.is_wanted(space, slot + index) {
-                    None => lock(&self.missed).push(PageRun { space, first: slot + index, count: 1 }),
-                    // It was taken in an earlier round, held back, and given up by the process.
-                    Some(false) => {}
-                    Some(true) => {
-                        return Err(Error::Workload(format!(
-                            "page {:#x} of process {process} cannot be read, though the container stands still",
-                            (page + index) * PAGE_BYTES
-                        )));
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
-impl PageReader for Arc<Memory> {
-    fn read(&self, space: SpaceId, offset: u64, buffer: &mut [u8]) -> Result<()> {
-        self.copy(space, offset, buffer)
-    }
-
-    fn is_untouched(&self, _: PageRun) -> Result<bool> {
-        Ok(false)
     }
 }
 
@@ -649,47 +567,10 @@ fn image_files(folder: &Path) -> Result<Vec<(String, Vec<u8>)>> {
 }
 
 /// The pagemaps among them, by process.
-fn pagemaps(folder: &Path) -> Result<Vec<(u32, Pagemap)>> {
-    let mut found = Vec::new();
-    for (name, bytes) in image_files(folder)? {
-        if let Some(process) = format::process_of_pagemap(&name) {
-            found.push((process, Pagemap::decode(&bytes)?));
-        }
-    }
-    Ok(found)
-}
-
-fn read<T>(shared: &RwLock<T>) -> RwLockReadGuard<'_, T> {
-    shared.read().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn write<T>(shared: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
-    shared.write().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
-    shared.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// A container's memory, for as long as somebody may ask for it.
-struct Remains {
-    source: Box<ContainerSource>,
-}
-
-impl Donor for Remains {
-    fn name(&self) -> &str {
-        &self.source.workload.name
-    }
-
-    fn layout(&self) -> &Layout {
-        &self.source.workload.layout
-    }
-
-    fn read(&self, run: PageRun, buffer: &mut [u8]) -> Result<()> {
-        self.source.read(run, buffer)
-    }
-
-    fn finish(mut self: Box<Self>, _: Completed) -> Result<()> {
-        self.source.order(&Order::HandOver)
-    }
+fn pagemaps(files: &[(String, Vec<u8>)]) -> Result<Vec<(u32, Pagemap)>> {
+    let found = files.iter().filter_map(|(name, bytes)| {
+        let process = format::process_of_pagemap(name)?;
+        Some(Pagemap::decode(bytes).map(|pagemap| (process, pagemap)))
+    });
+    Ok(found.collect::<std::result::Result<_, _>>()?)
 }
