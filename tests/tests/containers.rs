@@ -69,6 +69,19 @@ impl End {
     }
 }
 
+/// Pages that so many MiB are.
+fn pages_of(mib: u64) -> u64 {
+    (mib << 20) / 4096
+}
+
+/// Pages that were sent in the first round of a move, and while the container stood still.
+fn sent_pages(report: &Value) -> (u64, u64) {
+    let rounds = report["rounds"].as_array().expect("rounds");
+    let pages = |round: Option<&Value>| round.and_then(|round| round["sent_pages"].as_u64()).expect("pages");
+    assert!(rounds.len() > 1, "{report:#}");
+    (pages(rounds.first()), pages(rounds.last()))
+}
+
 #[test]
 fn a_busy_process_moves_there_and_back_and_again() {
     if without_root("a_busy_process_moves_there_and_back_and_again") {
@@ -82,13 +95,9 @@ fn a_busy_process_moves_there_and_back_and_again() {
         let (from, to) = if round % 2 == 0 { (&a, &b) } else { (&b, &a) };
         let next = Yard::name();
         let report = from.moves(to, &name, &next, &[]);
-        let rounds = report["rounds"].as_array().expect("rounds");
         // Everything once, and at the end only what was written meanwhile.
-        assert!(rounds[0]["sent_pages"].as_u64().expect("pages") > (64 << 20) / 4096, "{report:#}");
-        assert!(
-            rounds[rounds.len() - 1]["sent_pages"].as_u64().expect("pages") < (64 << 20) / 4096 / 2,
-            "{report:#}"
-        );
+        let (first_round, last_round) = sent_pages(&report);
+        assert!(first_round > pages_of(64) && last_round < pages_of(64) / 2, "{report:#}");
         a.yard.assert_sound(&first);
         name = next;
     }
@@ -121,12 +130,8 @@ fn pages_are_compared_where_the_kernel_does_not_tell() {
         let next = Yard::name();
         let report = from.moves(to, &name, &next, &["--tracking", "digests"]);
         assert_eq!(report["tracking"], "blake3-digests");
-        let rounds = report["rounds"].as_array().expect("rounds");
-        assert!(
-            rounds.len() > 1
-                && rounds[rounds.len() - 1]["sent_pages"].as_u64() < Some(2 * (32 << 20) / 4096 / 2),
-            "{report:#}"
-        );
+        let (first_round, last_round) = sent_pages(&report);
+        assert!(first_round > pages_of(64) && last_round < pages_of(64) / 2, "{report:#}");
         a.yard.assert_sound(&id);
         name = next;
     }
@@ -208,6 +213,14 @@ fn whoever_is_killed_the_container_is_on_one_side() {
         sender.wait_held();
         (sender, receiver)
     };
+
+    // Two at once cannot have it.
+    let (sender, receiver) = held("rounds");
+    let words = ["send", "--container", &id, "127.0.0.1:1"];
+    says(&a.host.run(&End::arguments(&own, &words)), 4, &["already"]);
+    sender.signal(Signal::KILL);
+    drop((sender, receiver));
+    runs_on();
 
     // While it stands still, before anything was promised: it goes on by itself.
     for phase in ["rounds", "freeze", "state", "ready"] {
@@ -467,4 +480,29 @@ fn ask(done: &AtomicBool, address: (&str, u16)) -> (u64, Duration) {
         std::thread::sleep(Duration::from_millis(1));
     }
     (number, longest)
+}
+
+#[test]
+fn a_container_moves_while_a_series_of_checkpoints_watches_it() {
+    if without_root("a_container_moves_while_a_series_of_checkpoints_watches_it") {
+        return;
+    }
+    let (a, b) = End::pair();
+    let (id, name) = (Yard::name(), Yard::name());
+    a.yard.start(&id, Path::new(TENANT), "16 500");
+    let store = a.host.path("store").to_string_lossy().into_owned();
+    let own = a.yard.arguments();
+    let words = ["checkpoint", "--container", &id, "--store", &store, "--every", "3s"];
+    let mut series = a.host.start(&End::arguments(&own, &words));
+    series.wait_event("checkpoint");
+    // Each is told what the other one would have to find, if both asked the kernel.
+    let (sent, received) = a.send(&b, &id, &name, &["--tracking", "kernel"]);
+    says(&sent, 3, &["watched already"]);
+    drop(received);
+    series.wait_event("checkpoint");
+    let report = a.moves(&b, &id, &name, &[]);
+    assert_eq!(report["tracking"], "blake3-digests");
+    a.yard.assert_sound(&id);
+    series.signal(Signal::INT);
+    series.finish();
 }
