@@ -106,6 +106,9 @@ pub(crate) fn command() -> clap::Command {
 
 /// Runs the command line of this process.
 pub fn run() -> ExitCode {
+    if let Some(code) = crate::container::gate::stand_in() {
+        return code;
+    }
     let cli = Cli::parse();
     let daemon = matches!(&cli.verb, Verb::Receive(args) if args.is_daemon());
     commands::init_logging(&cli.common, daemon);

@@ -3,7 +3,7 @@
 //! ```text
 //! processes ─▶ slots ─▶ (spaces of a layout)       which page of which process is which page of a space
 //! keeper ─▶ runtime ─▶ runc ─▶ CRIU                standing still, its state, going on, ending
-//! images ─▶ runtime ─▶ runc ─▶ CRIU                being made anew
+//! restoring ─▶ runtime ─▶ runc ─▶ gate ─▶ CRIU     being made anew; `filling` gives its memory
 //! ```
 //!
 //! Memory is read from the processes, by this program; CRIU writes down everything else, and restores. That is less than its page server
@@ -12,15 +12,20 @@
 
 pub(crate) mod arrivals;
 mod digests;
+mod filling;
+pub(crate) mod gate;
 mod images;
 pub(crate) mod keeper;
 mod processes;
+mod restoring;
 mod runtime;
 mod slots;
 
 pub(crate) use digests::Digests;
+pub(crate) use filling::{Arena, Plan};
 pub(crate) use images::{IMAGE_LIMIT, Images};
 pub(crate) use processes::{Process, Tree, Which, is_gone};
+pub(crate) use restoring::{Parts, Restoring};
 pub use runtime::{Criu, Runtime, Version};
 pub(crate) use runtime::{Programs, reason};
 pub(crate) use slots::{Place, Slots};

@@ -11,7 +11,7 @@ pub(crate) mod inject;
 pub(crate) mod written;
 
 pub use mapped::Plain;
-pub(crate) use mapped::{Mapped, WriteTracker};
+pub(crate) use mapped::{Mapped, View, WriteTracker};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -107,6 +107,37 @@ pub(crate) fn copy(descriptor: &OwnedFd, address: u64, bytes: &[u8]) -> Result<F
     // that made the descriptor.
     let result = unsafe { ioctl(descriptor, call) };
     filled(result, request.copy)
+}
+
+/// The same with bytes that are mapped: `bytes` of them from an offset on.
+///
+/// # Errors
+/// The kernel's; `EINVAL` for bytes behind the end of the mapping.
+pub(crate) fn copy_mapped(
+    descriptor: &OwnedFd,
+    address: u64,
+    view: &View,
+    offset: u64,
+    bytes: u64,
+) -> Result<Filled, Errno> {
+    let src = view.address(offset, bytes).ok_or(Errno::INVAL)?;
+    let mut request = Copy { dst: address, src, len: bytes, mode: 0, copy: 0 };
+    // SAFETY: the opcode is UFFDIO_COPY, whose argument is this struct.
+    let call = unsafe { Updater::<COPY, Copy>::new(&mut request) };
+    // SAFETY: the kernel reads from the mapping, which is so long and alive (it answers EFAULT where there is nothing behind it), and writes to
+    // memory of the process that made the descriptor.
+    let result = unsafe { ioctl(descriptor, call) };
+    filled(result, request.copy)
+}
+
+/// A descriptor that this process was started with, by its number; it is closed when the value is dropped. `None` if there is none of that number.
+///
+/// To be called before anything else has opened or taken one: a number that was given to somebody since would get a second owner.
+pub(crate) fn inherited(number: i32) -> Option<OwnedFd> {
+    // Standard input, output and error have an owner.
+    let is_open = number > 2 && std::path::Path::new(&format!("/proc/self/fd/{number}")).exists();
+    // SAFETY: it is open, and the caller has opened nothing yet, so it came with the program, and nobody owns it.
+    is_open.then(|| unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(number) })
 }
 
 /// Makes pages zero where there is nothing yet, and wakes who waits there.

@@ -10,6 +10,7 @@
 
 pub mod pagemap;
 mod placement;
+pub mod rpc;
 
 pub use placement::{MAX_RUNS, Placement, Run};
 

@@ -343,13 +343,13 @@ impl Kept {
         }
         self.note(None)?;
         self.frozen = true;
-        let held = self.runtime.pause(&self.id).and_then(|()| self.hold(images, tcp_established));
-        match held {
+        // It is CRIU that stops it: not before it has looked around, which takes longer than anything else that it does then.
+        match self.hold(images, tcp_established) {
             Ok(held) => {
                 self.held = Some(held);
                 // CRIU lets the control group go on and holds the processes itself. They stand still without it, too, from now on.
-                let again = self.runtime.pause(&self.id);
-                again.inspect_err(|_| drop(self.resume()))
+                let paused = self.runtime.pause(&self.id);
+                paused.inspect_err(|_| drop(self.resume()))
             }
             Err(error) => {
                 self.resume()?;

@@ -1,21 +1,18 @@
 //! runc, and CRIU below it.
 
+use super::restoring::Parts;
 use crate::doctor::shown;
 use crate::error::{Error, Result};
-use crate::programs::{Said, ask, ask_within, end_group, find, wait};
+use crate::programs::{Said, ask, ask_within, find};
 use serde::{Deserialize, Serialize};
 use std::ffi::{OsStr, OsString};
 use std::fmt;
-use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 /// How long runc may take for what it does alone.
 const ANSWER_LIMIT: Duration = Duration::from_secs(20);
-
-/// How long making a container anew may take: copying its memory once more, of large ones tens of GiB.
-const RESTORE_LIMIT: Duration = Duration::from_secs(600);
 
 /// That connections go along, for runc.
 const TCP_ESTABLISHED: &str = "--tcp-established";
@@ -64,6 +61,13 @@ pub struct Criu {
     /// Its version.
     pub version: Version,
     folder: PathBuf,
+}
+
+impl Criu {
+    /// The program.
+    pub(crate) fn program(&self) -> PathBuf {
+        self.folder.join("criu")
+    }
 }
 
 /// runc with one of its state directories, and the CRIU that it uses.
@@ -168,7 +172,7 @@ impl Runtime {
 
     /// How to find the same programs again.
     pub(crate) fn programs(&self) -> Programs {
-        Programs { runc: self.program.clone(), root: self.root.clone(), criu: self.criu.folder.join("criu") }
+        Programs { runc: self.program.clone(), root: self.root.clone(), criu: self.criu.program() }
     }
 
     /// The command that does this; what goes wrong is told in a log, if one is named.
@@ -285,22 +289,17 @@ impl Runtime {
         Ok(command)
     }
 
-    /// Makes a container anew, and lets it run. What it says goes nowhere.
+    /// The command that makes a container anew, its private memory filled by somebody else. It ends when the container runs.
     ///
     /// # Errors
-    /// `Workload` with CRIU's words.
-    pub(crate) fn restore(
-        &self,
-        id: &str,
-        images: &Path,
-        work: &Path,
-        bundle: &Path,
-        tcp_established: bool,
-    ) -> Result<()> {
+    /// `Host`.
+    pub(crate) fn restore(&self, parts: &Parts<'_>) -> Result<Command> {
+        let Parts { id, images, work, bundle, tcp_established } = *parts;
         let log = work.join("runc.log");
         let arguments: &[&OsStr] = &[
             "restore".as_ref(),
             "--detach".as_ref(),
+            "--lazy-pages".as_ref(),
             "--image-path".as_ref(),
             images.as_ref(),
             "--work-path".as_ref(),
@@ -312,26 +311,7 @@ impl Runtime {
         let mut command = self.command(Some(&log), arguments);
         command.args(tcp_established.then_some(TCP_ESTABLISHED)).arg(id);
         self.configure(&mut command, work)?;
-        // Its processes keep these, and must not keep what is ours.
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
-        let mut child = command
-            .spawn()
-            .map_err(|error| Error::Host(format!("{} cannot be started: {error}", self.program.display())))?;
-        let status = wait(&mut child, RESTORE_LIMIT);
-        if status.is_some_and(|status| status.success()) {
-            return Ok(());
-        }
-        // CRIU lets no process run before runc has answered it, and that cannot any more.
-        end_group(&mut child);
-        if self.state(id).is_ok_and(|state| state.status == "running") {
-            // Whatever went wrong behind it: whoever is told that nothing runs here lets it run elsewhere.
-            tracing::warn!("{id} runs, though runc did not say so: {}", reason(work, "restore.log"));
-            return Ok(());
-        }
-        if self.knows(id) {
-            self.delete(id)?;
-        }
-        Err(Error::Workload(format!("{id} could not be made anew: {}", reason(work, "restore.log"))))
+        Ok(command)
     }
 }
 

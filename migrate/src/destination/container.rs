@@ -1,30 +1,22 @@
 //! A new container under runc as a destination.
 //!
-//! Pages are written to where CRIU reads them: what arrives of a process's memory lies in a file that is one of its images already. The images
-//! are three directories, each the parent of the one before it, as those of CRIU's own incremental dumps are:
-//!
-//! ```text
-//! dump    what CRIU wrote at the source; the pages that it left in place are in the parent
-//! later   pages that came while the container was moving, in the order of their addresses
-//! first   pages that there were at the beginning: the files that rounds write to
-//! ```
+//! Pages arrive in memory of this process. Once all are there CRIU makes the container, without its memory, and before any of it runs that is filled:
+//! so when the sender is told that its container is ready here, nothing is left to be done but to let it run.
 
-use crate::container::{Images, Runtime, Version, arrivals};
+use crate::container::{Arena, Images, Parts, Plan, Restoring, Runtime, Version, arrivals};
 use crate::destination::{Destination, Incomplete, PageMemory, Refusal};
 use crate::error::{Error, Result};
 use crate::memory::GuestMemory;
 use crate::paths::RuntimeDir;
 use protocol::MigrationId;
-use protocol::container::pagemap::{Entry, LAZY, PARENT, PRESENT, Pagemap};
-use protocol::container::{self as format, Description, Placement, Run};
+use protocol::container::pagemap::Pagemap;
+use protocol::container::{self as format, Description, Placement};
 use protocol::control::{Offer, RefuseCode, WorkloadKind, check_name};
 use protocol::layout::Layout;
-use protocol::page::{PAGE_SIZE, PageSet, SpaceId};
+use protocol::page::PageSet;
 use protocol::state::State;
 use serde_json::Value;
-use std::fs::{DirBuilder, File};
-use std::io::Write as _;
-use std::os::fd::OwnedFd;
+use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -58,11 +50,13 @@ pub struct ContainerDestination {
 struct Arrival {
     name: String,
     layout: Layout,
+    arena: Arc<Arena>,
     memory: Arc<GuestMemory>,
+    /// Once the state is here. It goes first, and with it what uses the other parts.
+    restoring: Option<Restoring>,
     bundle: Bundle,
     images: Images,
     tcp_established: bool,
-    is_loaded: bool,
 }
 
 /// A bundle that was made here, and is removed when it is dropped before its container runs. Nothing else in its folder is touched.
@@ -151,17 +145,20 @@ impl ContainerDestination {
         }
         let bundle = self.bundle(&name, &root, &body(format::CONFIG)?.body)?;
         let images = Images::new(self.place.runtime_dir.path()).map_err(host)?;
-        let memory = files(&images, &offer.layout)
+        let arena = Arena::new(&offer.layout).map_err(host)?;
+        let memory = arena
+            .files()
             .and_then(|files| GuestMemory::open(&offer.layout, files, &[]))
             .map_err(host)?;
         Ok(Arrival {
             name,
             layout: offer.layout.clone(),
+            arena: Arc::new(arena),
             memory: Arc::new(memory),
+            restoring: None,
             bundle,
             images,
             tcp_established: description.tcp_established,
-            is_loaded: false,
         })
     }
 
@@ -204,152 +201,37 @@ impl ContainerDestination {
     }
 }
 
-/// The files of all spaces: those of the beginning are images.
-fn files(images: &Images, layout: &Layout) -> Result<Vec<OwnedFd>> {
-    let first = images.folder("first")?;
-    let open = |(index, space): (usize, &protocol::layout::Space)| {
-        let path = first.join(format!("pages-{}.img", index + 1));
-        let make = || {
-            let file = File::options().read(true).write(true).create_new(true).open(&path)?;
-            file.set_len(space.pages * PAGE_SIZE as u64).map(|()| file.into())
-        };
-        make().map_err(|error| {
-            Error::Host(format!("there is no memory for {} pages of the container: {error}", space.pages))
-        })
-    };
-    layout.spaces.iter().enumerate().map(open).collect()
-}
-
 impl Arrival {
-    /// Writes everything that CRIU needs.
-    fn load(&self, state: &[u8]) -> Result<()> {
+    /// Makes everything but that it runs.
+    fn load(&mut self, runtime: &Runtime, state: &[u8]) -> Result<()> {
         let state = State::decode(state)?;
         let section = state.section(format::PLACEMENT).ok_or_else(|| {
             Error::Workload("the container's state does not say where its pages are".into())
         })?;
         let placement = Placement::decode(&self.layout, &section.body)?;
-        let dump = self.images.folder("dump")?;
-        let later = self.images.folder("later")?;
-        let written =
-            |error: std::io::Error| Error::Host(format!("the container's images cannot be written: {error}"));
-        std::os::unix::fs::symlink("../later", dump.join("parent")).map_err(written)?;
-        std::os::unix::fs::symlink("../first", later.join("parent")).map_err(written)?;
-        self.write_first(&placement)?;
-        let by_page = placement.by_page();
+        let (images, work) = (self.images.folder("images")?, self.images.folder("work")?);
+        let mut pagemaps = Vec::new();
         for section in &state.sections {
             let Some(name) = section.name.strip_prefix(format::IMAGE) else { continue };
             format::check_image_name(name)?;
-            let bytes = match format::process_of_pagemap(name) {
-                Some(process) => {
-                    let pagemap = Pagemap::decode(&section.body)?;
-                    self.write_later(process, &pagemap, &by_page)?;
-                    with_parent(pagemap).encode()
-                }
-                None => section.body.clone(),
-            };
-            std::fs::write(dump.join(name), bytes).map_err(written)?;
-        }
-        Ok(())
-    }
-
-    /// The last space: what came later.
-    fn last_space(&self) -> SpaceId {
-        // A layout has at most MAX_SPACES.
-        SpaceId(self.layout.spaces.len().saturating_sub(1) as u16)
-    }
-
-    /// Says what is in the files that rounds wrote to: all that there was at the beginning, whether it is wanted or not.
-    fn write_first(&self, placement: &Placement) -> Result<()> {
-        let first = self.images.folder("first")?;
-        let last = self.last_space();
-        for space in self.layout.spaces.iter().filter(|space| space.id != last) {
-            let runs: Vec<Run> = placement.runs.iter().filter(|run| run.space == space.id).copied().collect();
-            let wrong = |why: &str| {
-                Error::Workload(format!(
-                    "the container's state is unusable: the pages of space {} {why}",
-                    space.id.0
-                ))
-            };
-            let process = runs.first().ok_or_else(|| wrong("are nobody's"))?.process;
-            if runs.iter().any(|run| run.process != process) {
-                return Err(wrong("are of several processes"));
+            if let Some(process) = format::process_of_pagemap(name) {
+                pagemaps.push((process, Pagemap::decode(&section.body)?));
             }
-            if runs.windows(2).any(|pair| pair[1].page < pair[0].page) {
-                return Err(wrong("are not in the order of their addresses"));
-            }
-            let entries =
-                runs.iter().map(|run| Entry { first: run.page, pages: u64::from(run.pages), flags: PRESENT });
-            let pagemap = Pagemap { pages_id: u32::from(space.id.0) + 1, entries: entries.collect() };
-            let path = first.join(format!("pagemap-{process}.img"));
-            File::create_new(&path).and_then(|mut file| file.write_all(&pagemap.encode())).map_err(
-                |error| {
-                    Error::Host(format!(
-                        "the container's image {} cannot be written: {error}",
-                        path.display()
-                    ))
-                },
-            )?;
+            std::fs::write(images.join(name), &section.body).map_err(|error| {
+                Error::Host(format!("the container's images cannot be written: {error}"))
+            })?;
         }
-        Ok(())
-    }
-
-    /// Says of the pages that CRIU left in place which of them came later, and puts those into the order of their addresses.
-    fn write_later(&self, process: u32, pagemap: &Pagemap, by_page: &[Run]) -> Result<()> {
-        let later = self.images.folder("later")?;
-        let (last, pages_id) = (self.last_space(), pagemap.pages_id);
-        let path = later.join(format!("pages-{pages_id}.img"));
-        let written = |error: std::io::Error| {
-            Error::Host(format!("the container's image {} cannot be written: {error}", path.display()))
+        let parts = Parts {
+            id: &self.name,
+            images: &images,
+            work: &work,
+            bundle: &self.bundle.path,
+            tcp_established: self.tcp_established,
         };
-        let mut pages = File::create(&path).map_err(written)?;
-        let mut entries = Vec::new();
-        let mut buffer = Vec::new();
-        let begin = by_page.partition_point(|run| run.process < process);
-        let mut runs = by_page.iter().skip(begin).take_while(|run| run.process == process).peekable();
-        for entry in pagemap.entries.iter().filter(|entry| entry.flags & LAZY != 0) {
-            let mut page = entry.first;
-            while page < entry.end() {
-                while runs.next_if(|run| run.page + u64::from(run.pages) <= page).is_some() {}
-                let run = runs.peek().filter(|run| run.page <= page).ok_or_else(|| {
-                    Error::Workload(format!(
-                        "the container's state is unusable: page {:#x} of process {process} never came",
-                        page * PAGE_SIZE as u64
-                    ))
-                })?;
-                let until = entry.end().min(run.page + u64::from(run.pages));
-                let count = until - page;
-                let is_later = run.space == last;
-                if is_later {
-                    // Piece by piece: what the peer says must not decide how much is allocated.
-                    let mut slot = run.slot + (page - run.page);
-                    let end = slot + count;
-                    while slot < end {
-                        let piece = (end - slot).min(256);
-                        buffer.resize(usize::try_from(piece).unwrap_or(0) * PAGE_SIZE, 0);
-                        self.memory.read(run.space, slot * PAGE_SIZE as u64, &mut buffer)?;
-                        pages.write_all(&buffer).map_err(written)?;
-                        slot += piece;
-                    }
-                }
-                entries.push(Entry {
-                    first: page,
-                    pages: count,
-                    flags: if is_later { PRESENT } else { PARENT },
-                });
-                page = until;
-            }
-        }
-        let image = Pagemap { pages_id, entries }.encode();
-        std::fs::write(later.join(format!("pagemap-{process}.img")), image).map_err(written)
+        let plan = Plan::new(&placement, &pagemaps)?;
+        self.restoring = Some(Restoring::begin(runtime, &parts, plan, Arc::clone(&self.arena))?);
+        Ok(())
     }
-}
-
-/// The pages that were left in place are in the parent now.
-fn with_parent(mut pagemap: Pagemap) -> Pagemap {
-    for entry in pagemap.entries.iter_mut().filter(|entry| entry.flags & LAZY != 0) {
-        entry.flags = PARENT;
-    }
-    pagemap
 }
 
 fn refuse(code: RefuseCode, reason: String) -> Refusal {
@@ -371,20 +253,18 @@ impl Destination for ContainerDestination {
     }
 
     fn load(&mut self, state: &[u8]) -> Result<()> {
-        let arrival = self.arrival()?;
-        arrival.load(state)?;
-        arrival.is_loaded = true;
-        Ok(())
+        let runtime = self.place.runtime.clone();
+        self.arrival()?.load(&runtime, state)
     }
 
     fn start(mut self: Box<Self>, migration: MigrationId) -> Result<String> {
-        let (runtime, runtime_dir) = (self.place.runtime.clone(), self.place.runtime_dir.clone());
+        let runtime_dir = self.place.runtime_dir.clone();
         let arrival = self.arrival()?;
-        if !arrival.is_loaded {
-            return Err(Error::Workload(format!("{} has no state yet", arrival.name)));
-        }
-        let (dump, work) = (arrival.images.folder("dump")?, arrival.images.folder("work")?);
-        runtime.restore(&arrival.name, &dump, &work, &arrival.bundle.path, arrival.tcp_established)?;
+        let restoring = arrival
+            .restoring
+            .take()
+            .ok_or_else(|| Error::Workload(format!("{} has no state yet", arrival.name)))?;
+        restoring.run()?;
         arrival.bundle.is_needed = true;
         if let Err(error) = arrivals::note(&runtime_dir, &arrival.name, migration) {
             // It runs, and this process says so.

@@ -87,6 +87,46 @@ impl Drop for Mapped {
     }
 }
 
+/// A file of memory, mapped to be read by the kernel alone: others may change it meanwhile, so nothing borrows from it.
+pub(crate) struct View {
+    address: NonNull<c_void>,
+    bytes: usize,
+}
+
+// SAFETY: the mapping is not read here at all; its address is given to the kernel.
+unsafe impl Send for View {}
+// SAFETY: as above.
+unsafe impl Sync for View {}
+
+impl View {
+    /// Maps the first `bytes` of a file.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub(crate) fn new(file: &OwnedFd, bytes: usize) -> Result<Self, Errno> {
+        // SAFETY: a new mapping at an address of the kernel's choice changes no memory that exists.
+        let address = unsafe {
+            rustix::mm::mmap(std::ptr::null_mut(), bytes, ProtFlags::READ, MapFlags::SHARED, file, 0)
+        }?;
+        Ok(Self { address: NonNull::new(address).ok_or(Errno::NOMEM)?, bytes })
+    }
+
+    /// Where these bytes are, if it has so many.
+    pub(super) fn address(&self, offset: u64, bytes: u64) -> Option<u64> {
+        let end = offset.checked_add(bytes)?;
+        (end <= self.bytes as u64).then(|| self.address.as_ptr().expose_provenance() as u64 + offset)
+    }
+}
+
+impl Drop for View {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is this value's own, and nothing borrows from it.
+        let unmapped = unsafe { rustix::mm::munmap(self.address.as_ptr(), self.bytes) };
+        // As above.
+        unmapped.ok();
+    }
+}
+
 /// Knows which pages of some mappings were written since they were clean.
 pub(crate) struct WriteTracker {
     /// While it is open the pages stay protected.
