@@ -16,6 +16,7 @@ mod filling;
 pub(crate) mod gate;
 mod images;
 pub(crate) mod keeper;
+mod pagemap;
 mod processes;
 mod restoring;
 mod runtime;
@@ -24,7 +25,7 @@ mod slots;
 pub(crate) use digests::Digests;
 pub(crate) use filling::{Arena, Plan};
 pub(crate) use images::{IMAGE_LIMIT, Images};
-pub(crate) use processes::{Process, Tree, Which, is_gone};
+pub(crate) use processes::{Process, SoftDirty, Tree, Which, is_gone};
 pub(crate) use restoring::{Parts, Restoring};
 pub use runtime::{Criu, Runtime, Version};
 pub(crate) use runtime::{Programs, reason};
@@ -41,6 +42,8 @@ pub enum Tracking {
     Auto,
     /// The kernel tells (PAGEMAP_SCAN, Linux 6.7).
     Kernel,
+    /// An older kernel tells (soft-dirty bits): each round pauses the container for some tens of milliseconds.
+    SoftDirty,
     /// All pages are compared with what was sent of them, by BLAKE3.
     Digests,
 }
@@ -55,6 +58,6 @@ pub struct Wishes {
 }
 
 /// The directory of notes and sockets of this host's containers.
-fn folder(runtime_dir: &RuntimeDir) -> PathBuf {
+pub(crate) fn folder(runtime_dir: &RuntimeDir) -> PathBuf {
     runtime_dir.path().join("containers")
 }

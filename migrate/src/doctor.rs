@@ -14,6 +14,7 @@ mod check;
 mod files;
 mod kvm;
 mod memory;
+pub(crate) use memory::try_soft_dirty;
 mod network;
 mod places;
 mod containers;

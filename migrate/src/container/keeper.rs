@@ -61,6 +61,8 @@ pub(crate) enum Order {
         /// With its TCP connections.
         tcp_established: bool,
     },
+    /// Let it stand still, and nothing else.
+    Pause,
     /// Let it go on; it will be frozen again.
     Thaw,
     /// From now on it does not go on by itself.
@@ -306,6 +308,7 @@ impl Kept {
     fn follow(&mut self, order: &Order) -> Result<()> {
         match order {
             Order::Freeze { images, tcp_established } => self.freeze(images, *tcp_established),
+            Order::Pause => self.pause(),
             Order::Thaw if !self.pledged => self.resume(),
             Order::Thaw => Err(Error::Workload(format!("{} is pledged: it does not go on", self.id))),
             Order::Pledge(pledge) => {
@@ -335,6 +338,15 @@ impl Kept {
             .and_then(|bytes| std::fs::write(&draft, bytes))
             .and_then(|()| std::fs::rename(&draft, &path))
             .map_err(|error| Error::Host(format!("the note {} cannot be written: {error}", path.display())))
+    }
+
+    fn pause(&mut self) -> Result<()> {
+        if self.frozen {
+            return Err(Error::Workload(format!("{} stands still already", self.id)));
+        }
+        self.note(None)?;
+        self.frozen = true;
+        self.runtime.pause(&self.id).inspect_err(|_| drop(self.resume()))
     }
 
     fn freeze(&mut self, images: &Path, tcp_established: bool) -> Result<()> {

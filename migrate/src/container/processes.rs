@@ -1,5 +1,6 @@
 //! The processes of a container and their memory.
 
+use super::pagemap;
 use crate::error::{Error, Result};
 use crate::sys::inject;
 use crate::sys::written::{self, PRESENT, SWAPPED, Scan, WP_ALLOWED, WRITTEN, ZERO_PAGE};
@@ -7,9 +8,10 @@ use protocol::page::PAGE_SIZE;
 use rustix::io::Errno;
 use std::cell::Cell;
 use std::collections::HashSet;
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 
 const PAGE_BYTES: u64 = PAGE_SIZE as u64;
 
@@ -21,6 +23,8 @@ pub(crate) struct Process {
     pub(crate) pid: i32,
     pub(crate) memory: File,
     pagemap: File,
+    /// Whether the kernel can be asked for ranges of pages (PAGEMAP_SCAN, Linux 6.7).
+    can_scan: bool,
     /// Once it is tracked.
     userfaultfd: Option<OwnedFd>,
     /// Somebody else tracks some of its memory: who makes pages clean there takes them away from the other.
@@ -41,7 +45,8 @@ impl Process {
         let open = |file: &str| File::open(format!("/proc/{pid}/{file}"));
         let (memory, pagemap) = (open("mem")?, open("pagemap")?);
         let inside = inside(pid)?;
-        Ok(Self { inside, pid, memory, pagemap, userfaultfd: None, is_shared: Cell::new(false) })
+        let can_scan = can_scan(&pagemap).is_ok();
+        Ok(Self { inside, pid, memory, pagemap, can_scan, userfaultfd: None, is_shared: Cell::new(false) })
     }
 
     /// Begins to track what it writes. Every page counts as written.
@@ -57,8 +62,7 @@ impl Process {
                 ))
             };
             written::begin(&descriptor).map_err(too_old)?;
-            let nothing = Scan { all: WRITTEN, tell: WRITTEN, ..Scan::default() };
-            written::scan(&self.pagemap, 0, PAGE_BYTES, nothing, &mut |_, _, _| {}).map_err(too_old)?;
+            can_scan(&self.pagemap).map_err(too_old)?;
             self.userfaultfd = Some(descriptor);
             let gone =
                 |error: io::Error| Error::Host(format!("process {} cannot be watched: {error}", self.pid));
@@ -87,6 +91,11 @@ impl Process {
     /// The kernel's; `NotFound` or `ESRCH` when it has ended.
     pub(crate) fn pages(&self, which: Which, tell: &mut dyn FnMut(u64, u64)) -> io::Result<()> {
         for (start, end) in areas(self.pid)? {
+            if !self.can_scan {
+                let is_so = |entry| entry & (pagemap::PRESENT | pagemap::SWAPPED) != 0;
+                pagemap::runs(&self.pagemap, start, end, is_so, tell)?;
+                continue;
+            }
             let tracked = which == Which::Written && self.is_tracked() && self.protect_anew(start, end)?;
             let all = if tracked { WRITTEN } else { 0 };
             let what =
@@ -95,6 +104,21 @@ impl Process {
             written::scan(&self.pagemap, start, end, what, &mut tell)?;
         }
         Ok(())
+    }
+
+    /// Tells its pages that were written since the last time, as `pages` does, and lets all count as clean: for a process that stands still, where the
+    /// kernel keeps soft-dirty bits.
+    ///
+    /// # Errors
+    /// As for `pages`.
+    pub(crate) fn soft_dirty(&self, clear: bool, tell: &mut dyn FnMut(u64, u64)) -> io::Result<()> {
+        let is_so = |entry| {
+            entry & (pagemap::PRESENT | pagemap::SWAPPED) != 0 && entry & pagemap::SOFT_DIRTY != 0
+        };
+        for (start, end) in areas(self.pid)? {
+            pagemap::runs(&self.pagemap, start, end, is_so, tell)?;
+        }
+        if clear { pagemap::clear_soft_dirty(self.pid) } else { Ok(()) }
     }
 
     /// Sees to it that writes to an area are noticed. All of it counts as written if they were not until now: a mapping that was moved
@@ -138,6 +162,38 @@ impl Process {
             // It has ended, and what it held is not wanted any more.
             Ok(()) | Err(Errno::SRCH) => Ok(()),
             Err(error) => Err(error.into()),
+        }
+    }
+}
+
+/// Whether the kernel can be asked for ranges of pages.
+fn can_scan(pagemap: &File) -> std::result::Result<(), Errno> {
+    let nothing = Scan { all: WRITTEN, tell: WRITTEN, ..Scan::default() };
+    written::scan(pagemap, 0, PAGE_BYTES, nothing, &mut |_, _, _| {})
+}
+
+/// The right to use the soft-dirty bits of a container: there is one set of them, and who clears it takes it away from everybody else.
+pub(crate) struct SoftDirty {
+    _lock: File,
+}
+
+impl SoftDirty {
+    /// For the container of this first process, with a lock in a folder.
+    ///
+    /// # Errors
+    /// `Host` when another has it, or the kernel keeps no such bits.
+    pub(crate) fn begin(folder: &Path, first: i32) -> Result<Self> {
+        let cannot = |error: io::Error| Error::Host(format!("soft-dirty bits cannot be used: {error}"));
+        crate::doctor::try_soft_dirty()
+            .map_err(|why| Error::Host(format!("this kernel keeps no soft-dirty bits: {why}")))?;
+        std::fs::create_dir_all(folder).map_err(cannot)?;
+        let lock = File::create(folder.join(format!("{first}.soft-dirty"))).map_err(cannot)?;
+        match lock.try_lock() {
+            Ok(()) => Ok(Self { _lock: lock }),
+            Err(TryLockError::WouldBlock) => {
+                Err(Error::Host("what the container writes is watched already, by another migrate".into()))
+            }
+            Err(TryLockError::Error(error)) => Err(cannot(error)),
         }
     }
 }

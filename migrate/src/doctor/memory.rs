@@ -4,7 +4,7 @@ mod cgroup;
 mod tracking;
 
 pub(super) use cgroup::Hierarchy;
-pub(super) use tracking::try_soft_dirty;
+pub(crate) use tracking::try_soft_dirty;
 
 use super::check::Check;
 use super::files::{Root, chosen, shown};

@@ -4,7 +4,7 @@ mod memory;
 
 use crate::container::keeper::{Keeper, Order};
 use crate::container::{
-    Digests, IMAGE_LIMIT, Images, Place, Process, Runtime, Slots, Tracking, Tree, Which, Wishes,
+    Digests, IMAGE_LIMIT, Images, Place, Process, Runtime, Slots, SoftDirty, Tracking, Tree, Which, Wishes,
 };
 use crate::error::{Error, Result};
 use crate::memory::PageReader;
@@ -30,6 +30,14 @@ const PIECE_PAGES: u64 = 16;
 
 /// Room for pages that come while it moves: half of what there is, and no less than this.
 const ROOM_PAGES: u64 = (64 << 20) / PAGE_BYTES;
+
+/// How it is known what a container writes, in reports.
+const SCAN: &str = "pagemap-scan";
+const SOFT_DIRTY: &str = "soft-dirty";
+const DIGESTS: &str = "blake3-digests";
+
+/// First pages of a process, and how many follow each.
+type Runs = Vec<(u64, u64)>;
 
 /// A running container. Dropped, it goes on, unless it was pledged.
 pub struct ContainerSource {
@@ -63,6 +71,8 @@ struct Watch {
     owed: Vec<PageSet>,
     /// Pages that were taken since the source began.
     taken: Vec<PageSet>,
+    /// If the kernel's soft-dirty bits tell what is written.
+    soft_dirty: Option<SoftDirty>,
 }
 
 /// What is known once it stands still.
@@ -108,6 +118,7 @@ impl Watch {
             seen: none.clone(),
             owed: none.clone(),
             taken: none,
+            soft_dirty: None,
         })
     }
 
@@ -182,18 +193,32 @@ impl ContainerSource {
         })
     }
 
-    fn track_by_kernel(&mut self) -> Result<()> {
-        if self.wishes.tracking == Tracking::Digests {
-            return Err(Error::Usage("that was asked for".into()));
+    /// The best that this kernel has and the operator allows, by name.
+    fn track_by_kernel(&mut self) -> Result<&'static str> {
+        let scan = |source: &mut Self| source.watch.tree.processes.iter_mut().try_for_each(Process::track);
+        let soft = |source: &mut Self| {
+            if source.watch.soft_dirty.is_none() {
+                let folder = crate::container::folder(&source.runtime_dir);
+                source.watch.soft_dirty = Some(SoftDirty::begin(&folder, source.watch.first)?);
+                // Where the kernel uses huge pages, its bits are those of 2 MiB: what they tell is compared.
+                *lock(&source.watch.memory.digests) = Some(Digests::default());
+            }
+            Ok(())
+        };
+        match self.wishes.tracking {
+            Tracking::Digests => Err(Error::Usage("that was asked for".into())),
+            Tracking::SoftDirty => soft(self).map(|()| SOFT_DIRTY),
+            Tracking::Kernel => scan(self).map(|()| SCAN),
+            Tracking::Auto if self.watch.soft_dirty.is_some() => Ok(SOFT_DIRTY),
+            Tracking::Auto => scan(self).map(|()| SCAN).or_else(|error| {
+                tracing::info!("soft-dirty bits are tried: {error}");
+                soft(self).map(|()| SOFT_DIRTY)
+            }),
         }
-        self.watch.tree.processes.iter_mut().try_for_each(Process::track)
     }
 
-    /// Tells the pages of a process that are not as they were delivered, or were never, by first page and number.
-    fn differing(&self, process: &Process) -> std::io::Result<Vec<(u64, u64)>> {
-        let mut pages = Vec::new();
-        process.pages(Which::All, &mut |first, count| pages.push((first, count)))?;
-        let mut found = Vec::new();
+    /// Those of some pages of a process that are not as they were delivered, or were never.
+    fn differing(&self, process: &Process, pages: Runs, tell: &mut dyn FnMut(u64, u64)) {
         let mut buffer = vec![0; PIECE_PAGES as usize * PAGE_SIZE];
         let slots = read(&self.watch.memory.slots);
         let digests = lock(&self.watch.memory.digests);
@@ -204,12 +229,12 @@ impl ContainerSource {
                 let bytes = &mut buffer[..piece as usize * PAGE_SIZE];
                 if process.memory.read_exact_at(bytes, page * PAGE_BYTES).is_err() {
                     // A part of it is gone: what is left is read when it is sent.
-                    found.push((page, piece));
+                    tell(page, piece);
                     page += piece;
                     continue;
                 }
                 slots.find(process.inside, page, piece, &mut |at, count, place| match place {
-                    Place::Nowhere => found.push((at, count)),
+                    Place::Nowhere => tell(at, count),
                     Place::At(space, slot) => {
                         let from = (at - page) as usize * PAGE_SIZE;
                         for (index, one) in (0..count).zip(bytes[from..].chunks(PAGE_SIZE)) {
@@ -217,7 +242,7 @@ impl ContainerSource {
                                 .as_ref()
                                 .is_none_or(|digests| digests.differs(space, slot + index, one))
                             {
-                                found.push((at + index, 1));
+                                tell(at + index, 1);
                             }
                         }
                     }
@@ -225,7 +250,40 @@ impl ContainerSource {
                 page += piece;
             }
         }
+    }
+
+    /// What every process has written, as far as it is known at once.
+    fn written(&self) -> Result<Vec<(u32, Runs)>> {
+        let compares = lock(&self.watch.memory.digests).is_some();
+        let is_frozen = self.frozen.is_some();
+        let mut found = Vec::new();
+        for process in &self.watch.tree.processes {
+            let mut runs = Vec::new();
+            let mut tell = |first, count| runs.push((first, count));
+            let looked = match (self.watch.soft_dirty.is_some(), compares) {
+                (true, _) => process.soft_dirty(!is_frozen, &mut tell),
+                (_, true) => process.pages(Which::All, &mut tell),
+                _ => process.pages(Which::Written, &mut tell),
+            };
+            match looked {
+                Ok(()) => found.push((process.inside, runs)),
+                Err(error) if crate::container::is_gone(&error) && !is_frozen => {}
+                Err(error) => return Err(unreadable(process, &error)),
+            }
+        }
         Ok(found)
+    }
+
+    /// The same for soft-dirty bits, which are cleared: nobody may write between the two.
+    fn written_and_cleared(&mut self) -> Result<Vec<(u32, Runs)>> {
+        self.order(&Order::Pause)?;
+        let found = self.look().and_then(|()| self.written());
+        let found = self.order(&Order::Thaw).and(found);
+        if found.is_err() {
+            // Of some, what they wrote is known to nobody any more: whoever comes next begins anew.
+            self.watch.memory.is_full.store(true, Ordering::Release);
+        }
+        found
     }
 
     fn order(&mut self, order: &Order) -> Result<()> {
@@ -318,17 +376,19 @@ impl Source for ContainerSource {
                 }
             }
         }
-        if lock(&self.watch.memory.digests).is_none() {
+        if self.watch.soft_dirty.is_some() || lock(&self.watch.memory.digests).is_none() {
             match self.track_by_kernel() {
-                Ok(()) => return Ok("pagemap-scan".into()),
-                Err(error) if self.wishes.tracking == Tracking::Kernel => return Err(error),
+                Ok(how) => return Ok(how.into()),
+                Err(error) if matches!(self.wishes.tracking, Tracking::Kernel | Tracking::SoftDirty) => {
+                    return Err(error);
+                }
                 Err(error) => {
                     tracing::info!("every page is compared: {error}");
                     *lock(&self.watch.memory.digests) = Some(Digests::default());
                 }
             }
         }
-        Ok("blake3-digests".into())
+        Ok(DIGESTS.into())
     }
 
     fn baseline(&self) -> Option<CheckpointId> {
@@ -351,21 +411,22 @@ impl Source for ContainerSource {
             }
         }
         let mut dirty = self.watch.owed.clone();
-        let by_digests = lock(&self.watch.memory.digests).is_some();
-        for process in &self.watch.tree.processes {
-            let mut written = Vec::new();
-            let looked = match by_digests {
-                true => self.differing(process).map(|found| written = found),
-                false => process.pages(Which::Written, &mut |first, count| written.push((first, count))),
-            };
-            match looked {
-                Ok(()) => {}
-                Err(error) if crate::container::is_gone(&error) && self.frozen.is_none() => continue,
-                Err(error) => return Err(unreadable(process, &error)),
+        let is_told_once = self.watch.soft_dirty.is_some() && self.frozen.is_none();
+        let found = if is_told_once { self.written_and_cleared() } else { self.written() }?;
+        let compares = lock(&self.watch.memory.digests).is_some();
+        for (inside, mut runs) in found {
+            let process = self.watch.tree.processes.iter().find(|process| process.inside == inside);
+            if let Some(process) = process.filter(|_| compares) {
+                let mut differing = Vec::new();
+                self.differing(process, runs, &mut |first, count| differing.push((first, count)));
+                runs = differing;
             }
-            for (first, count) in written {
-                self.mark(process.inside, first, count, &mut dirty)?;
+            for (first, count) in runs {
+                self.mark(inside, first, count, &mut dirty)?;
             }
+        }
+        if is_told_once {
+            self.watch.owed.clone_from(&dirty);
         }
         if let Some(frozen) = &self.frozen {
             self.mark_left(frozen, &mut dirty)?;

@@ -16,6 +16,23 @@ const GUEST_INIT: &str = include_str!("guest-init.sh");
 /// Modules of hosts: their network cards, KVM, and what VMs need for their own network and disks.
 const HOST_MODULES: &[&str] = &["virtio_pci", "virtio_net", "kvm-amd", "tun", "bridge", "loop"];
 
+/// More of them, for hosts with containers: what CRIU asks about sockets, and by what it keeps packets away.
+const CONTAINER_MODULES: &[&str] = &[
+    "unix_diag",
+    "inet_diag",
+    "tcp_diag",
+    "udp_diag",
+    "raw_diag",
+    "af_packet_diag",
+    "netlink_diag",
+    // With the one CRIU asks for the other, and takes its absence for an error.
+    "nf_tables",
+    "nf_conntrack_netlink",
+    "veth",
+    "macvlan",
+    "overlay",
+];
+
 /// Modules of Linux guests. They have no PCI: their devices are found through ACPI.
 const GUEST_MODULES: &[&str] = &[
     "virtio_mmio",
@@ -66,7 +83,7 @@ impl std::str::FromStr for Program {
 /// # Errors
 /// If a program cannot be read or a library is missing.
 pub fn host(packages: &Packages, programs: &[Program], token: &str, work: &Path) -> Result<Vec<u8>> {
-    let mut archive = base(packages, HOST_INIT, HOST_MODULES)?;
+    let mut archive = base(packages, HOST_INIT, &[HOST_MODULES, CONTAINER_MODULES].concat())?;
     archive.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\n");
     archive.file("etc/group", 0o644, b"root:x:0:\n");
     archive.file(TOKEN.trim_start_matches('/'), 0o600, token.as_bytes());

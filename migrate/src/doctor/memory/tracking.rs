@@ -31,7 +31,7 @@ pub(in super::super) fn try_writes() -> Result<(), String> {
 }
 
 /// The same by the older way, which CRIU uses. It forgets what this process has written so far, which nobody else asks for.
-pub(in super::super) fn try_soft_dirty() -> Result<(), String> {
+pub(crate) fn try_soft_dirty() -> Result<(), String> {
     let mut pages = vec![1_u8; PAGES * PAGE_SIZE];
     // Inside of the vector, so that nothing else lies on the page.
     let start = pages.as_ptr().addr();
