@@ -61,6 +61,79 @@ impl Tools {
         }
         Ok(Self { runc: root.join("old/usr/sbin/runc"), criu })
     }
+
+    /// Writes the bundle of a container that runs a program with these arguments, its own root file system with it.
+    ///
+    /// # Panics
+    /// If it cannot be written.
+    pub fn bundle(&self, bundle: &Path, program: &Path, arguments: &[&str], network: &Network) {
+        let rootfs = bundle.join("rootfs");
+        for folder in ["proc", "dev", "tmp", "sys", "lib", "lib64"] {
+            std::fs::create_dir_all(rootfs.join(folder)).expect("a directory");
+        }
+        std::fs::copy(program, rootfs.join("tenant")).expect("the program");
+        for library in libraries(program).iter().map(Path::new) {
+            let into = rootfs.join(library.strip_prefix("/").expect("an absolute path"));
+            std::fs::create_dir_all(into.parent().expect("a directory")).expect("a directory");
+            std::fs::copy(library, into).expect("a library");
+        }
+        let spec = Command::new(&self.runc).arg("spec").arg("--bundle").arg(bundle).status();
+        assert!(spec.is_ok_and(|status| status.success()), "runc writes no configuration");
+        let path = bundle.join("config.json");
+        let mut config: Value =
+            serde_json::from_slice(&std::fs::read(&path).expect("it is there")).expect("JSON");
+        config["process"]["args"] = json!([&["/tenant"], arguments].concat());
+        config["process"]["terminal"] = json!(false);
+        config["root"]["readonly"] = json!(false);
+        let namespaces = config["linux"]["namespaces"].as_array_mut().expect("namespaces");
+        let is_network = |namespace: &Value| namespace["type"] == "network";
+        match network {
+            Network::Own => {}
+            Network::Shared => namespaces.retain(|namespace| !is_network(namespace)),
+            Network::At(path) => namespaces
+                .iter_mut()
+                .filter(|namespace| is_network(namespace))
+                .for_each(|namespace| namespace["path"] = json!(path)),
+        }
+        std::fs::write(&path, config.to_string()).expect("it is written");
+    }
+
+    /// Copies both programs, and what they need, into a folder that can be taken to another machine: `runc`, whose libraries in `lib` must be where that
+    /// looks for them, and `criu`, which finds its own in `criu.lib`.
+    ///
+    /// # Panics
+    /// If they cannot be copied.
+    pub fn pack(&self, into: &Path) {
+        for folder in ["lib", "criu.lib"] {
+            std::fs::create_dir_all(into.join(folder)).expect("a directory");
+        }
+        let copy = |from: &Path, to: &Path| {
+            std::fs::copy(from, to).unwrap_or_else(|error| panic!("{}: {error}", from.display()));
+        };
+        copy(&self.runc, &into.join("runc"));
+        for library in libraries(&self.runc).iter().map(Path::new) {
+            copy(library, &into.join("lib").join(library.file_name().expect("a name")));
+        }
+        let root = self.criu.ancestors().nth(2).expect("it is in a folder").join("new/usr");
+        copy(&root.join("sbin/criu"), &into.join("criu.program"));
+        let theirs = root.join("lib/x86_64-linux-gnu");
+        for entry in std::fs::read_dir(&theirs).expect("libraries").flatten() {
+            if entry.path().is_file() {
+                copy(&entry.path(), &into.join("criu.lib").join(entry.file_name()));
+            }
+        }
+        let script = "#!/bin/sh\nhere=${0%/*}\nexec $here/criu.lib/ld-linux-x86-64.so.2 --library-path $here/criu.lib $here/criu.program \"$@\"\n";
+        std::fs::write(into.join("criu"), script).expect("a file");
+        let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(into.join("criu"), executable).expect("it is ours");
+    }
+}
+
+/// The shared libraries of a program, its loader with them.
+fn libraries(program: &Path) -> Vec<String> {
+    let said = Command::new("ldd").arg(program).output().expect("ldd");
+    let text = String::from_utf8_lossy(&said.stdout);
+    text.split_whitespace().filter(|word| word.starts_with('/')).map(str::to_owned).collect()
 }
 
 /// Downloads and unpacks runc of this system's release and CRIU of a newer one.
@@ -256,40 +329,8 @@ impl Yard {
     /// If it does not run.
     pub fn run(&self, id: &str, tenant: &Path, arguments: &str, network: &Network) {
         let bundle = self.dir.path().join(id);
-        let rootfs = bundle.join("rootfs");
-        for folder in ["proc", "dev", "tmp", "sys", "lib", "lib64"] {
-            std::fs::create_dir_all(rootfs.join(folder)).expect("a directory");
-        }
-        std::fs::copy(tenant, rootfs.join("tenant")).expect("the tenant");
-        let libraries = Command::new("ldd").arg(tenant).output().expect("ldd");
-        for library in
-            String::from_utf8_lossy(&libraries.stdout).split_whitespace().filter(|word| word.starts_with('/'))
-        {
-            let into = rootfs.join(&library[1..]);
-            std::fs::create_dir_all(into.parent().expect("a directory")).expect("a directory");
-            std::fs::copy(library, into).expect("a library");
-        }
-        let spec = self.runc(&["spec", "--bundle", &bundle.to_string_lossy()]).status();
-        assert!(spec.is_ok_and(|status| status.success()), "runc writes no configuration");
-        let path = bundle.join("config.json");
-        let mut config: Value =
-            serde_json::from_slice(&std::fs::read(&path).expect("it is there")).expect("JSON");
-        let words: Vec<&str> =
-            ["/tenant", "/tmp/out"].into_iter().chain(arguments.split_whitespace()).collect();
-        config["process"]["args"] = json!(words);
-        config["process"]["terminal"] = json!(false);
-        config["root"]["readonly"] = json!(false);
-        let namespaces = config["linux"]["namespaces"].as_array_mut().expect("namespaces");
-        let is_network = |namespace: &Value| namespace["type"] == "network";
-        match network {
-            Network::Own => {}
-            Network::Shared => namespaces.retain(|namespace| !is_network(namespace)),
-            Network::At(path) => namespaces
-                .iter_mut()
-                .filter(|namespace| is_network(namespace))
-                .for_each(|namespace| namespace["path"] = json!(path)),
-        }
-        std::fs::write(&path, config.to_string()).expect("it is written");
+        let words: Vec<&str> = ["/tmp/out"].into_iter().chain(arguments.split_whitespace()).collect();
+        self.tools.bundle(&bundle, tenant, &words, network);
         let run = self.runc(&["run", "--detach", "--bundle", &bundle.to_string_lossy(), id]).status();
         assert!(run.is_ok_and(|status| status.success()), "{id} does not run");
     }

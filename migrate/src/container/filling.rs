@@ -178,8 +178,12 @@ impl Plan {
         let at = self.pieces.partition_point(|piece| (piece.process, piece.page) <= (process, page));
         let piece = self.pieces.get(at.checked_sub(1)?)?;
         let behind = page - piece.page;
-        (piece.process == process && behind < piece.count)
-            .then(|| Piece { page, count: 1, slot: piece.slot + behind, ..*piece })
+        (piece.process == process && behind < piece.count).then(|| Piece {
+            page,
+            count: 1,
+            slot: piece.slot + behind,
+            ..*piece
+        })
     }
 }
 
@@ -244,7 +248,9 @@ impl Filling {
             };
             let others: Vec<_> = (1..threads).map(|_| scope.spawn(fill)).collect();
             let joined = others.into_iter().map(|other| {
-                other.join().unwrap_or_else(|_| Err(Error::Host("a thread that filled memory is gone".into())))
+                other
+                    .join()
+                    .unwrap_or_else(|_| Err(Error::Host("a thread that filled memory is gone".into())))
             });
             std::iter::once(fill()).chain(joined).collect::<Result<()>>()
         })?;
@@ -305,11 +311,10 @@ impl Shared {
         let mut stream: Option<UnixStream> = None;
         while !self.is_over.load(Ordering::Acquire) {
             let answered = match &mut stream {
-                None if comes(listener, PAUSE) => {
-                    listener.accept().map(|(accepted, _)| stream = Some(accepted)).map_err(|error| {
-                        Error::Host(format!("CRIU cannot be answered: {error}"))
-                    })
-                }
+                None if comes(listener, PAUSE) => listener
+                    .accept()
+                    .map(|(accepted, _)| stream = Some(accepted))
+                    .map_err(|error| Error::Host(format!("CRIU cannot be answered: {error}"))),
                 None => Ok(()),
                 Some(stream) => self.answer(stream),
             };
@@ -326,8 +331,9 @@ impl Shared {
         let memories: Vec<(u32, Arc<OwnedFd>)> =
             lock(&self.memories).iter().map(|(process, memory)| (*process, Arc::clone(memory))).collect();
         for (process, memory) in &memories {
-            let cannot =
-                |error: Errno| Error::Host(format!("the memory of process {process} cannot be watched: {error}"));
+            let cannot = |error: Errno| {
+                Error::Host(format!("the memory of process {process} cannot be watched: {error}"))
+            };
             for address in sys::page_faults(memory, Duration::ZERO).map_err(cannot)? {
                 self.serve(*process, memory, address / PAGE_BYTES)?;
             }
@@ -360,7 +366,10 @@ impl Shared {
         // Another may have been first; who waits looks again.
         let woken = served.and_then(|()| sys::wake(memory, page * PAGE_BYTES, PAGE_BYTES));
         woken.map_err(|error| {
-            Error::Workload(format!("page {:#x} of process {process} cannot be filled: {error}", page * PAGE_BYTES))
+            Error::Workload(format!(
+                "page {:#x} of process {process} cannot be filled: {error}",
+                page * PAGE_BYTES
+            ))
         })
     }
 }

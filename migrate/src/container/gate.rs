@@ -12,7 +12,7 @@
 //! is opened. If whoever holds it ends, both see their socket closed, and CRIU kills what it made.
 
 use crate::error::{Error, Result};
-use protocol::container::rpc::{POST_RESTORE, add_folders, asks_to_restore, notification};
+use protocol::container::rpc::{self, POST_RESTORE, asks_to_restore, notification};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, FdFlags};
 use rustix::net::{
@@ -67,7 +67,10 @@ impl Gate {
     /// `Host`.
     pub(crate) fn new(folder: &Path, images: &Path, program: &Path) -> Result<Self> {
         let cannot = |error: std::io::Error| {
-            Error::Host(format!("there can be no gate between runc and CRIU in {}: {error}", folder.display()))
+            Error::Host(format!(
+                "there can be no gate between runc and CRIU in {}: {error}",
+                folder.display()
+            ))
         };
         let stand_in = std::env::current_exe().map_err(cannot)?;
         std::os::unix::fs::symlink(stand_in, folder.join(NAME)).map_err(cannot)?;
@@ -157,7 +160,7 @@ fn listen(listener: &UnixListener, passage: &Passage) {
             }
             let Ok((stream, _)) = listener.accept() else { continue };
             let passes = std::thread::Builder::new().name("gate".into()).spawn_scoped(scope, move || {
-                if let Err(error) = meet(&stream).and_then(|(runc, criu)| pass(&runc, &criu, passage)) {
+                if let Err(error) = meet(&stream).and_then(|both| pass(&both, passage)) {
                     tracing::debug!("what runc and CRIU say is passed on no more: {error}");
                 }
             });
@@ -168,18 +171,31 @@ fn listen(listener: &UnixListener, passage: &Passage) {
     });
 }
 
+/// Two who talk.
+struct Both {
+    runc: OwnedFd,
+    criu: OwnedFd,
+    /// CRIU's number.
+    pid: i32,
+}
+
 /// Meets a stand-in: takes runc's socket, and gives it one of ours in its place.
-fn meet(stream: &UnixStream) -> std::io::Result<(OwnedFd, OwnedFd)> {
+fn meet(stream: &UnixStream) -> std::io::Result<Both> {
     stream.set_read_timeout(Some(MEET_LIMIT))?;
-    let (ours, theirs) = rustix::net::socketpair(
-        AddressFamily::UNIX,
-        SocketType::SEQPACKET,
-        SocketFlags::CLOEXEC,
-        None,
-    )?;
+    let (ours, theirs) =
+        rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+    // What stands in becomes CRIU, and keeps its number.
+    let pid = rustix::net::sockopt::socket_peercred(stream)?.pid.as_raw_pid();
     let runc = receive_one(stream)?;
     send(stream.as_fd(), b"x", &[theirs.as_fd()])?;
-    Ok((runc, ours))
+    Ok(Both { runc, criu: ours, pid })
+}
+
+/// The control group of a process, where one hierarchy is for all controllers (cgroups(7): `0::PATH` is the only line then).
+fn unified_cgroup(pid: i32) -> Option<String> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    let path = text.trim_end().strip_prefix("0::")?;
+    (!path.contains('\n')).then(|| path.into())
 }
 
 /// The descriptor that comes with a byte.
@@ -190,8 +206,9 @@ pub(super) fn receive_one(stream: &UnixStream) -> std::io::Result<OwnedFd> {
 }
 
 /// Passes on what both say, until one of them is done.
-fn pass(runc: &OwnedFd, criu: &OwnedFd, passage: &Passage) -> std::io::Result<()> {
+fn pass(both: &Both, passage: &Passage) -> std::io::Result<()> {
     let Passage { orders, folders, reaches } = passage;
+    let Both { runc, criu, pid } = both;
     let mut message = vec![0; MESSAGE_BYTES];
     loop {
         let (from_runc, from_criu, is_over) = {
@@ -221,7 +238,10 @@ fn pass(runc: &OwnedFd, criu: &OwnedFd, passage: &Passage) -> std::io::Result<()
                 return Ok(());
             }
             if std::ptr::eq(from, runc) && asks_to_restore(&said) {
-                add_folders(&mut said, folders.images.as_raw_fd(), folders.work.as_raw_fd());
+                // runc has put it into the container's own by now.
+                let cgroup = unified_cgroup(*pid);
+                let (images, work) = (folders.images.as_raw_fd(), folders.work.as_raw_fd());
+                rpc::Place { images, work, cgroup: cgroup.as_deref() }.add(&mut said);
             }
             if std::ptr::eq(from, criu) && notification(&said).as_deref() == Some(POST_RESTORE) {
                 reaches.send(()).ok();
@@ -336,13 +356,9 @@ mod tests {
 
     /// The two ends that runc and CRIU would have.
     fn through(folder: &Path) -> (OwnedFd, OwnedFd) {
-        let (runc, given) = rustix::net::socketpair(
-            AddressFamily::UNIX,
-            SocketType::SEQPACKET,
-            SocketFlags::CLOEXEC,
-            None,
-        )
-        .unwrap();
+        let (runc, given) =
+            rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+                .unwrap();
         (runc, exchange(&folder.join("gate"), &given).unwrap())
     }
 

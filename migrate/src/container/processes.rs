@@ -112,9 +112,8 @@ impl Process {
     /// # Errors
     /// As for `pages`.
     pub(crate) fn soft_dirty(&self, clear: bool, tell: &mut dyn FnMut(u64, u64)) -> io::Result<()> {
-        let is_so = |entry| {
-            entry & (pagemap::PRESENT | pagemap::SWAPPED) != 0 && entry & pagemap::SOFT_DIRTY != 0
-        };
+        let is_so =
+            |entry| entry & (pagemap::PRESENT | pagemap::SWAPPED) != 0 && entry & pagemap::SOFT_DIRTY != 0;
         for (start, end) in areas(self.pid)? {
             pagemap::runs(&self.pagemap, start, end, is_so, tell)?;
         }

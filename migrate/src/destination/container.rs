@@ -146,10 +146,8 @@ impl ContainerDestination {
         let bundle = self.bundle(&name, &root, &body(format::CONFIG)?.body)?;
         let images = Images::new(self.place.runtime_dir.path()).map_err(host)?;
         let arena = Arena::new(&offer.layout).map_err(host)?;
-        let memory = arena
-            .files()
-            .and_then(|files| GuestMemory::open(&offer.layout, files, &[]))
-            .map_err(host)?;
+        let memory =
+            arena.files().and_then(|files| GuestMemory::open(&offer.layout, files, &[])).map_err(host)?;
         Ok(Arrival {
             name,
             layout: offer.layout.clone(),
@@ -217,9 +215,8 @@ impl Arrival {
             if let Some(process) = format::process_of_pagemap(name) {
                 pagemaps.push((process, Pagemap::decode(&section.body)?));
             }
-            std::fs::write(images.join(name), &section.body).map_err(|error| {
-                Error::Host(format!("the container's images cannot be written: {error}"))
-            })?;
+            std::fs::write(images.join(name), &section.body)
+                .map_err(|error| Error::Host(format!("the container's images cannot be written: {error}")))?;
         }
         let parts = Parts {
             id: &self.name,

@@ -22,7 +22,7 @@ struct RequestMessage {
 
 /// What is put behind a request: of what is there twice the last is meant, and parts of a message are put together.
 #[derive(Clone, PartialEq, Eq, Message)]
-struct FoldersMessage {
+struct PlaceMessage {
     #[prost(message, required, tag = "2")]
     options: OptionsMessage,
 }
@@ -33,6 +33,27 @@ struct OptionsMessage {
     images_dir_fd: i32,
     #[prost(int32, required, tag = "17")]
     work_dir_fd: i32,
+    #[prost(message, repeated, tag = "25")]
+    cg_root: Vec<CgroupMessage>,
+}
+
+#[derive(Clone, PartialEq, Eq, Message)]
+struct CgroupMessage {
+    #[prost(string, required, tag = "2")]
+    path: String,
+}
+
+/// What somebody between the two has to add to a request for making something anew.
+#[derive(Debug, Clone, Copy)]
+pub struct Place<'a> {
+    /// A descriptor behind which the images are. CRIU looks for it in the process that made its socket (`setup_opts_from_req` in
+    /// criu/cr-service.c).
+    pub images: i32,
+    /// One of the directory for logs and sockets.
+    pub work: i32,
+    /// The control group that runc made, where there is one hierarchy for all controllers. Of that it does not tell CRIU, which would go by the name
+    /// that the group had (`criuApplyCgroups` in runc's libcontainer).
+    pub cgroup: Option<&'a str>,
 }
 
 #[derive(Clone, PartialEq, Eq, Message)]
@@ -54,11 +75,13 @@ pub fn asks_to_restore(message: &[u8]) -> bool {
     RequestMessage::decode(message).is_ok_and(|request| request.kind == RESTORE)
 }
 
-/// Adds to a request for making something anew that images, and the directory for logs and sockets, are behind these descriptors. CRIU looks for
-/// them in the process that made its socket (`setup_opts_from_req` in criu/cr-service.c), which somebody between the two is.
-pub fn add_folders(message: &mut Vec<u8>, images: i32, work: i32) {
-    let options = OptionsMessage { images_dir_fd: images, work_dir_fd: work };
-    message.extend(FoldersMessage { options }.encode_to_vec());
+impl Place<'_> {
+    /// Adds it behind a request: of what is there twice, the last is meant.
+    pub fn add(&self, message: &mut Vec<u8>) {
+        let cg_root = self.cgroup.iter().map(|path| CgroupMessage { path: (*path).into() }).collect();
+        let options = OptionsMessage { images_dir_fd: self.images, work_dir_fd: self.work, cg_root };
+        message.extend(PlaceMessage { options }.encode_to_vec());
+    }
 }
 
 /// How far CRIU says that it has come, if that is what a message of its says.
@@ -84,14 +107,15 @@ mod tests {
     }
 
     #[test]
-    fn the_last_folders_are_meant() {
+    fn the_last_place_is_meant() {
         // type: RESTORE, opts { images_dir_fd: 5, pid: 9, work_dir_fd: 6 }
         let mut request = vec![8, 2, 18, 7, 8, 5, 16, 9, 136, 1, 6];
         assert!(asks_to_restore(&request) && !asks_to_restore(&[8, 1]) && !asks_to_restore(b""));
-        add_folders(&mut request, 300, 400);
+        Place { images: 300, work: 400, cgroup: Some("/web") }.add(&mut request);
         assert!(asks_to_restore(&request));
-        let options = FoldersMessage::decode(&request[..]).unwrap().options;
-        assert_eq!(options, OptionsMessage { images_dir_fd: 300, work_dir_fd: 400 });
+        let options = PlaceMessage::decode(&request[..]).unwrap().options;
+        let cg_root = vec![CgroupMessage { path: "/web".into() }];
+        assert_eq!(options, OptionsMessage { images_dir_fd: 300, work_dir_fd: 400, cg_root });
         assert!(request.starts_with(&[8, 2, 18, 7, 8, 5, 16, 9, 136, 1, 6]));
     }
 

@@ -35,14 +35,14 @@ const COMPLAINTS: &[&str] = &[
 ];
 
 /// Two hosts whose guests are on one network with a third.
-struct Site {
-    pair: Pair,
+pub(super) struct Site {
+    pub(super) pair: Pair,
     client: Host,
 }
 
 impl Site {
     /// `None`, and said, if the suite is left out of this run, or is run without a third host.
-    fn new(test: &str) -> Option<Self> {
+    pub(super) fn new(test: &str) -> Option<Self> {
         if std::env::var_os(HOST_KVM).is_some() {
             println!("SKIPPED: {test}: it needs three hosts, which only the laboratory has");
             return None;
@@ -58,7 +58,7 @@ impl Site {
         Some(Self { pair, client })
     }
 
-    fn on_client(&self, program: &str, arguments: &[&str]) -> Command {
+    pub(super) fn on_client(&self, program: &str, arguments: &[&str]) -> Command {
         let mut command = self.client.there(Path::new(program));
         command.args(arguments);
         command
@@ -103,13 +103,13 @@ impl Site {
 }
 
 /// A program on the client that says something line by line.
-struct Talk {
+pub(super) struct Talk {
     child: Child,
     hearing: JoinHandle<Vec<String>>,
 }
 
 impl Talk {
-    fn start(mut command: Command) -> Self {
+    pub(super) fn start(mut command: Command) -> Self {
         let mut child =
             command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("it can be started");
         let said = BufReader::new(child.stdout.take().expect("stdout is piped"));
@@ -118,7 +118,7 @@ impl Talk {
     }
 
     /// Tells it by the end of its input, or ends it; and what it said.
-    fn finish(mut self, kill: bool) -> Vec<String> {
+    pub(super) fn finish(mut self, kill: bool) -> Vec<String> {
         drop(self.child.stdin.take());
         if kill {
             self.child.kill().expect("it runs");

@@ -10,6 +10,7 @@
 )]
 
 mod itself;
+mod containers;
 mod linux;
 mod trip;
 mod moves;
@@ -93,6 +94,11 @@ fn laboratory() -> &'static Shared {
             "/sbin/mke2fs",
             "--program",
             "/sbin/e2fsck",
+            // Containers' networks and temporary files are written down with these.
+            "--program",
+            "/sbin/ip",
+            "--program",
+            "/bin/tar",
         ]);
         let mut keeper = command
             .stdin(Stdio::piped())
