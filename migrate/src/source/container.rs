@@ -164,6 +164,7 @@ impl ContainerSource {
             criu: [version.major, version.minor, version.patch],
             root: state.rootfs.to_string_lossy().into_owned(),
             tcp_established: wishes.tcp_established,
+            files: None,
         };
         let mut machine = State::default();
         machine.push(format::DESCRIPTION, SECTION_VERSION, description.encode());
