@@ -12,6 +12,7 @@
 
 pub(crate) mod arrivals;
 mod digests;
+pub(crate) mod files;
 mod images;
 pub(crate) mod keeper;
 mod processes;
@@ -19,6 +20,7 @@ mod runtime;
 mod slots;
 
 pub(crate) use digests::Digests;
+pub use files::RootCopy;
 pub(crate) use images::{IMAGE_LIMIT, Images};
 pub(crate) use processes::{Process, Tree, Which, is_gone};
 pub use runtime::{Criu, Runtime, Version};
@@ -47,6 +49,8 @@ pub struct Wishes {
     pub tracking: Tracking,
     /// Its TCP connections go with it.
     pub tcp_established: bool,
+    /// Its root file system goes with it, and what of it.
+    pub copy_root: Option<RootCopy>,
 }
 
 /// The directory of notes and sockets of this host's containers.
