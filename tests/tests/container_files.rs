@@ -270,6 +270,16 @@ fn of_an_overlay_only_what_changed_is_sent() {
     refused(&["--lower", "/tmp", "--lower", "/tmp"], &["1 lower", "--lower names 2"]);
     refused(&["--rootfs", "/tmp"], &["--rootfs"]);
 
+    // It cannot be made anew there, which is known when everything has arrived.
+    let mut receives = b.receives(&there);
+    receives.extend(["--netns".into(), "/nowhere/netns".into()]);
+    let (receiver, address) = b.host.receive(&End::arguments(&receives, &[]));
+    let words = ["send", "--container", &id, &address, "--copy-rootfs"];
+    assert_ne!(a.host.run(&End::arguments(&own, &words)).code, 0);
+    assert_ne!(receiver.finish().code, 0);
+    assert!(!b.yard.bundles().join(&there).exists(), "its overlay would be mounted there");
+    assert_sound(&a.yard, &id);
+
     // The layer is at another place there.
     let elsewhere = b.host.path("lower");
     std::fs::rename(&lower, &elsewhere).expect("a new name");

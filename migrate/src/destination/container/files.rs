@@ -786,9 +786,11 @@ mod tests {
         fn look(&mut self) -> Listing {
             let mut listing = walk(&Folder::open(self.folder.path()).unwrap(), None, false).unwrap();
             let files: Vec<_> = listing.files().collect();
+            // Others have the numbers of files that are gone.
+            self.numbers.retain(|identity, _| files.iter().any(|(_, stamp)| stamp.identity == *identity));
             for (at, stamp) in files {
-                let next = self.numbers.len() as u32;
-                let number = *self.numbers.entry(stamp.identity).or_insert(next);
+                let free = (0..).find(|number| self.numbers.values().all(|used| used != number)).unwrap();
+                let number = *self.numbers.entry(stamp.identity).or_insert(free);
                 listing.set_number(at, number);
                 let mut new = Vec::new();
                 for (first, count) in self.data(&listing, at) {

@@ -511,8 +511,9 @@ mod tests {
         fn whatever_changes_the_slots_have_it(
             first in changes(),
             rounds in prop::collection::vec((changes(), any::<bool>()), 0..4),
+            is_in_memory in any::<bool>(),
         ) {
-            let folder = tempfile::tempdir_in(".").unwrap();
+            let folder = tempfile::tempdir_in(if is_in_memory { "/dev/shm" } else { "." }).unwrap();
             scribble(folder.path(), &first);
             let mut there = There::new(folder.path());
             for (changes, without_holes) in rounds {
@@ -523,6 +524,7 @@ mod tests {
             let dirty = there.look(true);
             there.deliver(&dirty, true);
             there.assert_same(folder.path());
+            assert!(!is_in_memory || there.root.is_in_memory);
             let mut state = State::default();
             there.root.describe(&mut state).unwrap();
             assert_eq!(there.deliver(&there.look(true), true), 0, "nothing has changed since");
