@@ -14,6 +14,7 @@ pub(crate) mod arrivals;
 mod digests;
 mod filling;
 pub(crate) mod gate;
+pub(crate) mod files;
 mod images;
 pub(crate) mod keeper;
 mod pagemap;
@@ -23,6 +24,7 @@ mod runtime;
 mod slots;
 
 pub(crate) use digests::Digests;
+pub use files::RootCopy;
 pub(crate) use filling::{Arena, Plan};
 pub(crate) use images::{IMAGE_LIMIT, Images};
 pub(crate) use processes::{Process, SoftDirty, Tree, Which, is_gone};
@@ -55,6 +57,8 @@ pub struct Wishes {
     pub tracking: Tracking,
     /// Its TCP connections go with it.
     pub tcp_established: bool,
+    /// Its root file system goes with it, and what of it.
+    pub copy_root: Option<RootCopy>,
 }
 
 /// The directory of notes and sockets of this host's containers.

@@ -69,6 +69,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use streams::{Course, Streams};
 use verify::Digests;
+pub(crate) use visitor::MAX_MACHINE_BYTES;
 use visitor::{Visitor, tell};
 
 /// The shortest time between two reports of progress.

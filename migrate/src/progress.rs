@@ -295,7 +295,7 @@ pub fn show_report(report: &Report) {
         report.rounds.iter().rev().find(|round| !round.frozen).map(|round| round.predicted_downtime_us);
     say(&format!("memory    {} tracked by {}", show_bytes(report.memory_bytes), report.tracking));
     if report.disk_bytes > 0 {
-        say(&format!("disks     {} went along", show_bytes(report.disk_bytes)));
+        say(&format!("and       {} of disks or files went along", show_bytes(report.disk_bytes)));
     }
     say(&format!(
         "sent      {} and {} of state",

@@ -76,6 +76,14 @@ pub enum ProtocolError {
         /// What is wrong with it.
         why: String,
     },
+    /// A listing of files that contradicts itself.
+    #[error("entry {entry} of a container's files is not usable: {why}")]
+    Tree {
+        /// Which one, from 0 on.
+        entry: u64,
+        /// What is wrong with it.
+        why: String,
+    },
     /// A name that could not stand in a path or on a command line.
     #[error(
         "a workload's name has 1 to {limit} letters, digits, '.', '_' and '-', and begins with a letter or a digit"

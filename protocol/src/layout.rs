@@ -34,7 +34,7 @@ pub enum SpaceKind {
     /// A VM's memory. New at the destination, it reads as zeros.
     Memory,
     /// The image of a disk that goes with the VM. New at the destination, it reads as zeros; its last page may go beyond the
-    /// disk's end, and is zeros there. Its guest address is 0.
+    /// disk's end, and is zeros there. Or what is in the [files](crate::container::tree) of a container that go with it. Its guest address is 0.
     Disk,
 }
 

@@ -20,10 +20,13 @@ use std::path::Path;
 const DOCUMENTS: [&str; 2] = ["wire-protocol.md", "control-protocol.md"];
 
 /// Public constants that are not numbers or texts of the wire.
-const NOT_LIMITS: [&str; 18] = [
+const NOT_LIMITS: [&str; 21] = [
     "container::DESCRIPTION",
     "container::CONFIG",
     "container::PLACEMENT",
+    "container::FILES",
+    "container::FILES_PLACEMENT",
+    "container::WITH_FILES_VERSION",
     "container::IMAGE",
     "container::SECTION_VERSION",
     "handshake::CAPABILITIES",

@@ -2,6 +2,7 @@
 
 use crate::lab::packages::{cache_dir, run};
 use crate::lab::{Context as _, Result};
+use crate::{Finished, Host, trusting_pair};
 use rustix::fs::FlockOperation;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -328,19 +329,43 @@ impl Yard {
     /// # Panics
     /// If it does not run.
     pub fn run(&self, id: &str, tenant: &Path, arguments: &str, network: &Network) {
+        self.make(id, tenant, arguments, network);
+        self.go(id);
+    }
+
+    /// The same, without running it yet.
+    ///
+    /// # Panics
+    /// If its bundle cannot be made.
+    pub fn make(&self, id: &str, tenant: &Path, arguments: &str, network: &Network) {
         let bundle = self.dir.path().join(id);
         let words: Vec<&str> = ["/tmp/out"].into_iter().chain(arguments.split_whitespace()).collect();
         self.tools.bundle(&bundle, tenant, &words, network);
+    }
+
+    /// Runs what was made.
+    ///
+    /// # Panics
+    /// If it does not run.
+    pub fn go(&self, id: &str) {
+        let bundle = self.bundle(id);
         let run = self.runc(&["run", "--detach", "--bundle", &bundle.to_string_lossy(), id]).status();
         assert!(run.is_ok_and(|status| status.success()), "{id} does not run");
     }
 
-    /// The file to which a tenant that began here says how it is.
-    pub fn out(&self, id: &str) -> PathBuf {
-        self.dir.path().join(id).join("rootfs/tmp/out")
+    /// The root file system of a container that began here, or came here with its files.
+    pub fn rootfs(&self, id: &str) -> PathBuf {
+        let bundles = [self.bundle(id), self.bundles().join(id)];
+        let [began, came] = bundles.map(|bundle| bundle.join("rootfs"));
+        if began.exists() { began } else { came }
     }
 
-    /// What each process of a tenant said last, if it said something; `id` is that under which it began here.
+    /// The file to which a tenant says how it is.
+    pub fn out(&self, id: &str) -> PathBuf {
+        self.rootfs(id).join("tmp/out")
+    }
+
+    /// What each process of a tenant said last, if it said something; `id` is that under which its files are here.
     pub fn words(&self, id: &str) -> Vec<Word> {
         let text = std::fs::read(self.out(id)).unwrap_or_default();
         let records = String::from_utf8_lossy(&text).replace('\0', "");
@@ -403,6 +428,15 @@ impl Yard {
         }
     }
 
+    /// Takes away what is mounted in it.
+    fn unmount(&self) {
+        let text = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let points = text.lines().filter_map(|line| line.split(' ').nth(4)).map(Path::new);
+        for point in points.filter(|point| point.starts_with(self.dir.path())) {
+            let _ = rustix::mount::unmount(point, rustix::mount::UnmountFlags::DETACH);
+        }
+    }
+
     /// Kills a container and forgets it.
     pub fn end(&self, id: &str) {
         let _ = self.runc(&["delete", "--force", id]).status();
@@ -417,11 +451,64 @@ impl Default for Yard {
 
 impl Drop for Yard {
     fn drop(&mut self) {
-        let Ok(entries) = std::fs::read_dir(self.root()) else { return };
+        let Ok(entries) = std::fs::read_dir(self.root()) else { return self.unmount() };
         for entry in entries.flatten() {
             let id = entry.file_name().to_string_lossy().into_owned();
             // One that stands still can be ended, too.
             self.end(&id);
         }
+        self.unmount();
+    }
+}
+
+/// One end of a move: a host, and its containers.
+pub struct End {
+    /// The host.
+    pub host: Host,
+    /// Its containers.
+    pub yard: Yard,
+}
+
+impl End {
+    /// Two whose hosts trust each other; `program` is the one under test.
+    pub fn pair(program: &Path) -> (Self, Self) {
+        let (a, b) = trusting_pair(program);
+        (Self { host: a, yard: Yard::new() }, Self { host: b, yard: Yard::new() })
+    }
+
+    /// The words of a command, and behind them what it has to be told of runc and CRIU.
+    pub fn arguments<'a>(own: &'a [String], more: &[&'a str]) -> Vec<&'a str> {
+        more.iter().copied().chain(own.iter().map(String::as_str)).collect()
+    }
+
+    /// What `migrate receive` is told.
+    pub fn receives(&self, name: &str) -> Vec<String> {
+        let bundles = self.yard.bundles().to_string_lossy().into_owned();
+        let mut arguments =
+            vec!["--once".into(), "--name".into(), name.into(), "--containers".into(), bundles];
+        arguments.extend(self.yard.arguments());
+        arguments
+    }
+
+    /// Sends a container to another end, under another name there.
+    pub fn send(&self, to: &Self, id: &str, name: &str, more: &[&str]) -> (Finished, Finished) {
+        let receives = to.receives(name);
+        let (receiver, address) = to.host.receive(&Self::arguments(&receives, &[]));
+        let own = self.yard.arguments();
+        let words = [&["send", "--container", id, &address], more].concat();
+        let sent = self.host.run(&Self::arguments(&own, &words));
+        (sent, receiver.finish())
+    }
+
+    /// The same, and it arrives. Answers the sender's report.
+    ///
+    /// # Panics
+    /// If it does not.
+    pub fn moves(&self, to: &Self, id: &str, name: &str, more: &[&str]) -> Value {
+        let (sent, received) = self.send(to, id, name, more);
+        let report = sent.success().event("report").expect("a report").clone();
+        received.success();
+        assert_eq!((self.yard.status(id), to.yard.status(name).as_deref()), (None, Some("running")));
+        report
     }
 }

@@ -1,6 +1,6 @@
 //! Which programs containers run under, as an operator says it.
 
-use crate::container::{Runtime, Tracking, Wishes};
+use crate::container::{RootCopy, Runtime, Tracking, Wishes};
 use crate::destination::any::ContainerPlace;
 use crate::error::{Error, Result};
 use crate::paths::RuntimeDir;
@@ -41,13 +41,17 @@ pub(super) struct WishArgs {
     /// Let the container's TCP connections go with it. They go on where it has the same addresses.
     #[arg(long, requires = "container")]
     tcp_established: bool,
+    /// Copy the container's root file system as well, in rounds: of an overlay what its upper layer has, which takes the layers below at the other
+    /// end; of everything else, or if `whole` is said, all of it. Volumes (bind mounts) are not a part of it.
+    #[arg(long, value_enum, value_name = "PART", num_args = 0..=1, require_equals = true, default_missing_value = "upper", requires = "container")]
+    copy_rootfs: Option<RootCopy>,
 }
 
 impl WishArgs {
     /// As the source wants it.
     pub(super) fn wishes(self) -> Wishes {
-        let Self { tracking, tcp_established } = self;
-        Wishes { tracking, tcp_established }
+        let Self { tracking, tcp_established, copy_rootfs } = self;
+        Wishes { tracking, tcp_established, copy_root: copy_rootfs }
     }
 }
 
@@ -59,9 +63,14 @@ pub(super) struct PlaceArgs {
     /// a container may do is said by its configuration, which comes with it.
     #[arg(long, value_name = "FOLDER")]
     containers: Option<PathBuf>,
-    /// Where the root file system of the container is on this host [default: at the same path as on its own].
+    /// Where the root file system of the container is on this host [default: at the same path as on its own]. Not for one that is copied: that is
+    /// made in the bundle.
     #[arg(long, value_name = "DIR", requires = "containers")]
     rootfs: Option<PathBuf>,
+    /// A layer that lies below the copied upper layer of an overlay, the top first; given for each of them, as many as it has [default: at the same
+    /// paths as on its own host].
+    #[arg(long, value_name = "DIR", requires = "containers", conflicts_with = "rootfs")]
+    lower: Vec<PathBuf>,
     /// The network namespace of the container on this host [default: at the same path as on its own].
     #[arg(long, value_name = "PATH", requires = "containers")]
     netns: Option<PathBuf>,
@@ -79,6 +88,7 @@ impl PlaceArgs {
             let absolute = path.as_deref().map(std::path::absolute).transpose();
             absolute.map_err(|error| Error::Host(format!("the path of {path:?} is not known: {error}")))
         };
+        let lower = self.lower.iter().map(|path| absolute(&Some(path.clone())));
         let RuntimeArgs { runc, runc_root, criu } = self.runtime.clone();
         Ok(ContainerPlace {
             runc,
@@ -88,6 +98,7 @@ impl PlaceArgs {
             bundles: absolute(&self.containers)?,
             name: name.map(str::to_owned),
             root: absolute(&self.rootfs)?,
+            lower: lower.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect(),
             netns: absolute(&self.netns)?,
         })
     }

@@ -54,7 +54,8 @@ Examples:
   migrate send web b.example:7700 --on-stall minimum,cancel --max-downtime 500ms
   migrate send web b.example:7700 --copy-disk
   migrate send web b.example:7700 --trace web.trace
-  migrate send --container shop b.example:7700")]
+  migrate send --container shop b.example:7700
+  migrate send --container shop b.example:7700 --copy-rootfs")]
 pub struct Args {
     /// The VM's name, or the path of its control socket.
     vm: String,

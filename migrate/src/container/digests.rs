@@ -10,6 +10,9 @@ use protocol::payload::is_zero;
 /// Digest of one page; none of what was never delivered.
 type Digest = Option<[u8; 32]>;
 
+/// Stands for a page of zeros, which need not be hashed.
+const ZEROS: [u8; 32] = [0; 32];
+
 /// The digests of what was delivered.
 #[derive(Debug, Default)]
 pub(crate) struct Digests {
@@ -32,6 +35,21 @@ impl Digests {
         }
     }
 
+    /// The destination has zeros there: these pages were delivered as such, or never.
+    pub(crate) fn delivered_zeros(&mut self, space: SpaceId, first: u64, count: u64) {
+        let Some(space) = self.spaces.get_mut(usize::from(space.0)) else { return };
+        let at = |slot: u64| usize::try_from(slot).unwrap_or(usize::MAX).min(space.len());
+        let range = at(first)..at(first.saturating_add(count));
+        space[range].fill(None);
+    }
+
+    /// Whether a page is not as it is where all that was never delivered is zeros.
+    pub(crate) fn is_other_than_there(&self, space: SpaceId, slot: u64, page: Option<&[u8]>) -> bool {
+        let slot = usize::try_from(slot).unwrap_or(usize::MAX);
+        let last = self.spaces.get(usize::from(space.0)).and_then(|space| *space.get(slot)?);
+        last.unwrap_or(ZEROS) != page.map_or(ZEROS, digest)
+    }
+
     /// Whether a page is not as it was delivered.
     pub(crate) fn differs(&self, space: SpaceId, slot: u64, page: &[u8]) -> bool {
         let slot = usize::try_from(slot).unwrap_or(usize::MAX);
@@ -41,7 +59,7 @@ impl Digests {
 }
 
 fn digest(page: &[u8]) -> [u8; 32] {
-    if is_zero(page) { [0; 32] } else { *blake3::hash(page).as_bytes() }
+    if is_zero(page) { ZEROS } else { *blake3::hash(page).as_bytes() }
 }
 
 #[cfg(test)]
@@ -59,5 +77,20 @@ mod tests {
         assert!(digests.differs(SpaceId(0), 6, &ones));
         digests.delivered(SpaceId(1), 6, &zeros);
         assert!(!digests.differs(SpaceId(1), 6, &zeros));
+    }
+
+    #[test]
+    fn what_was_never_delivered_is_zeros_where_it_is_new() {
+        let mut digests = Digests::default();
+        let (space, ones) = (SpaceId(2), [1; PAGE_SIZE]);
+        assert!(!digests.is_other_than_there(space, 7, None));
+        assert!(!digests.is_other_than_there(space, 7, Some(&[0; PAGE_SIZE])));
+        assert!(digests.is_other_than_there(space, 7, Some(&ones)));
+        digests.delivered(space, 6, &[ones, ones].concat());
+        assert!(digests.is_other_than_there(space, 7, None));
+        assert!(!digests.is_other_than_there(space, 7, Some(&ones)));
+        digests.delivered_zeros(space, 7, 100);
+        assert!(!digests.is_other_than_there(space, 7, None));
+        assert!(digests.is_other_than_there(space, 7, Some(&ones)));
     }
 }

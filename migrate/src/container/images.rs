@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
 use std::ffi::OsStr;
 use std::fs::DirBuilder;
 use std::os::fd::OwnedFd;
@@ -14,6 +15,9 @@ pub(crate) const IMAGE_LIMIT: u64 = 60 << 20;
 
 /// `TMPFS_MAGIC` (include/uapi/linux/magic.h).
 const TMPFS: i64 = 0x0102_1994;
+
+/// How often making one is tried where others look for stale ones at the same time.
+const TRIES: u32 = 10;
 
 /// What the names of such directories begin with.
 const PREFIX: &str = "migrate-images-";
@@ -41,14 +45,34 @@ impl Images {
             ))
         })?;
         remove_stale(place);
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let path = place.join(format!("{PREFIX}{}-{number}", std::process::id()));
-        let cannot = |error: std::io::Error| {
-            Error::Host(format!("the directory {} for images cannot be made: {error}", path.display()))
+        let make = |path: &Path| -> std::io::Result<Option<OwnedFd>> {
+            DirBuilder::new().mode(0o700).create(path)?;
+            match locked(path) {
+                // Whoever removes what is stale may have come between the two, and have taken it for that.
+                Ok(lock) => Ok(path.exists().then_some(lock)),
+                Err(Errno::NOENT | Errno::WOULDBLOCK) => Ok(None),
+                Err(error) => Err(error.into()),
+            }
         };
-        DirBuilder::new().mode(0o700).create(&path).map_err(cannot)?;
-        let lock = locked(&path).map_err(|error| cannot(error.into()))?;
-        Ok(Self { path, _lock: lock })
+        let mut last = PathBuf::new();
+        for _ in 0..TRIES {
+            let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+            let path = place.join(format!("{PREFIX}{}-{number}", std::process::id()));
+            match make(&path) {
+                Ok(Some(lock)) => return Ok(Self { path, _lock: lock }),
+                Ok(None) => last = path,
+                Err(error) => {
+                    let path = path.display();
+                    return Err(Error::Host(format!(
+                        "the directory {path} for images cannot be made: {error}"
+                    )));
+                }
+            }
+        }
+        Err(Error::Host(format!(
+            "somebody removes the directories for images as soon as they are made: {} was the last",
+            last.display()
+        )))
     }
 
     /// A directory in it, made when it is missing.
@@ -110,5 +134,20 @@ mod tests {
         assert!(!stale.exists() && path.exists() && other.path != images.path);
         drop(images);
         assert!(!path.exists() && other.path.exists());
+    }
+
+    #[test]
+    fn many_at_once_take_nothing_from_each_other() {
+        let runtime = tempfile::tempdir_in("/dev/shm").unwrap();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..50 {
+                        Images::new(runtime.path()).unwrap().folder("dump").unwrap();
+                    }
+                });
+            }
+        });
+        assert_eq!(std::fs::read_dir(runtime.path()).unwrap().count(), 0);
     }
 }

@@ -26,6 +26,8 @@ pub(crate) struct Slots {
     pages: HashMap<u32, BTreeMap<u64, (u32, SpaceId, u64)>>,
     /// Pages that the last space has room for.
     room: u64,
+    /// The number of the first space in the layout.
+    first: u16,
 }
 
 impl Slots {
@@ -34,7 +36,7 @@ impl Slots {
     /// # Errors
     /// How many processes there are, if those are more than there may be spaces.
     pub(crate) fn new(processes: &[(u32, Vec<(u64, u64)>)], room: u64) -> Result<Self, usize> {
-        let mut slots = Self { spaces: Vec::new(), pages: HashMap::new(), room };
+        let mut slots = Self { spaces: Vec::new(), pages: HashMap::new(), room, first: 0 };
         for (process, runs) in processes.iter().filter(|(_, runs)| !runs.is_empty()) {
             slots.spaces.push(Vec::new());
             runs.iter().for_each(|(page, pages)| slots.append(*process, *page, *pages));
@@ -46,6 +48,11 @@ impl Slots {
         }
     }
 
+    /// One space for everything, which is not the first of its layout: what is in the files of a container. They stand in the place of processes.
+    pub(crate) fn alone(space: SpaceId, room: u64) -> Self {
+        Self { spaces: vec![Vec::new()], pages: HashMap::new(), room, first: space.0 }
+    }
+
     /// The layout that it is in.
     pub(crate) fn layout(&self) -> Layout {
         let mut address = 0;
@@ -54,8 +61,7 @@ impl Slots {
             let pages = if index == last { self.room } else { runs.last().map_or(0, end_of) };
             let guest_address = address;
             address += pages * PAGE_SIZE as u64;
-            // There are at most MAX_SPACES.
-            Space { id: SpaceId(index as u16), kind: SpaceKind::Memory, pages, guest_address }
+            Space { id: self.id(index), kind: SpaceKind::Memory, pages, guest_address }
         });
         Layout { spaces: spaces.collect() }
     }
@@ -92,7 +98,7 @@ impl Slots {
             return None;
         }
         self.append(process, first, count);
-        Some((SpaceId(last as u16), slot))
+        Some((self.id(last), slot))
     }
 
     /// Tells whose pages are in a range of slots, piece by piece: first slot, number, process and first page. Slots that were never given to
@@ -104,7 +110,8 @@ impl Slots {
         count: u64,
         each: &mut dyn FnMut(u64, u64, u32, u64),
     ) {
-        let Some(runs) = self.spaces.get(usize::from(space.0)) else { return };
+        let index = space.0.checked_sub(self.first).map(usize::from);
+        let Some(runs) = index.and_then(|index| self.spaces.get(index)) else { return };
         let end = first.saturating_add(count);
         let begin = runs.partition_point(|run| end_of(run) <= first);
         for run in runs.iter().skip(begin).take_while(|run| run.slot < end) {
@@ -118,14 +125,21 @@ impl Slots {
         Placement { runs: self.spaces.iter().flatten().copied().collect() }
     }
 
+    /// The number of a space in the layout.
+    fn id(&self, index: usize) -> SpaceId {
+        // There are at most MAX_SPACES.
+        SpaceId(self.first + index as u16)
+    }
+
     /// Puts pages behind what the last space has.
     fn append(&mut self, process: u32, mut page: u64, mut count: u64) {
         let index = self.spaces.len().saturating_sub(1);
+        let space = self.id(index);
         let Some(runs) = self.spaces.get_mut(index) else { return };
         let pages_of = self.pages.entry(process).or_default();
         while count > 0 {
             let pages = u32::try_from(count).unwrap_or(u32::MAX);
-            let (slot, space) = (runs.last().map_or(0, end_of), SpaceId(index as u16));
+            let slot = runs.last().map_or(0, end_of);
             let next = runs.last_mut().filter(|run| {
                 run.process == process
                     && run.page + u64::from(run.pages) == page
@@ -190,6 +204,22 @@ mod tests {
         assert_eq!(pieces, [(3, 2, 1, 18), (5, 88, 7, 1)]);
         let placement = slots.placement();
         assert_eq!(Placement::decode(&slots.layout(), &placement.encode().unwrap()).unwrap(), placement);
+    }
+
+    #[test]
+    fn a_space_alone_has_the_number_that_it_was_given() {
+        let space = SpaceId(7);
+        let mut slots = Slots::alone(space, 10);
+        assert_eq!(
+            (slots.add(3, 0, 4), slots.add(4, 1, 6), slots.add(4, 9, 1)),
+            (Some((space, 0)), Some((space, 4)), None)
+        );
+        assert_eq!(found(&slots, 4, 0, 3), [(0, 1, Place::Nowhere), (1, 2, Place::At(space, 4))]);
+        let mut pieces = Vec::new();
+        slots.at(space, 2, 4, &mut |slot, count, file, page| pieces.push((slot, count, file, page)));
+        assert_eq!(pieces, [(2, 2, 3, 2), (4, 2, 4, 1)]);
+        slots.at(SpaceId(6), 0, 10, &mut |_, _, _, _| panic!("it has no other"));
+        assert!(slots.placement().runs.iter().all(|run| run.space == space));
     }
 
     proptest! {

@@ -40,18 +40,20 @@ pub struct ContainerPlace {
     pub name: Option<String>,
     /// Its root file system here, if that is not at the same path as there.
     pub root: Option<PathBuf>,
+    /// The layers below its upper layer here, if that arrives and they are not at the same paths as there.
+    pub lower: Vec<PathBuf>,
     /// Its network namespace here, if that is not at the same path as there.
     pub netns: Option<PathBuf>,
 }
 
 impl ContainerPlace {
     fn open(&self) -> Result<container::Place> {
-        let Self { runtime_dir, bundles, name, root, netns, .. } = self.clone();
+        let Self { runtime_dir, bundles, name, root, lower, netns, .. } = self.clone();
         let bundles = bundles.ok_or_else(|| {
             Error::Host("containers are not taken here, because whoever sends one says what it may do: allow them with --containers FOLDER".into())
         })?;
         let runtime = Runtime::find(self.runc.as_deref(), self.runc_root.as_deref(), self.criu.as_deref())?;
-        Ok(container::Place { runtime, runtime_dir, bundles, name, root, netns })
+        Ok(container::Place { runtime, runtime_dir, bundles, name, root, lower, netns })
     }
 }
 

@@ -3,26 +3,27 @@
 //! Pages arrive in memory of this process. Once all are there CRIU makes the container, without its memory, and before any of it runs that is filled:
 //! so when the sender is told that its container is ready here, nothing is left to be done but to let it run.
 
+mod bundle;
+mod files;
+
+use crate::container::files::{unpack_placement, unpack_tree};
 use crate::container::{Arena, Images, Parts, Plan, Restoring, Runtime, Version, arrivals};
 use crate::destination::{Destination, Incomplete, PageMemory, Refusal};
 use crate::error::{Error, Result};
 use crate::memory::GuestMemory;
 use crate::paths::RuntimeDir;
+use bundle::{Bundle, Part};
+use files::{Incoming, WithFiles, lower_layers};
 use protocol::MigrationId;
 use protocol::container::pagemap::Pagemap;
-use protocol::container::{self as format, Description, Placement};
+use protocol::container::{self as format, Description, Placement, SECTION_VERSION, WITH_FILES_VERSION};
 use protocol::control::{Offer, RefuseCode, WorkloadKind, check_name};
-use protocol::layout::Layout;
-use protocol::page::PageSet;
-use protocol::state::State;
+use protocol::layout::{Layout, SpaceKind};
+use protocol::page::{PageSet, SpaceId};
+use protocol::state::{Section, State};
 use serde_json::Value;
-use std::fs::DirBuilder;
-use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-
-/// The file in a bundle that says that it was made here.
-const MARK: &str = ".made-by-migrate";
 
 /// Where and under which name an arriving container runs.
 #[derive(Debug, Clone)]
@@ -37,6 +38,8 @@ pub struct Place {
     pub name: Option<String>,
     /// Its root file system here, if that is not at the same path as there.
     pub root: Option<PathBuf>,
+    /// The layers below its upper layer here, if that arrives and they are not at the same paths as there.
+    pub lower: Vec<PathBuf>,
     /// Its network namespace here, if that is not at the same path as there.
     pub netns: Option<PathBuf>,
 }
@@ -49,50 +52,17 @@ pub struct ContainerDestination {
 
 struct Arrival {
     name: String,
+    /// Of its memory.
     layout: Layout,
     arena: Arc<Arena>,
     memory: Arc<GuestMemory>,
     /// Once the state is here. It goes first, and with it what uses the other parts.
     restoring: Option<Restoring>,
+    /// Its root file system, if that comes with it, in this layout.
+    root: Option<(Arc<Incoming>, Layout)>,
     bundle: Bundle,
     images: Images,
     tcp_established: bool,
-}
-
-/// A bundle that was made here, and is removed when it is dropped before its container runs. Nothing else in its folder is touched.
-struct Bundle {
-    path: PathBuf,
-    is_needed: bool,
-}
-
-impl Bundle {
-    /// A new one; or in the place of one that was made here before, whose container is gone.
-    fn make(path: PathBuf, config: &[u8]) -> std::io::Result<Self> {
-        let mark = path.join(MARK);
-        if !mark.exists() {
-            // Somebody else's is not to be overwritten, and certainly not to be removed.
-            DirBuilder::new().mode(0o700).create(&path)?;
-            std::fs::write(&mark, "")?;
-        }
-        let bundle = Self { path, is_needed: false };
-        std::fs::write(bundle.path.join("config.json"), config)?;
-        Ok(bundle)
-    }
-}
-
-impl Drop for Bundle {
-    fn drop(&mut self) {
-        if self.is_needed {
-            return;
-        }
-        let removed = ["config.json", MARK]
-            .into_iter()
-            .try_for_each(|file| std::fs::remove_file(self.path.join(file)))
-            .and_then(|()| std::fs::remove_dir(&self.path));
-        if let Err(error) = removed {
-            tracing::warn!(path = %self.path.display(), %error, "the bundle of a container that did not arrive is left");
-        }
-    }
 }
 
 impl ContainerDestination {
@@ -111,14 +81,14 @@ impl ContainerDestination {
         check_name(&name).map_err(bad)?;
         let machine = State::decode(machine).map_err(bad)?;
         let body = |name: &'static str| {
-            machine.section(name).filter(|section| section.version == format::SECTION_VERSION).ok_or_else(
-                || {
-                    refuse(
-                        RefuseCode::BadOffer,
-                        format!("the container's description has no {name} that this release understands"),
-                    )
-                },
-            )
+            let newest = if name == format::DESCRIPTION { WITH_FILES_VERSION } else { SECTION_VERSION };
+            let known = |section: &&Section| (SECTION_VERSION..=newest).contains(&section.version);
+            machine.section(name).filter(known).ok_or_else(|| {
+                refuse(
+                    RefuseCode::BadOffer,
+                    format!("the container's description has no {name} that this release understands"),
+                )
+            })
         };
         let description = Description::decode(&body(format::DESCRIPTION)?.body).map_err(bad)?;
         let [major, minor, patch] = description.criu;
@@ -135,25 +105,54 @@ impl ContainerDestination {
             );
             return Err(refuse(RefuseCode::NameTaken, reason));
         }
-        let root = self.place.root.clone().unwrap_or_else(|| PathBuf::from(&description.root));
-        if !root.is_dir() {
+        let (layout, comes_with) = memory_of(&offer.layout, &description).map_err(bad)?;
+        bundle::remove_stale(&self.place.bundles);
+        let lower = match &description.files {
+            Some(_) if self.place.root.is_some() => {
+                let reason = "its root file system comes with it: take it without --rootfs";
+                return Err(refuse(RefuseCode::Machine, reason.into()));
+            }
+            Some(files) => lower_layers(files, &self.place.lower)
+                .map_err(|error| refuse(RefuseCode::Machine, error.to_string()))?,
+            None => Vec::new(),
+        };
+        let root = match (&description.files, &self.place.root) {
+            (Some(_), _) => bundle::root_in(&self.place.bundles.join(&name)),
+            (None, Some(root)) => root.clone(),
+            (None, None) => PathBuf::from(&description.root),
+        };
+        if !comes_with && !root.is_dir() {
             let reason = format!(
-                "its root file system is not here: there is no directory {}; mount it there, or say where it is with --rootfs",
+                "its root file system is not here: there is no directory {}; mount it there, say where it is with --rootfs, or let it come with \
+                 --copy-rootfs at the sender",
                 root.display()
             );
             return Err(refuse(RefuseCode::Machine, reason));
         }
-        let bundle = self.bundle(&name, &root, &body(format::CONFIG)?.body)?;
+        let bundle = self.bundle(&name, &root, &body(format::CONFIG)?.body, comes_with)?;
+        let root = match &description.files {
+            Some(files) => {
+                let tree = unpack_tree(&body(format::FILES)?.body).map_err(host)?;
+                let space = SpaceId(files.space);
+                let placement = unpack_placement(&offer.layout, space, &body(format::FILES_PLACEMENT)?.body)
+                    .map_err(host)?;
+                let pages = offer.layout.space(space).map_or(0, |space| space.pages);
+                let incoming =
+                    Incoming::make(&bundle, files, lower, tree, &placement, pages).map_err(host)?;
+                Some((Arc::new(incoming), offer.layout.clone()))
+            }
+            None => None,
+        };
         let images = Images::new(self.place.runtime_dir.path()).map_err(host)?;
-        let arena = Arena::new(&offer.layout).map_err(host)?;
-        let memory =
-            arena.files().and_then(|files| GuestMemory::open(&offer.layout, files, &[])).map_err(host)?;
+        let arena = Arena::new(&layout).map_err(host)?;
+        let memory = arena.files().and_then(|files| GuestMemory::open(&layout, files, &[])).map_err(host)?;
         Ok(Arrival {
             name,
-            layout: offer.layout.clone(),
+            layout,
             arena: Arc::new(arena),
             memory: Arc::new(memory),
             restoring: None,
+            root,
             bundle,
             images,
             tcp_established: description.tcp_established,
@@ -161,7 +160,13 @@ impl ContainerDestination {
     }
 
     /// The configuration as it came, with the root file system of this host.
-    fn bundle(&self, name: &str, root: &Path, config: &[u8]) -> std::result::Result<Bundle, Refusal> {
+    fn bundle(
+        &self,
+        name: &str,
+        root: &Path,
+        config: &[u8],
+        has_root: bool,
+    ) -> std::result::Result<Bundle, Refusal> {
         let wrong = |why: String| {
             refuse(RefuseCode::BadOffer, format!("the container's configuration is unusable: {why}"))
         };
@@ -181,7 +186,7 @@ impl ContainerDestination {
         let written = serde_json::to_vec_pretty(&config).map_err(std::io::Error::other);
         let made = std::fs::create_dir_all(&self.place.bundles)
             .and(written)
-            .and_then(|config| Bundle::make(path.clone(), &config));
+            .and_then(|config| Bundle::make(path.clone(), &config, has_root));
         made.map_err(|error| {
             refuse(
                 RefuseCode::Host,
@@ -196,6 +201,28 @@ impl ContainerDestination {
 
     fn arrival(&mut self) -> Result<&mut Arrival> {
         self.arrival.as_mut().ok_or_else(|| Error::Workload("no container was prepared here".into()))
+    }
+}
+
+/// The layout of a container's memory alone, and whether its files come with it.
+fn memory_of(
+    layout: &Layout,
+    description: &Description,
+) -> std::result::Result<(Layout, bool), protocol::ProtocolError> {
+    let of_files = description.files.as_ref().map(|files| usize::from(files.space));
+    let memory: Vec<_> = layout.of_kind(SpaceKind::Memory).cloned().collect();
+    let others = layout.spaces.len() - memory.len();
+    // Behind all memory: spaces keep their numbers.
+    let is_last = layout.spaces.last().is_some_and(|space| space.kind == SpaceKind::Disk);
+    let fits = match of_files {
+        Some(space) => others == 1 && is_last && space == memory.len(),
+        None => others == 0,
+    };
+    match fits {
+        true => Ok((Layout { spaces: memory }, of_files.is_some())),
+        false => Err(protocol::ProtocolError::Layout {
+            why: "its last space, and no other, has the container's files if they come with it".into(),
+        }),
     }
 }
 
@@ -226,7 +253,24 @@ impl Arrival {
             tcp_established: self.tcp_established,
         };
         let plan = Plan::new(&placement, &pagemaps)?;
+        // CRIU opens what processes had open.
+        self.finish_files(&state)?;
         self.restoring = Some(Restoring::begin(runtime, &parts, plan, Arc::clone(&self.arena))?);
+        Ok(())
+    }
+
+    /// Makes the root file system as it was in the end, if it came.
+    fn finish_files(&self, state: &State) -> Result<()> {
+        let Some((root, layout)) = &self.root else { return Ok(()) };
+        let missing = || Error::Workload("the container's state does not say which files it has".into());
+        let body = |name| state.section(name).map(|section| section.body.as_slice()).ok_or_else(missing);
+        let tree = unpack_tree(body(format::FILES)?)?;
+        root.finish(&tree, &unpack_placement(layout, root.space(), body(format::FILES_PLACEMENT)?)?)?;
+        for part in [Part::Moved, Part::Later] {
+            self.bundle.forget(part).map_err(|error| {
+                Error::Host(format!("{} cannot be tidied up: {error}", self.bundle.path.display()))
+            })?;
+        }
         Ok(())
     }
 }
@@ -244,6 +288,9 @@ impl Destination for ContainerDestination {
 
     fn memory(&self) -> Arc<dyn PageMemory> {
         match &self.arrival {
+            Some(Arrival { memory, root: Some((root, _)), .. }) => {
+                Arc::new(WithFiles { memory: memory.clone(), root: root.clone() })
+            }
             Some(arrival) => arrival.memory.clone(),
             None => Arc::new(GuestMemory::none()),
         }
@@ -261,8 +308,11 @@ impl Destination for ContainerDestination {
             .restoring
             .take()
             .ok_or_else(|| Error::Workload(format!("{} has no state yet", arrival.name)))?;
+        arrival.bundle.keep().map_err(|error| {
+            Error::Host(format!("the bundle {} cannot be kept: {error}", arrival.bundle.path.display()))
+        })?;
         restoring.run()?;
-        arrival.bundle.is_needed = true;
+        arrival.bundle.runs();
         if let Err(error) = arrivals::note(&runtime_dir, &arrival.name, migration) {
             // It runs, and this process says so.
             tracing::warn!("{error}");
@@ -287,31 +337,4 @@ impl Destination for ContainerDestination {
     }
 
     fn discard(self: Box<Self>) {}
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn nobody_elses_bundle_is_touched() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = |name: &str| folder.path().join(name);
-        let theirs = path("theirs");
-        std::fs::create_dir_all(theirs.join("rootfs")).unwrap();
-        std::fs::write(theirs.join("config.json"), "theirs").unwrap();
-        assert!(Bundle::make(theirs.clone(), b"ours").is_err());
-        assert_eq!(std::fs::read(theirs.join("config.json")).unwrap(), b"theirs");
-        assert!(theirs.join("rootfs").is_dir());
-
-        let mut ours = Bundle::make(path("ours"), b"1").unwrap();
-        ours.is_needed = true;
-        drop(ours);
-        // Its container is gone, and comes again; meanwhile somebody put something there.
-        std::fs::write(path("ours").join("notes"), "x").unwrap();
-        drop(Bundle::make(path("ours"), b"2").unwrap());
-        assert_eq!(std::fs::read_dir(path("ours")).unwrap().count(), 1);
-        drop(Bundle::make(path("new"), b"3").unwrap());
-        assert!(!path("new").exists());
-    }
 }

@@ -9,9 +9,9 @@ use protocol::control::{Downstream, Offer, RefuseCode, Upstream};
 use protocol::handshake::{Hello, POST_COPY};
 use std::time::{Duration, Instant};
 
-/// The longest blob of a first word, in bytes: a machine's description has some kilobytes, and the desk may hold a few
-/// dozens of them for peers that have not been accepted yet.
-const MAX_MACHINE_BYTES: u32 = 4 << 20;
+/// The longest blob of a first word, in bytes: a machine's description has some kilobytes, the listing of a container's files up to megabytes, and the
+/// desk may hold a few dozens of them for peers that have not been accepted yet.
+pub(crate) const MAX_MACHINE_BYTES: u32 = 4 << 20;
 
 /// How long telling a peer something that nothing depends on may take.
 const FAREWELL: Duration = Duration::from_secs(1);

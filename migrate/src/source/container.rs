@@ -1,20 +1,24 @@
 //! A container under runc as a source.
 
+mod files;
 mod memory;
 
 use crate::container::keeper::{Keeper, Order};
 use crate::container::{
-    Digests, IMAGE_LIMIT, Images, Place, Process, Runtime, Slots, SoftDirty, Tracking, Tree, Which, Wishes,
+    Digests, IMAGE_LIMIT, Images, Place, Process, RootCopy, Runtime, Slots, SoftDirty, Tracking, Tree, Which,
+    Wishes,
 };
 use crate::error::{Error, Result};
+use crate::inbound::MAX_MACHINE_BYTES;
 use crate::memory::PageReader;
 use crate::paths::RuntimeDir;
 use crate::source::{Committed, Dirty, Donor, Durable, NoDonor, Source, Workload};
+use files::Root;
 use memory::{Memory, PAGE_BYTES, lock, read, write};
 use protocol::MigrationId;
 use protocol::checkpoint::name::CheckpointId;
 use protocol::container::pagemap::{LAZY, Pagemap};
-use protocol::container::{self as format, Description, SECTION_VERSION};
+use protocol::container::{self as format, Description, SECTION_VERSION, WITH_FILES_VERSION};
 use protocol::control::{WorkloadKind, check_name};
 use protocol::monitor::Pledge;
 use protocol::page::{PAGE_SIZE, PageRun, PageSet, SpaceId};
@@ -86,7 +90,7 @@ struct Frozen {
 }
 
 impl Watch {
-    fn begin(id: &str, first: i32) -> Result<Self> {
+    fn begin(id: &str, first: i32, root: &Path, copy_root: Option<RootCopy>) -> Result<Self> {
         let tree = Tree::of(first)?;
         let mut pages = Vec::new();
         for process in &tree.processes {
@@ -100,8 +104,9 @@ impl Watch {
         let slots = Slots::new(&pages, ROOM_PAGES.max(count / 2)).map_err(|processes| {
             Error::Workload(format!("{id} has {processes} processes, which are too many to move"))
         })?;
-        let none: Vec<PageSet> =
-            slots.layout().spaces.iter().map(|space| PageSet::empty(space.pages)).collect();
+        // Behind all memory: of that, the last space is the one that everything later goes to.
+        let space = SpaceId(slots.layout().spaces.len() as u16);
+        let root = copy_root.map(|copy| Root::begin(root, space, copy, &tree.processes)).transpose()?;
         let memory = Memory {
             slots: RwLock::new(slots),
             files: RwLock::new(files_of(&tree)?),
@@ -109,7 +114,10 @@ impl Watch {
             is_full: AtomicBool::new(false),
             missed: Mutex::default(),
             digests: Mutex::default(),
+            root,
         };
+        let none: Vec<PageSet> =
+            memory.layout().spaces.iter().map(|space| PageSet::empty(space.pages)).collect();
         Ok(Self {
             first,
             tree,
@@ -120,6 +128,14 @@ impl Watch {
             taken: none,
             soft_dirty: None,
         })
+    }
+
+    /// Looks for files that changed; what did is owed.
+    fn look_at_files(&mut self, still: bool) -> Result<()> {
+        let (Some(root), Some(owed)) = (&self.memory.root, self.owed.last_mut()) else { return Ok(()) };
+        // Whoever comes next begins anew: it is not known what was noted and what was not.
+        let failed = |_: &Error| self.memory.is_full.store(true, Ordering::Release);
+        root.look(&self.tree.processes, still, owed).inspect_err(failed)
     }
 
     /// A source is gone: what it took and did not make safe is owed.
@@ -166,8 +182,10 @@ impl ContainerSource {
         let kept = post.and_then(|post| lock(&post.0).take());
         let kept =
             kept.filter(|watch| watch.first == state.pid && !watch.memory.is_full.load(Ordering::Acquire));
-        let watch = kept.map_or_else(|| Watch::begin(id, state.pid), Ok)?;
-        let layout = read(&watch.memory.slots).layout();
+        let kept = kept.and_then(|mut watch| watch.look_at_files(false).is_ok().then_some(watch));
+        let begin = || Watch::begin(id, state.pid, &state.rootfs, wishes.copy_root);
+        let watch = kept.map_or_else(begin, Ok)?;
+        let layout = watch.memory.layout();
         layout.validate(u64::MAX)?;
         let version = runtime.criu().version;
         let description = Description {
@@ -175,12 +193,25 @@ impl ContainerSource {
             criu: [version.major, version.minor, version.patch],
             root: state.rootfs.to_string_lossy().into_owned(),
             tcp_established: wishes.tcp_established,
+            files: watch.memory.root.as_ref().map(Root::description),
         };
+        let version = if description.files.is_some() { WITH_FILES_VERSION } else { SECTION_VERSION };
         let mut machine = State::default();
-        machine.push(format::DESCRIPTION, SECTION_VERSION, description.encode());
+        machine.push(format::DESCRIPTION, version, description.encode());
         machine.push(format::CONFIG, SECTION_VERSION, config);
-        let workload =
-            Workload { kind: WorkloadKind::Container, name: id.into(), machine: machine.encode()?, layout };
+        if let Some(root) = &watch.memory.root {
+            root.describe(&mut machine)?;
+        }
+        let machine = machine.encode()?;
+        if machine.len() as u64 > u64::from(MAX_MACHINE_BYTES) {
+            return Err(Error::Workload(format!(
+                "the listing of the files of {id} takes {} MiB, which is more than the {} MiB of an offer: leave them where both hosts reach them, \
+                 and move it without --copy-rootfs",
+                machine.len() >> 20,
+                MAX_MACHINE_BYTES >> 20
+            )));
+        }
+        let workload = Workload { kind: WorkloadKind::Container, name: id.into(), machine, layout };
         Ok(Self {
             runtime_dir: runtime_dir.clone(),
             workload,
@@ -375,6 +406,9 @@ impl Source for ContainerSource {
                     owed.insert(run.slot, u64::from(run.pages));
                 }
             }
+            if let (Some(root), Some(owed)) = (&self.watch.memory.root, self.watch.owed.last_mut()) {
+                root.placed(owed);
+            }
         }
         if self.watch.soft_dirty.is_some() || lock(&self.watch.memory.digests).is_none() {
             match self.track_by_kernel() {
@@ -410,7 +444,10 @@ impl Source for ContainerSource {
                 owed.insert(run.first, u64::from(run.count));
             }
         }
+        self.watch.look_at_files(self.frozen.is_some())?;
         let mut dirty = self.watch.owed.clone();
+        // All of those are files' whatever memory has.
+        let of_files = self.watch.memory.root.is_some().then(|| dirty.pop()).flatten();
         let is_told_once = self.watch.soft_dirty.is_some() && self.frozen.is_none();
         let found = if is_told_once { self.written_and_cleared() } else { self.written() }?;
         let compares = lock(&self.watch.memory.digests).is_some();
@@ -426,11 +463,12 @@ impl Source for ContainerSource {
             }
         }
         if is_told_once {
-            self.watch.owed.clone_from(&dirty);
+            self.watch.owed.iter_mut().zip(&dirty).for_each(|(owed, dirty)| owed.clone_from(dirty));
         }
         if let Some(frozen) = &self.frozen {
             self.mark_left(frozen, &mut dirty)?;
         }
+        dirty.extend(of_files);
         self.watch.seen.clone_from(&dirty);
         Ok(dirty)
     }
@@ -464,6 +502,9 @@ impl Source for ContainerSource {
     }
 
     fn present(&mut self, space: SpaceId, first: u64, count: u64, pages: &mut PageSet) -> Result<()> {
+        if let Some(root) = self.watch.memory.root.as_ref().filter(|root| root.is_at(space)) {
+            return root.present(first, count, pages);
+        }
         let end = first.saturating_add(count).min(pages.pages());
         let mut next = first;
         read(&self.watch.memory.slots).at(
@@ -491,6 +532,10 @@ impl Source for ContainerSource {
 
     fn read(&self, run: PageRun, buffer: &mut [u8]) -> Result<()> {
         self.watch.memory.copy(run.space, run.offset(), buffer)?;
+        if let Some(root) = self.watch.memory.root.as_ref().filter(|root| root.is_at(run.space)) {
+            root.delivered(run.first, buffer);
+            return Ok(());
+        }
         if let Some(digests) = &mut *lock(&self.watch.memory.digests) {
             digests.delivered(run.space, run.first, buffer);
         }
@@ -536,6 +581,9 @@ impl Source for ContainerSource {
         let mut state = State::default();
         let placement = read(&self.watch.memory.slots).placement();
         state.push(format::PLACEMENT, SECTION_VERSION, placement.encode()?);
+        if let Some(root) = &self.watch.memory.root {
+            root.describe(&mut state)?;
+        }
         for (name, bytes) in &frozen.files {
             state.push(format!("{}{name}", format::IMAGE), SECTION_VERSION, bytes.clone());
         }

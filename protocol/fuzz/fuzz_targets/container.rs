@@ -3,7 +3,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use protocol::container::pagemap::Pagemap;
-use protocol::container::{Description, Placement};
+use protocol::container::{Description, Placement, Tree};
 use protocol::layout::{Layout, Space, SpaceKind};
 use protocol::page::SpaceId;
 
@@ -13,6 +13,10 @@ fuzz_target!(|data: &[u8]| {
     }
     if let Ok(pagemap) = Pagemap::decode(data) {
         assert_eq!(Pagemap::decode(&pagemap.encode()), Ok(pagemap));
+    }
+    if let Ok(tree) = Tree::decode(data) {
+        assert_eq!(tree.encode().as_deref(), Ok(data));
+        assert!((0..tree.entries.len()).all(|index| tree.find(&tree.path(index)) == Some(index)));
     }
     let Some(([a, b], bytes)) = data.split_first_chunk() else { return };
     let space = |id, pages| Space { id: SpaceId(id), kind: SpaceKind::Memory, pages, guest_address: 0 };

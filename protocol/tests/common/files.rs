@@ -187,6 +187,8 @@ pub(crate) fn all() -> BTreeMap<String, Vec<u8>> {
     }
 
     add("container/description.json", samples::container().encode());
+    add("container/description-with-files.json", samples::container_with_files().encode());
+    add("container/tree.bin", samples::tree().encode().unwrap());
     add("container/placement.bin", samples::placement().encode().unwrap());
     add("container/pagemap-7.img", samples::pagemap().encode());
 

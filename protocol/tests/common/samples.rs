@@ -3,7 +3,8 @@
 use protocol::MigrationId;
 use protocol::checkpoint::name::CheckpointId;
 use protocol::container::pagemap::{Entry, LAZY, PARENT, PRESENT, Pagemap};
-use protocol::container::{Description, Placement, Run};
+use protocol::container::tree::{Attribute, Entry as File, Kind, Time};
+use protocol::container::{Description, Files, Overlay, Placement, Run, Tree};
 use protocol::control::{Downstream, Offer, Outcome, RefuseCode, Upstream, WorkloadKind};
 use protocol::handshake::Hello;
 use protocol::layout::{Layout, Space, SpaceKind};
@@ -560,7 +561,53 @@ pub(crate) fn complete() -> bool {
 
 /// What an offer says of a container.
 pub(crate) fn container() -> Description {
-    Description { id: "web-1".into(), criu: [4, 1, 1], root: "/srv/web/rootfs".into(), tcp_established: true }
+    Description {
+        id: "web-1".into(),
+        criu: [4, 1, 1],
+        root: "/srv/web/rootfs".into(),
+        tcp_established: true,
+        files: None,
+    }
+}
+
+/// The same of one whose upper layer travels.
+pub(crate) fn container_with_files() -> Description {
+    let overlay = Overlay {
+        lower: vec!["/srv/layers/2".into(), "/srv/layers/1".into()],
+        options: vec!["redirect_dir=on".into()],
+    };
+    Description { files: Some(Files { space: 3, overlay: Some(overlay) }), ..container() }
+}
+
+/// One of each kind.
+pub(crate) fn tree() -> Tree {
+    let entry = |parent, name: &str, kind| File {
+        parent,
+        name: name.into(),
+        kind,
+        mode: 0o644,
+        uid: 1000,
+        gid: 100,
+        mtime: Time { s: 1_764_500_000, ns: 123_456_789 },
+        attributes: Vec::new(),
+    };
+    let link =
+        File { mode: 0, uid: 0, gid: 0, mtime: Time::default(), ..entry(1, "again", Kind::Link { to: 6 }) };
+    let value = b"y".to_vec();
+    let opaque = vec![Attribute { name: b"trusted.overlay.opaque".to_vec(), value }];
+    Tree {
+        entries: vec![
+            File { mode: 0o755, ..entry(0, "", Kind::Directory) },
+            File { mode: 0o1777, attributes: opaque, ..entry(0, "a", Kind::Directory) },
+            entry(0, "b", Kind::BlockDevice { major: 8, minor: 1 }),
+            entry(0, "c", Kind::CharDevice { major: 0, minor: 0 }),
+            entry(0, "d", Kind::Symlink { target: b"../a".to_vec() }),
+            entry(0, "e", Kind::Fifo),
+            File { mode: 0o4755, ..entry(0, "f", Kind::File { number: 17, size: 10_000 }) },
+            entry(0, "g", Kind::Socket),
+            link,
+        ],
+    }
 }
 
 /// Two processes, and pages that came later.

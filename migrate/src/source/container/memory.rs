@@ -1,8 +1,10 @@
 //! A container's memory, as slots.
 
+use super::files::Root;
 use crate::container::{Digests, Slots};
 use crate::error::{Error, Result};
 use crate::memory::PageReader;
+use protocol::layout::Layout;
 use protocol::page::{PAGE_SIZE, PageRun, PageSet, SpaceId};
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
@@ -25,9 +27,18 @@ pub(super) struct Memory {
     pub(super) missed: Mutex<Vec<PageRun>>,
     /// What was delivered, where the kernel does not tell what is written since.
     pub(super) digests: Mutex<Option<Digests>>,
+    /// Its root file system, where that is copied.
+    pub(super) root: Option<Root>,
 }
 
 impl Memory {
+    /// All that it has a place in.
+    pub(super) fn layout(&self) -> Layout {
+        let mut layout = read(&self.slots).layout();
+        layout.spaces.extend(self.root.as_ref().map(Root::space));
+        layout
+    }
+
     /// While the container stands still: whether it has the page of this slot.
     fn is_wanted(&self, space: SpaceId, slot: u64) -> Option<bool> {
         let wanted = read(&self.wanted);
@@ -45,6 +56,9 @@ impl Memory {
             let length = buffer.len();
             buffer.copy_from_slice(&pages[skipped..skipped + length]);
             return Ok(());
+        }
+        if let Some(root) = self.root.as_ref().filter(|root| root.is_at(space)) {
+            return root.copy(first, buffer);
         }
         let mut pieces = Vec::new();
         let count = (buffer.len() / PAGE_SIZE) as u64;
