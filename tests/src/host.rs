@@ -288,15 +288,13 @@ impl Host {
         commands().find(|(_, command)| ours(command)).map(|(pid, _)| pid)
     }
 
-    /// Kills who keeps a container that is moved from here.
-    ///
-    /// # Panics
-    /// If nobody does.
-    pub fn kill_keeper(&self, id: &str) {
+    /// Kills who keeps a container that is moved from here, and answers whether somebody did.
+    pub fn kill_keeper(&self, id: &str) -> bool {
         let words = [format!("\0{}\0", self.runtime_dir().display()), format!("\0container-keeper\0{id}\0")];
         let found = commands().find(|(_, command)| words.iter().all(|word| command.contains(word)));
-        let pid = found.and_then(|(pid, _)| rustix::process::Pid::from_raw(pid)).expect("a keeper");
-        rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("it can be killed");
+        let pid = found.and_then(|(pid, _)| rustix::process::Pid::from_raw(pid));
+        // It may have ended by itself since.
+        pid.is_some_and(|pid| rustix::process::kill_process(pid, rustix::process::Signal::KILL).is_ok())
     }
 
     /// What the VMM of a detached VM and its guest said.
@@ -432,7 +430,8 @@ fn end_all_of(marker: &str) {
 }
 
 /// All processes and their command lines, whose words end with a zero byte.
-fn commands() -> impl Iterator<Item = (i32, String)> {
+/// The processes of this machine: their numbers, and their words with a zero byte behind each.
+pub fn commands() -> impl Iterator<Item = (i32, String)> {
     std::fs::read_dir("/proc").into_iter().flatten().flatten().filter_map(|entry| {
         let pid = entry.file_name().to_str()?.parse().ok()?;
         let command = std::fs::read(entry.path().join("cmdline")).ok()?;

@@ -233,7 +233,7 @@ fn whoever_is_killed_the_container_is_on_one_side() {
     // The same, and whoever would have let it go on is killed, too.
     let (sender, receiver) = held("state");
     assert_eq!(a.yard.status(&id).as_deref(), Some("paused"));
-    a.host.kill_keeper(&id);
+    assert!(a.host.kill_keeper(&id));
     sender.signal(Signal::KILL);
     drop((sender, receiver));
     assert_eq!(a.yard.status(&id).as_deref(), Some("paused"));
