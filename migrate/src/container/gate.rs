@@ -19,6 +19,7 @@ use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
 };
+use rustix::process::{Pid, PidfdFlags, Signal};
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{IoSlice, IoSliceMut, Write as _};
@@ -28,6 +29,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -47,6 +49,9 @@ const MESSAGE_BYTES: usize = 1 << 20;
 /// Descriptors that one message may carry: the most that the kernel lets through (`SCM_MAX_FD`).
 const MESSAGE_FDS: usize = 253;
 
+/// How long CRIU may take to take down what it made, when it hears nothing any more, or to come to its end.
+const END_LIMIT: Duration = Duration::from_secs(20);
+
 /// How long the stand-in waits for the gate.
 const MEET_LIMIT: Duration = Duration::from_secs(10);
 
@@ -57,7 +62,7 @@ pub(crate) struct Gate {
     /// A byte here opens it; its end ends everything that passes through.
     orders: Option<UnixStream>,
     reached: Receiver<()>,
-    listening: Option<JoinHandle<()>>,
+    listening: Option<JoinHandle<bool>>,
 }
 
 impl Gate {
@@ -122,13 +127,21 @@ impl Gate {
     }
 }
 
+impl Gate {
+    /// Closes it, and waits until every CRIU has ended. Answers whether all did by themselves: what one made that had to be killed may be anything.
+    pub(crate) fn close(mut self) -> bool {
+        self.end()
+    }
+
+    fn end(&mut self) -> bool {
+        self.orders = None;
+        self.listening.take().is_none_or(|listening| listening.join().unwrap_or(false))
+    }
+}
+
 impl Drop for Gate {
     fn drop(&mut self) {
-        self.orders = None;
-        if let Some(listening) = self.listening.take() {
-            // It has nothing to say.
-            listening.join().ok();
-        }
+        self.end();
     }
 }
 
@@ -145,8 +158,10 @@ struct Folders {
     work: OwnedFd,
 }
 
-/// Takes everyone who comes, until the orders end.
-fn listen(listener: &UnixListener, passage: &Passage) {
+/// Takes everyone who comes, until the orders end. Answers whether all have ended by themselves.
+fn listen(listener: &UnixListener, passage: &Passage) -> bool {
+    let is_one_stuck = AtomicBool::new(false);
+    let stuck = &is_one_stuck;
     std::thread::scope(|scope| {
         loop {
             let mut ready =
@@ -160,7 +175,14 @@ fn listen(listener: &UnixListener, passage: &Passage) {
             }
             let Ok((stream, _)) = listener.accept() else { continue };
             let passes = std::thread::Builder::new().name("gate".into()).spawn_scoped(scope, move || {
-                if let Err(error) = meet(&stream).and_then(|both| pass(&both, passage)) {
+                let passed = meet(&stream).and_then(|both| {
+                    let passed = pass(&both, passage);
+                    if !ends(both, END_LIMIT) {
+                        stuck.store(true, Ordering::Release);
+                    }
+                    passed
+                });
+                if let Err(error) = passed {
                     tracing::debug!("what runc and CRIU say is passed on no more: {error}");
                 }
             });
@@ -169,6 +191,22 @@ fn listen(listener: &UnixListener, passage: &Passage) {
             }
         }
     });
+    !is_one_stuck.into_inner()
+}
+
+/// Lets go of both, and waits for the end of CRIU, which is killed if it does not come. Answers whether it came.
+fn ends(both: Both, limit: Duration) -> bool {
+    let Both { runc, criu, process, .. } = both;
+    drop((runc, criu));
+    let Some(process) = process else { return true };
+    // It can be waited for so whoever its parent is.
+    if comes(&process, limit) {
+        return true;
+    }
+    tracing::warn!("CRIU does not end, and is killed");
+    rustix::process::pidfd_send_signal(&process, Signal::KILL).ok();
+    comes(&process, END_LIMIT);
+    false
 }
 
 /// Two who talk.
@@ -176,7 +214,9 @@ struct Both {
     runc: OwnedFd,
     criu: OwnedFd,
     /// CRIU's number.
-    pid: i32,
+    pid: Pid,
+    /// CRIU itself: it can be read from when it has ended (pidfd_open(2)). `None` where it is this process, in tests.
+    process: Option<OwnedFd>,
 }
 
 /// Meets a stand-in: takes runc's socket, and gives it one of ours in its place.
@@ -185,15 +225,17 @@ fn meet(stream: &UnixStream) -> std::io::Result<Both> {
     let (ours, theirs) =
         rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
     // What stands in becomes CRIU, and keeps its number.
-    let pid = rustix::net::sockopt::socket_peercred(stream)?.pid.as_raw_pid();
+    let pid = rustix::net::sockopt::socket_peercred(stream)?.pid;
+    let is_other = pid != rustix::process::getpid();
+    let process = is_other.then(|| rustix::process::pidfd_open(pid, PidfdFlags::empty())).transpose()?;
     let runc = receive_one(stream)?;
     send(stream.as_fd(), b"x", &[theirs.as_fd()])?;
-    Ok(Both { runc, criu: ours, pid })
+    Ok(Both { runc, criu: ours, pid, process })
 }
 
 /// The control group of a process, where one hierarchy is for all controllers (cgroups(7): `0::PATH` is the only line then).
-fn unified_cgroup(pid: i32) -> Option<String> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+fn unified_cgroup(pid: Pid) -> Option<String> {
+    let text = std::fs::read_to_string(format!("/proc/{}/cgroup", pid.as_raw_pid())).ok()?;
     let path = text.trim_end().strip_prefix("0::")?;
     (!path.contains('\n')).then(|| path.into())
 }
@@ -208,7 +250,7 @@ pub(super) fn receive_one(stream: &UnixStream) -> std::io::Result<OwnedFd> {
 /// Passes on what both say, until one of them is done.
 fn pass(both: &Both, passage: &Passage) -> std::io::Result<()> {
     let Passage { orders, folders, reaches } = passage;
-    let Both { runc, criu, pid } = both;
+    let Both { runc, criu, pid, .. } = both;
     let mut message = vec![0; MESSAGE_BYTES];
     loop {
         let (from_runc, from_criu, is_over) = {
@@ -314,7 +356,7 @@ pub(crate) fn stand_in() -> Option<ExitCode> {
     command.env_remove(SOCKET).env_remove(PROGRAM);
     let error = match number.and_then(crate::sys::inherited) {
         None => command.args(arguments).exec(),
-        Some(runc) => match exchange(Path::new(&socket), &runc) {
+        Some(runc) => match exchange(Path::new(&socket), &runc).and_then(inherit) {
             Ok(ours) => {
                 drop(runc);
                 command.arg("swrk").arg(ours.as_raw_fd().to_string()).exec()
@@ -326,14 +368,18 @@ pub(crate) fn stand_in() -> Option<ExitCode> {
     Some(ExitCode::FAILURE)
 }
 
-/// Gives runc's socket to the gate, and gets one that CRIU inherits.
+/// Gives runc's socket to the gate, and gets one for CRIU.
 fn exchange(gate: &Path, runc: &OwnedFd) -> std::io::Result<OwnedFd> {
     let stream = UnixStream::connect(gate)?;
     stream.set_read_timeout(Some(MEET_LIMIT))?;
     send(stream.as_fd(), b"x", &[runc.as_fd()])?;
-    let ours = receive_one(&stream)?;
-    rustix::io::fcntl_setfd(&ours, FdFlags::empty())?;
-    Ok(ours)
+    receive_one(&stream)
+}
+
+/// The same, for the program that this process becomes.
+fn inherit(socket: OwnedFd) -> std::io::Result<OwnedFd> {
+    rustix::io::fcntl_setfd(&socket, FdFlags::empty())?;
+    Ok(socket)
 }
 
 /// Whether something comes on a socket within a time.
@@ -345,6 +391,7 @@ pub(super) fn comes(from: impl AsFd, limit: Duration) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::process::Child;
 
     const LIMIT: Duration = Duration::from_secs(20);
 
@@ -391,6 +438,26 @@ mod tests {
         assert_eq!(heard(&runc), (said(POST_RESTORE), 0));
         drop(criu);
         assert_eq!(heard(&runc), (Vec::new(), 0));
+    }
+
+    #[test]
+    fn who_does_not_end_is_killed_and_that_is_told() {
+        let both = |program: &mut Child| {
+            let pair = || {
+                let flags = SocketFlags::CLOEXEC;
+                rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap().0
+            };
+            let pid = Pid::from_child(program);
+            let process = rustix::process::pidfd_open(pid, PidfdFlags::empty()).unwrap();
+            Both { runc: pair(), criu: pair(), pid, process: Some(process) }
+        };
+        let mut stays = Command::new("sleep").arg("600").spawn().unwrap();
+        assert!(!ends(both(&mut stays), Duration::from_millis(50)));
+        stays.wait().unwrap();
+        // Nobody has waited for it when its end is seen.
+        let mut goes = Command::new("true").spawn().unwrap();
+        assert!(ends(both(&mut goes), LIMIT));
+        goes.wait().unwrap();
     }
 
     #[test]

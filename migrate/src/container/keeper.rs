@@ -396,10 +396,28 @@ impl Kept {
         match held {
             Ok(server) => Ok(Held { child, server, tcp_established }),
             Err(error) => {
-                crate::programs::end_group(&mut child);
+                self.let_go(&mut child)?;
                 Err(error)
             }
         }
+    }
+
+    /// Ends a runc that did not do what it was asked. CRIU must not be killed with it if it can be helped: it has put code of its own into the processes, and
+    /// takes that out when it hears that runc is gone.
+    fn let_go(&self, runc: &mut Child) -> Result<()> {
+        if crate::programs::wait(runc, Duration::ZERO).is_none() {
+            runc.kill().ok();
+            runc.wait().ok();
+        }
+        let until = Instant::now() + RELEASE_LIMIT;
+        while tracer_of(self.runtime.state(&self.id)?.pid).is_some() {
+            if Instant::now() > until {
+                tracing::warn!("CRIU does not let {} go, and is killed", self.id);
+                return self.kill_tracer();
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
     }
 
     /// Lets the container go on.

@@ -107,12 +107,12 @@ impl Restoring {
             self.child = None;
             return Ok(());
         }
-        // CRIU lets no process run before runc has answered it, and that cannot any more.
-        if let Some(mut child) = self.child.take() {
-            end_group(&mut child);
-        }
-        if self.runtime.state(&self.id).is_ok_and(|state| state.status == "running") {
-            // Whatever went wrong behind it: whoever is told that nothing runs here lets it run elsewhere.
+        // runc hung, or is gone; CRIU may be far enough to go on without it, or takes down what it made. It must not be killed: what it has half made
+        // would stand for ever.
+        let is_sure = self.let_go();
+        let runs = self.runtime.state(&self.id).is_ok_and(|state| state.status == "running");
+        if runs && is_sure {
+            // Whoever is told that nothing runs here lets it run elsewhere.
             tracing::warn!("{} runs, though runc did not say so: {}", self.id, reason(&self.work, LOG));
             return Ok(());
         }
@@ -120,6 +120,18 @@ impl Restoring {
             self.runtime.delete(&self.id)?;
         }
         Err(self.wrong())
+    }
+
+    /// Ends runc, and lets CRIU come to its end. Answers whether it did.
+    fn let_go(&mut self) -> bool {
+        if let Some(mut child) = self.child.take()
+            && wait(&mut child, Duration::ZERO).is_none()
+        {
+            // It alone.
+            child.kill().ok();
+            child.wait().ok();
+        }
+        self.gate.take().is_none_or(Gate::close)
     }
 
     fn wrong(&self) -> Error {
@@ -132,9 +144,9 @@ const LOG: &str = "restore.log";
 
 impl Drop for Restoring {
     fn drop(&mut self) {
+        let Some(mut child) = self.child.take() else { return };
         // Shut for good: CRIU ends what it made, and runc what is left.
         self.gate = None;
-        let Some(mut child) = self.child.take() else { return };
         if wait(&mut child, ABORT_LIMIT).is_none() {
             tracing::warn!("runc does not take {} down, and is killed", self.id);
             end_group(&mut child);

@@ -117,10 +117,9 @@ pub(super) fn judge(facts: &Facts) -> Vec<Check> {
 
 fn check(name: &'static str, found: impl Into<String>) -> Check {
     let needed_for = match name {
-        "criu-mem-dirty-track" | "soft-dirty" => {
-            "pre-dumps by CRIU, which migrate does without: see write-tracking"
-        }
-        "criu-uffd-noncoop" => "containers that run before all of their memory is there",
+        "criu-mem-dirty-track" => "pre-dumps by CRIU, which migrate does without: see write-tracking",
+        "soft-dirty" => "tracking what containers write where write-tracking is missing",
+        "criu-uffd-noncoop" => "making containers anew: their memory is filled through it",
         "runtime" => "starting and stopping containers",
         "control-groups" => "freezing containers",
         "network-lock" => "connections that outlive the move of a container",

@@ -42,7 +42,9 @@ impl How {
     }
 }
 
-/// One move: the longest gap between two ticks of the process, in microseconds, and what the move took.
+/// One move: the longest gap between two ticks of the process, in microseconds, what the move took, and, of a move by rounds, how many pages were sent
+/// after the first one, and how many the process wrote from the beginning of the move to its end: more than it wrote between the looks of the first
+/// round and of the last, by what it wrote before and behind them.
 ///
 /// # Panics
 /// If it does not arrive, or not whole.
@@ -54,7 +56,10 @@ pub(super) fn measure(program: &Path, how: How) -> Value {
     from.start(&id, &tenant, &format!("{MIB} {PAGES_PER_S}"));
     std::thread::sleep(QUIET);
     let before = from.words(&id)[0].longest_gap_us;
+    let written = |word: &crate::containers::Word| word.written;
+    let written_before = from.words(&id).first().map(written);
     let begun = Instant::now();
+    let mut sent_again = None;
     match how {
         How::ByHand => by_hand(&from, &to, &id, &name),
         How::Rounds | How::Digests => {
@@ -69,16 +74,25 @@ pub(super) fn measure(program: &Path, how: How) -> Value {
                 sends.extend(["--tracking", "digests"]);
             }
             sends.extend(ours.iter().map(String::as_str));
-            a.run(&sends).success();
+            let sent = a.run(&sends).success();
+            let rounds = sent.event("report").and_then(|report| report["rounds"].as_array());
+            let pages = |round: &Value| round["sent_pages"].as_u64().unwrap_or(0);
+            sent_again = rounds.map(|rounds| rounds.iter().skip(1).map(pages).sum::<u64>());
             receiver.finish().success();
         }
     }
     let total_us = begun.elapsed().as_micros() as u64;
+    let written_after = from.words(&id).first().map(written);
     std::thread::sleep(QUIET);
     from.assert_sound(&id);
     let longest = from.words(&id)[0].longest_gap_us;
     assert!(longest > before, "it moved and did not notice");
-    json!({"gap_us": longest, "gap_undisturbed_us": before, "total_us": total_us})
+    let mut sample = json!({"gap_us": longest, "gap_undisturbed_us": before, "total_us": total_us});
+    if let (Some(sent), Some(before), Some(after)) = (sent_again, written_before, written_after) {
+        sample["sent_again_pages"] = json!(sent);
+        sample["written_pages"] = json!(after - before);
+    }
+    sample
 }
 
 fn by_hand(from: &Yard, to: &Yard, id: &str, name: &str) {
