@@ -88,6 +88,9 @@ pub(crate) struct Note {
     pub(crate) programs: Programs,
     /// To whom it was promised, if it was.
     pub(crate) pledge: Option<Pledge>,
+    /// Where CRIU listens that holds it, on the loopback: who comes there and goes again tells it to let go.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    port: Option<u16>,
 }
 
 fn note_path(runtime: &RuntimeDir, id: &str) -> PathBuf {
@@ -246,6 +249,8 @@ pub(crate) struct Kept {
     runtime: Runtime,
     id: String,
     held: Option<Held>,
+    /// Where CRIU listens, once it is to hold the container.
+    port: Option<u16>,
     frozen: bool,
     pledged: bool,
 }
@@ -266,7 +271,7 @@ impl Kept {
         let told = tell(&mut first, begun.as_ref().err());
         let (_lock, listener) = begun?;
         let mut kept =
-            Self { runtime_dir, runtime, id: id.into(), held: None, frozen: false, pledged: false };
+            Self { runtime_dir, runtime, id: id.into(), held: None, port: None, frozen: false, pledged: false };
         let mut next = told.is_ok().then_some(first);
         while let Some(stream) = next.take() {
             let is_over = kept.serve(stream);
@@ -330,7 +335,8 @@ impl Kept {
     }
 
     fn note(&self, pledge: Option<Pledge>) -> Result<()> {
-        let note = Note { id: self.id.clone(), programs: self.runtime.programs(), pledge };
+        let note =
+            Note { id: self.id.clone(), programs: self.runtime.programs(), pledge, port: self.port };
         let path = note_path(&self.runtime_dir, &self.id);
         let draft = path.with_extension("draft");
         serde_json::to_vec(&note)
@@ -353,10 +359,15 @@ impl Kept {
         if self.frozen {
             return Err(Error::Workload(format!("{} stands still already", self.id)));
         }
+        let port = TcpListener::bind(("127.0.0.1", 0))
+            .and_then(|listener| listener.local_addr())
+            .map_err(|error| Error::Host(format!("there is no port for CRIU: {error}")))?
+            .port();
+        self.port = Some(port);
         self.note(None)?;
         self.frozen = true;
         // It is CRIU that stops it: not before it has looked around, which takes longer than anything else that it does then.
-        match self.hold(images, tcp_established) {
+        match self.hold(images, port, tcp_established) {
             Ok(held) => {
                 self.held = Some(held);
                 // CRIU lets the control group go on and holds the processes itself. They stand still without it, too, from now on.
@@ -371,11 +382,7 @@ impl Kept {
     }
 
     /// Lets CRIU write the container down and hold it.
-    fn hold(&self, images: &Path, tcp_established: bool) -> Result<Held> {
-        let port = TcpListener::bind(("127.0.0.1", 0))
-            .and_then(|listener| listener.local_addr())
-            .map_err(|error| Error::Host(format!("there is no port for CRIU: {error}")))?
-            .port();
+    fn hold(&self, images: &Path, port: u16, tcp_established: bool) -> Result<Held> {
         let mut command = self.runtime.hold(&self.id, images, port, tcp_established)?;
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).process_group(0);
         let mut child =
@@ -556,6 +563,26 @@ impl Note {
         UnixStream::connect(socket_path(runtime_dir, &self.id)).is_ok()
     }
 
+    /// Makes a CRIU let go of the container whose keeper was killed: it may still be at work, or wait for somebody who will not come any more.
+    fn free(&self, runtime: &Runtime) -> Result<()> {
+        let until = Instant::now() + HOLD_LIMIT;
+        while let Some(tracer) = tracer_of(runtime.state(&self.id)?.pid) {
+            if let Some(port) = self.port {
+                // Nobody may listen there yet.
+                drop(TcpStream::connect(("127.0.0.1", port)));
+            }
+            if Instant::now() > until {
+                tracing::warn!("CRIU does not let {} go, and is killed", self.id);
+                rustix::process::kill_process(tracer, Signal::KILL).ok();
+            }
+            if Instant::now() > until + RELEASE_LIMIT {
+                return Err(Error::Workload(format!("CRIU was killed and still holds {}", self.id)));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+
     /// Lets the container go on here, or end: by its keeper, if that lives.
     ///
     /// # Errors
@@ -565,6 +592,9 @@ impl Note {
             return keeper.order(if goes_on { &Order::Resume } else { &Order::HandOver });
         }
         let runtime = self.programs.find()?;
+        if goes_on {
+            self.free(&runtime)?;
+        }
         match goes_on {
             true if runtime.state(&self.id)?.status == "paused" => runtime.resume(&self.id)?,
             true => {}
