@@ -5,9 +5,9 @@
     reason = "helpers of tests: what goes wrong in them fails the test"
 )]
 
-use e2e::containers::{Network, Yard};
+use e2e::containers::{End, Network, Yard};
 use e2e::network::{Street, without_root};
-use e2e::{Finished, Host, says, trusting_pair};
+use e2e::says;
 use rustix::process::Signal;
 use serde_json::Value;
 use std::io::{Read as _, Write as _};
@@ -23,51 +23,6 @@ const TRAINER: &str = env!("CARGO_BIN_EXE_trainer");
 
 /// How long anything may take that is waited for.
 const LIMIT: Duration = Duration::from_secs(60);
-
-/// One end: a host, and its containers.
-struct End {
-    host: Host,
-    yard: Yard,
-}
-
-impl End {
-    fn pair() -> (Self, Self) {
-        let (a, b) = trusting_pair(Path::new(PROGRAM));
-        (Self { host: a, yard: Yard::new() }, Self { host: b, yard: Yard::new() })
-    }
-
-    fn arguments<'a>(own: &'a [String], more: &[&'a str]) -> Vec<&'a str> {
-        more.iter().copied().chain(own.iter().map(String::as_str)).collect()
-    }
-
-    /// What `migrate receive` is told.
-    fn receives(&self, name: &str) -> Vec<String> {
-        let bundles = self.yard.bundles().to_string_lossy().into_owned();
-        let mut arguments =
-            vec!["--once".into(), "--name".into(), name.into(), "--containers".into(), bundles];
-        arguments.extend(self.yard.arguments());
-        arguments
-    }
-
-    /// Sends a container to another end, under another name there.
-    fn send(&self, to: &Self, id: &str, name: &str, more: &[&str]) -> (Finished, Finished) {
-        let receives = to.receives(name);
-        let (receiver, address) = to.host.receive(&Self::arguments(&receives, &[]));
-        let own = self.yard.arguments();
-        let words = [&["send", "--container", id, &address], more].concat();
-        let sent = self.host.run(&Self::arguments(&own, &words));
-        (sent, receiver.finish())
-    }
-
-    /// The same, and it arrives. Answers the sender's report.
-    fn moves(&self, to: &Self, id: &str, name: &str, more: &[&str]) -> Value {
-        let (sent, received) = self.send(to, id, name, more);
-        let report = sent.success().event("report").expect("a report").clone();
-        received.success();
-        assert_eq!((self.yard.status(id), to.yard.status(name).as_deref()), (None, Some("running")));
-        report
-    }
-}
 
 /// Pages that so many MiB are.
 fn pages_of(mib: u64) -> u64 {
@@ -87,7 +42,7 @@ fn a_busy_process_moves_there_and_back_and_again() {
     if without_root("a_busy_process_moves_there_and_back_and_again") {
         return;
     }
-    let (a, b) = End::pair();
+    let (a, b) = End::pair(Path::new(PROGRAM));
     let first = Yard::name();
     a.yard.start(&first, Path::new(TENANT), "64 2000");
     let mut name = first.clone();
@@ -108,7 +63,7 @@ fn a_tree_of_processes_moves() {
     if without_root("a_tree_of_processes_moves") {
         return;
     }
-    let (a, b) = End::pair();
+    let (a, b) = End::pair(Path::new(PROGRAM));
     let (id, name) = (Yard::name(), Yard::name());
     a.yard.start(&id, Path::new(TENANT), "16 500 3");
     a.yard.wait(&id, "writes", |word| word.written > 10);
@@ -122,7 +77,7 @@ fn pages_are_compared_where_the_kernel_does_not_tell() {
     if without_root("pages_are_compared_where_the_kernel_does_not_tell") {
         return;
     }
-    let (a, b) = End::pair();
+    let (a, b) = End::pair(Path::new(PROGRAM));
     let id = Yard::name();
     a.yard.start(&id, Path::new(TENANT), "32 1000 1");
     let mut name = id.clone();
@@ -142,7 +97,7 @@ fn what_cannot_arrive_is_refused_and_runs_on() {
     if without_root("what_cannot_arrive_is_refused_and_runs_on") {
         return;
     }
-    let (a, b) = End::pair();
+    let (a, b) = End::pair(Path::new(PROGRAM));
     let (id, name) = (Yard::name(), Yard::name());
     a.yard.start(&id, Path::new(TENANT), "4 100");
     let runs_on = || {
@@ -192,7 +147,7 @@ fn whoever_is_killed_the_container_is_on_one_side() {
     if without_root("whoever_is_killed_the_container_is_on_one_side") {
         return;
     }
-    let (a, b) = End::pair();
+    let (a, b) = End::pair(Path::new(PROGRAM));
     let (id, name) = (Yard::name(), Yard::name());
     a.yard.start(&id, Path::new(TENANT), "8 300");
     let runs_on = || {
@@ -283,7 +238,7 @@ fn a_series_of_checkpoints_has_what_was_written_and_each_can_be_restored() {
     if without_root("a_series_of_checkpoints_has_what_was_written_and_each_can_be_restored") {
         return;
     }
-    let (a, b) = End::pair();
+    let (a, b) = End::pair(Path::new(PROGRAM));
     let id = Yard::name();
     a.yard.start(&id, Path::new(TENANT), "32 200 1");
     let store = a.host.path("store").to_string_lossy().into_owned();
@@ -313,7 +268,7 @@ fn a_series_of_checkpoints_has_what_was_written_and_each_can_be_restored() {
 
 /// Three containers that talk to each other are written down as a group; one is killed, all are restored. Answers how many messages were wrong then.
 fn wrong_messages_of_a_restored_group(more: &[&str]) -> u64 {
-    let (a, b) = End::pair();
+    let (a, b) = End::pair(Path::new(PROGRAM));
     // Ports that are free now; nobody but this test asks for them by number.
     let sockets = [(); 3].map(|()| std::net::UdpSocket::bind("127.0.0.1:0").expect("a port"));
     let ports = sockets.each_ref().map(|socket| socket.local_addr().expect("an address").port());
@@ -375,7 +330,7 @@ fn a_training_run_that_was_killed_comes_to_the_same_loss() {
         return;
     }
     const STEPS: &str = "3000";
-    let (a, b) = End::pair();
+    let (a, b) = End::pair(Path::new(PROGRAM));
     let undisturbed = a.host.path("loss");
     let status = std::process::Command::new(TRAINER).arg(&undisturbed).args([STEPS, "0"]).status();
     assert!(status.is_ok_and(|status| status.success()));
@@ -422,7 +377,7 @@ fn a_connection_goes_with_the_container() {
     const PORT: u16 = 7000;
     let street = Street::new();
     let [one, other] = street.places();
-    let (a, b) = End::pair();
+    let (a, b) = End::pair(Path::new(PROGRAM));
     let (id, name) = (Yard::name(), Yard::name());
     a.yard.run(&id, Path::new(COUNTER), &PORT.to_string(), &Network::At(one));
 
@@ -487,7 +442,7 @@ fn a_container_moves_while_a_series_of_checkpoints_watches_it() {
     if without_root("a_container_moves_while_a_series_of_checkpoints_watches_it") {
         return;
     }
-    let (a, b) = End::pair();
+    let (a, b) = End::pair(Path::new(PROGRAM));
     let (id, name) = (Yard::name(), Yard::name());
     a.yard.start(&id, Path::new(TENANT), "16 500");
     let store = a.host.path("store").to_string_lossy().into_owned();

@@ -270,8 +270,15 @@ impl Kept {
         let begun = begin(&runtime_dir, id);
         let told = tell(&mut first, begun.as_ref().err());
         let (_lock, listener) = begun?;
-        let mut kept =
-            Self { runtime_dir, runtime, id: id.into(), held: None, port: None, frozen: false, pledged: false };
+        let mut kept = Self {
+            runtime_dir,
+            runtime,
+            id: id.into(),
+            held: None,
+            port: None,
+            frozen: false,
+            pledged: false,
+        };
         let mut next = told.is_ok().then_some(first);
         while let Some(stream) = next.take() {
             let is_over = kept.serve(stream);
@@ -335,8 +342,7 @@ impl Kept {
     }
 
     fn note(&self, pledge: Option<Pledge>) -> Result<()> {
-        let note =
-            Note { id: self.id.clone(), programs: self.runtime.programs(), pledge, port: self.port };
+        let note = Note { id: self.id.clone(), programs: self.runtime.programs(), pledge, port: self.port };
         let path = note_path(&self.runtime_dir, &self.id);
         let draft = path.with_extension("draft");
         serde_json::to_vec(&note)

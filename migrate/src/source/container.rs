@@ -182,7 +182,13 @@ impl ContainerSource {
         let kept = post.and_then(|post| lock(&post.0).take());
         let kept =
             kept.filter(|watch| watch.first == state.pid && !watch.memory.is_full.load(Ordering::Acquire));
-        let kept = kept.and_then(|mut watch| watch.look_at_files(false).is_ok().then_some(watch));
+        let kept = kept.and_then(|mut watch| match watch.look_at_files(false) {
+            Ok(()) => Some(watch),
+            Err(error) => {
+                tracing::info!("the files of {id} are counted anew: {error}");
+                None
+            }
+        });
         let begin = || Watch::begin(id, state.pid, &state.rootfs, wishes.copy_root);
         let watch = kept.map_or_else(begin, Ok)?;
         let layout = watch.memory.layout();

@@ -92,6 +92,34 @@ fn shared(line: &[u8]) -> Option<(u64, Vec<u8>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::container::Tree;
+    use std::io::Read as _;
+    use std::os::unix::fs::MetadataExt as _;
+    use std::process::{Command, Stdio};
+
+    #[test]
+    fn what_a_process_could_write_to_is_held() {
+        let folder = tempfile::tempdir_in(".").unwrap();
+        let path = |name: &str| folder.path().join(name);
+        for name in ["read", "written", "let alone"] {
+            std::fs::write(path(name), "x").unwrap();
+        }
+        let mut child = Command::new("sh")
+            .args(["-c", "exec 3<read 4<>written; echo; read line"])
+            .current_dir(folder.path())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+        let held = Held::by(&Tree::of(child.id() as i32).unwrap().processes);
+        let inode = |name: &str| path(name).metadata().unwrap().ino();
+        assert!(held.has_inode(inode("written")) && !held.has_inode(inode("read")));
+        assert!(!held.has_inode(inode("let alone")));
+        assert!(held.paths().any(|path| path.ends_with(b"/written")));
+        drop(child.stdin.take());
+        child.wait().unwrap();
+    }
 
     #[test]
     fn lines_of_the_kernel_are_understood() {

@@ -193,7 +193,11 @@ impl Walk<'_> {
             mtime: stamp.mtime,
             attributes,
         };
-        self.found.entries.insert(stamp.identity, index);
+        // A file is the first of its names, whatever has its inode a moment later.
+        match entry.kind {
+            Kind::File { .. } => drop(self.found.entries.insert(stamp.identity, index)),
+            _ => drop(self.found.entries.entry(stamp.identity).or_insert(index)),
+        }
         self.push(entry, stamp);
         Ok(())
     }
