@@ -195,13 +195,26 @@ fn run(seed: u64, fault: Fault) -> Ended {
     if !happened {
         assert_eq!(sent.code, 0, "nothing happened to it: {sent:#?}");
     }
-    receiver.signal(Signal::INT);
+    end(&mut receiver);
     receiver.finish();
     // What a killed receiver left is taken for the next of that name.
     if ended.at == Side::Source && fault != Fault::Receiver {
         assert!(!b.yard.bundles().join(&name).exists(), "something is left of what did not arrive");
     }
     ended
+}
+
+/// Ends a receiver; one that waits for a sender to know the outcome must be asked twice.
+fn end(receiver: &mut Running) {
+    let until = Instant::now() + LIMIT;
+    while receiver.is_running() {
+        assert!(Instant::now() < until, "the receiver does not end when it is interrupted");
+        receiver.signal(Signal::INT);
+        let asked = Instant::now();
+        while receiver.is_running() && asked.elapsed() < Duration::from_secs(4) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
 }
 
 /// Waits until it runs on one side and on one alone, and asks or says what became of it where that is not known.
