@@ -9,9 +9,10 @@ use e2e::containers::{End, Network, Yard};
 use e2e::network::{Street, without_root};
 use e2e::says;
 use rustix::process::Signal;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::io::{Read as _, Write as _};
 use std::path::Path;
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -139,6 +140,52 @@ fn what_cannot_arrive_is_refused_and_runs_on() {
     let (sent, received) = a.send(&b, &id, &name, &[]);
     sent.success();
     received.success();
+    a.yard.assert_sound(&id);
+}
+
+#[test]
+fn a_container_with_a_user_namespace_moves_where_its_memory_can_be_filled() {
+    if without_root("a_container_with_a_user_namespace_moves_where_its_memory_can_be_filled") {
+        return;
+    }
+    const OWNER: u32 = 100_000;
+    let (a, b) = End::pair(Path::new(PROGRAM));
+    let (id, name) = (Yard::name(), Yard::name());
+    a.yard.make(&id, Path::new(TENANT), "8 300", &Network::Own);
+    let bundle = a.yard.bundle(&id);
+    let path = bundle.join("config.json");
+    let mut config: Value =
+        serde_json::from_slice(&std::fs::read(&path).expect("it is there")).expect("JSON");
+    config["linux"]["namespaces"].as_array_mut().expect("namespaces").push(json!({"type": "user"}));
+    let mappings = json!([{"containerID": 0, "hostID": OWNER, "size": 65536}]);
+    config["linux"]["uidMappings"] = mappings.clone();
+    config["linux"]["gidMappings"] = mappings;
+    std::fs::write(&path, config.to_string()).expect("it is written");
+    // Its own root must be able to come to its files.
+    let owner = format!("{OWNER}:{OWNER}");
+    let given = Command::new("chown").args(["-R", &owner]).arg(bundle.join("rootfs")).status();
+    assert!(given.is_ok_and(|status| status.success()));
+    for folder in [bundle.parent().expect("a folder"), &bundle] {
+        let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(folder, open).expect("it is ours");
+    }
+    a.yard.go(&id);
+    a.yard.wait(&id, "writes", |word| word.written > 10);
+    let (receives, own) = (b.receives(&name), a.yard.arguments());
+    let (receiver, address) = b.host.receive(&End::arguments(&receives, &[]));
+    let sent = a.host.run(&End::arguments(&own, &["send", "--container", &id, &address]));
+    let allowed = std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").expect("it is there");
+    match allowed.trim() {
+        "1" => {
+            sent.success();
+            receiver.finish().success();
+        }
+        _ => {
+            println!("SKIPPED: the move itself: it needs sysctl vm.unprivileged_userfaultfd=1");
+            says(&sent, 6, &["vm.unprivileged_userfaultfd=1"]);
+            assert_eq!(a.yard.status(&id).as_deref(), Some("running"));
+        }
+    }
     a.yard.assert_sound(&id);
 }
 
@@ -332,7 +379,7 @@ fn a_training_run_that_was_killed_comes_to_the_same_loss() {
     const STEPS: &str = "3000";
     let (a, b) = End::pair(Path::new(PROGRAM));
     let undisturbed = a.host.path("loss");
-    let status = std::process::Command::new(TRAINER).arg(&undisturbed).args([STEPS, "0"]).status();
+    let status = Command::new(TRAINER).arg(&undisturbed).args([STEPS, "0"]).status();
     assert!(status.is_ok_and(|status| status.success()));
     let text = std::fs::read_to_string(&undisturbed).expect("its record");
     let wanted: Vec<&str> = text.split_whitespace().collect();

@@ -14,6 +14,9 @@ use std::time::Duration;
 /// How long runc may take for what it does alone.
 const ANSWER_LIMIT: Duration = Duration::from_secs(20);
 
+/// Whether everybody may have a userfaultfd.
+const UNPRIVILEGED: &str = "/proc/sys/vm/unprivileged_userfaultfd";
+
 /// That connections go along, for runc.
 const TCP_ESTABLISHED: &str = "--tcp-established";
 
@@ -287,6 +290,29 @@ impl Runtime {
         command.args(tcp_established.then_some(TCP_ESTABLISHED)).arg(id);
         self.configure(&mut command, images)?;
         Ok(command)
+    }
+
+    /// Whether the memory of a container can be filled that is made anew here.
+    ///
+    /// # Errors
+    /// `Host` saying what this host lacks, and what to do about it.
+    pub(crate) fn can_fill(&self, in_user_namespace: bool) -> Result<()> {
+        let said = ask(&self.criu.program(), &["check", "--feature", "uffd-noncoop"]);
+        if !said.is_good() {
+            return Err(Error::Host(format!(
+                "memory of containers cannot be filled here, by what CRIU says of userfaultfd(2): {}; migrate doctor says what to do",
+                said.last_word()
+            )));
+        }
+        // userfaultfd(2): who is root in a user namespace alone may not without that.
+        let allowed = || std::fs::read_to_string(UNPRIVILEGED).is_ok_and(|text| text.trim() == "1");
+        match in_user_namespace && !allowed() {
+            true => Err(Error::Host(
+                "it has a user namespace of its own, and the memory of such containers cannot be filled here: let it be with sysctl vm.unprivileged_userfaultfd=1"
+                    .into(),
+            )),
+            false => Ok(()),
+        }
     }
 
     /// The command that makes a container anew, its private memory filled by somebody else. It ends when the container runs.

@@ -63,6 +63,8 @@ struct Arrival {
     bundle: Bundle,
     images: Images,
     tcp_established: bool,
+    /// Who is root in it, if it has a user namespace of its own.
+    owner: Option<(u32, u32)>,
 }
 
 impl ContainerDestination {
@@ -106,6 +108,13 @@ impl ContainerDestination {
             return Err(refuse(RefuseCode::NameTaken, reason));
         }
         let (layout, comes_with) = memory_of(&offer.layout, &description).map_err(bad)?;
+        let config: Value = serde_json::from_slice(&body(format::CONFIG)?.body)
+            .map_err(|error| unusable(&error.to_string()))?;
+        let owner = root_in_user_namespace(&config);
+        self.place
+            .runtime
+            .can_fill(owner.is_some())
+            .map_err(|error| refuse(RefuseCode::Machine, error.to_string()))?;
         bundle::remove_stale(&self.place.bundles);
         let lower = match &description.files {
             Some(_) if self.place.root.is_some() => {
@@ -129,7 +138,7 @@ impl ContainerDestination {
             );
             return Err(refuse(RefuseCode::Machine, reason));
         }
-        let bundle = self.bundle(&name, &root, &body(format::CONFIG)?.body, comes_with)?;
+        let bundle = self.bundle(&name, &root, config, comes_with)?;
         let root = match &description.files {
             Some(files) => {
                 let tree = unpack_tree(&body(format::FILES)?.body).map_err(host)?;
@@ -156,6 +165,7 @@ impl ContainerDestination {
             bundle,
             images,
             tcp_established: description.tcp_established,
+            owner,
         })
     }
 
@@ -164,22 +174,18 @@ impl ContainerDestination {
         &self,
         name: &str,
         root: &Path,
-        config: &[u8],
+        mut config: Value,
         has_root: bool,
     ) -> std::result::Result<Bundle, Refusal> {
-        let wrong = |why: String| {
-            refuse(RefuseCode::BadOffer, format!("the container's configuration is unusable: {why}"))
-        };
-        let mut config: Value = serde_json::from_slice(config).map_err(|error| wrong(error.to_string()))?;
         let path = config.get_mut("root").and_then(|root| root.get_mut("path"));
-        *path.ok_or_else(|| wrong("it names no root".into()))? = root.to_string_lossy().into();
+        *path.ok_or_else(|| unusable("it names no root"))? = root.to_string_lossy().into();
         if let Some(netns) = &self.place.netns {
             let namespaces =
                 config.get_mut("linux").and_then(|linux| linux.get_mut("namespaces")?.as_array_mut());
             let network =
                 namespaces.and_then(|all| all.iter_mut().find(|namespace| namespace["type"] == "network"));
             let network = network
-                .ok_or_else(|| wrong("it has no network of its own, for which --netns names one".into()))?;
+                .ok_or_else(|| unusable("it has no network of its own, for which --netns names one"))?;
             network["path"] = netns.to_string_lossy().into();
         }
         let path = self.place.bundles.join(name);
@@ -235,6 +241,12 @@ impl Arrival {
         })?;
         let placement = Placement::decode(&self.layout, &section.body)?;
         let (images, work) = (self.images.folder("images")?, self.images.folder("work")?);
+        if let Some((user, group)) = self.owner {
+            // CRIU reads some of them when it is that user already. Only who has the folder open can reach them.
+            std::os::unix::fs::chown(&images, Some(user), Some(group)).map_err(|error| {
+                Error::Host(format!("the container's images cannot be given to its own root: {error}"))
+            })?;
+        }
         let mut pagemaps = Vec::new();
         for section in &state.sections {
             let Some(name) = section.name.strip_prefix(format::IMAGE) else { continue };
@@ -273,6 +285,23 @@ impl Arrival {
         }
         Ok(())
     }
+}
+
+fn unusable(why: &str) -> Refusal {
+    refuse(RefuseCode::BadOffer, format!("the container's configuration is unusable: {why}"))
+}
+
+/// The user and the group on this host that are root in a container with a user namespace of its own (user_namespaces(7)).
+fn root_in_user_namespace(config: &Value) -> Option<(u32, u32)> {
+    let linux = config.get("linux")?;
+    let namespaces = linux.get("namespaces")?.as_array()?;
+    namespaces.iter().find(|namespace| namespace["type"] == "user")?;
+    let number = |mappings: &str| {
+        let mappings = linux.get(mappings)?.as_array()?;
+        let root = mappings.iter().find(|mapping| mapping["containerID"] == 0)?;
+        u32::try_from(root["hostID"].as_u64()?).ok()
+    };
+    Some((number("uidMappings")?, number("gidMappings")?))
 }
 
 fn refuse(code: RefuseCode, reason: String) -> Refusal {
@@ -337,4 +366,27 @@ impl Destination for ContainerDestination {
     }
 
     fn discard(self: Box<Self>) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_containers_root_may_be_somebody_else_here() {
+        let mapping =
+            |inside: u64, outside: u64| json!({"containerID": inside, "hostID": outside, "size": 9});
+        let with = |namespaces: Value| {
+            json!({"linux": {
+                "namespaces": namespaces,
+                "uidMappings": [mapping(9, 5), mapping(0, 100_000)],
+                "gidMappings": [mapping(0, 200_000)],
+            }})
+        };
+        let user = with(json!([{"type": "mount"}, {"type": "user"}]));
+        assert_eq!(root_in_user_namespace(&user), Some((100_000, 200_000)));
+        assert_eq!(root_in_user_namespace(&with(json!([{"type": "mount"}]))), None);
+        assert_eq!(root_in_user_namespace(&json!({"linux": 7})), None);
+    }
 }
