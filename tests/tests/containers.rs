@@ -20,6 +20,7 @@ const PROGRAM: &str = env!("CARGO_BIN_EXE_migrate-under-test");
 const TENANT: &str = env!("CARGO_BIN_EXE_tenant");
 const COURIER: &str = env!("CARGO_BIN_EXE_courier");
 const COUNTER: &str = env!("CARGO_BIN_EXE_counter");
+const HOUSEHOLD: &str = env!("CARGO_BIN_EXE_household");
 const TRAINER: &str = env!("CARGO_BIN_EXE_trainer");
 
 /// How long anything may take that is waited for.
@@ -71,6 +72,43 @@ fn a_tree_of_processes_moves() {
     assert_eq!(a.yard.words(&id).len(), 4);
     a.moves(&b, &id, &name, &[]);
     a.yard.assert_sound(&id);
+}
+
+#[test]
+fn threads_pipes_sockets_and_locks_move() {
+    if without_root("threads_pipes_sockets_and_locks_move") {
+        return;
+    }
+    let (a, b) = End::pair(Path::new(PROGRAM));
+    let id = Yard::name();
+    a.yard.run(&id, Path::new(HOUSEHOLD), "", &Network::Own);
+    // All of them go on, and nothing is wrong.
+    let goes_on = |yard: &Yard, name: &str, from: &[u64]| {
+        let until = Instant::now() + LIMIT;
+        loop {
+            let now: Vec<u64> = yard.record(name).iter().filter_map(|word| word.parse().ok()).collect();
+            let [ref counted @ .., wrong] = now[..] else {
+                assert!(Instant::now() < until, "waited a minute for its first word");
+                std::thread::sleep(Duration::from_millis(20));
+                continue;
+            };
+            assert_eq!(wrong, 0, "{now:?}");
+            if counted.iter().zip(from).all(|(now, before)| *now > before + 20) {
+                return now;
+            }
+            assert!(Instant::now() < until, "waited a minute until it goes on: {now:?} behind {from:?}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    };
+    let mut last = goes_on(&a.yard, &id, &[0; 2]);
+    let mut name = id;
+    for (from, to) in [(&a, &b), (&b, &a)] {
+        let next = Yard::name();
+        // With its files: where both ends see one file, its lock is the source's until that has ended.
+        from.moves(to, &name, &next, &["--copy-rootfs"]);
+        last = goes_on(&to.yard, &next, &last);
+        name = next;
+    }
 }
 
 #[test]

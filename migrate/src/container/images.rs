@@ -1,8 +1,10 @@
 //! The directory that CRIU writes its images to, or reads them from: in memory, because the memory of processes is in it.
 
+use super::files::mount_points;
 use crate::error::{Error, Result};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
+use rustix::mount::{UnmountFlags, unmount};
 use std::ffi::OsStr;
 use std::fs::DirBuilder;
 use std::os::fd::OwnedFd;
@@ -90,7 +92,7 @@ impl Images {
 
 impl Drop for Images {
     fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_dir_all(&self.path) {
+        if let Err(error) = remove(&self.path) {
             tracing::warn!(path = %self.path.display(), %error, "images are left in memory");
         }
     }
@@ -104,13 +106,21 @@ fn locked(path: &Path) -> rustix::io::Result<OwnedFd> {
     Ok(folder)
 }
 
+/// Removes such a directory. A CRIU that was killed leaves the control groups of this host mounted there: what they hold is not to be touched.
+fn remove(path: &Path) -> std::io::Result<()> {
+    while let Some(point) = mount_points(path)?.pop() {
+        unmount(point, UnmountFlags::DETACH)?;
+    }
+    std::fs::remove_dir_all(path)
+}
+
 /// Removes what killed processes left: it is memory.
 fn remove_stale(place: &Path) {
     let Ok(entries) = std::fs::read_dir(place) else { return };
     let ours = |name: &OsStr| name.to_str().is_some_and(|name| name.starts_with(PREFIX));
     for entry in entries.flatten().filter(|entry| ours(&entry.file_name())) {
         if let Ok(_lock) = locked(&entry.path())
-            && let Err(error) = std::fs::remove_dir_all(entry.path())
+            && let Err(error) = remove(&entry.path())
         {
             tracing::debug!(path = %entry.path().display(), %error, "stale images are left in memory");
         }
@@ -149,5 +159,22 @@ mod tests {
             }
         });
         assert_eq!(std::fs::read_dir(runtime.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_is_mounted_in_images_is_not_removed_with_them() {
+        if !rustix::process::geteuid().is_root() {
+            println!("SKIPPED: only root may mount");
+            return;
+        }
+        let runtime = tempfile::tempdir_in("/dev/shm").unwrap();
+        let elsewhere = tempfile::tempdir_in("/dev/shm").unwrap();
+        std::fs::write(elsewhere.path().join("theirs"), b"x").unwrap();
+        let images = Images::new(runtime.path()).unwrap();
+        let (path, at) = (images.path.clone(), images.folder("work/cgyard").unwrap());
+        rustix::mount::mount_bind(elsewhere.path(), &at).unwrap();
+        assert!(at.join("theirs").exists());
+        drop(images);
+        assert!(!path.exists() && elsewhere.path().join("theirs").exists());
     }
 }
