@@ -14,6 +14,7 @@
 pub mod pagemap;
 mod placement;
 pub mod rpc;
+pub mod timers;
 pub mod tree;
 
 pub use placement::{MAX_RUNS, Placement, Run};

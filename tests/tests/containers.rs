@@ -75,8 +75,8 @@ fn a_tree_of_processes_moves() {
 }
 
 #[test]
-fn threads_pipes_sockets_and_locks_move() {
-    if without_root("threads_pipes_sockets_and_locks_move") {
+fn threads_pipes_sockets_timers_and_locks_move() {
+    if without_root("threads_pipes_sockets_timers_and_locks_move") {
         return;
     }
     let (a, b) = End::pair(Path::new(PROGRAM));
@@ -100,7 +100,7 @@ fn threads_pipes_sockets_and_locks_move() {
             std::thread::sleep(Duration::from_millis(20));
         }
     };
-    let mut last = goes_on(&a.yard, &id, &[0; 2]);
+    let mut last = goes_on(&a.yard, &id, &[0; 3]);
     let mut name = id;
     for (from, to) in [(&a, &b), (&b, &a)] {
         let next = Yard::name();

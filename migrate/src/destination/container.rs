@@ -16,14 +16,20 @@ use bundle::{Bundle, Part};
 use files::{Incoming, WithFiles, lower_layers};
 use protocol::MigrationId;
 use protocol::container::pagemap::Pagemap;
-use protocol::container::{self as format, Description, Placement, SECTION_VERSION, WITH_FILES_VERSION};
+use protocol::container::{
+    self as format, Description, Placement, SECTION_VERSION, WITH_FILES_VERSION, timers,
+};
 use protocol::control::{Offer, RefuseCode, WorkloadKind, check_name};
 use protocol::layout::{Layout, SpaceKind};
 use protocol::page::{PageSet, SpaceId};
 use protocol::state::{Section, State};
 use serde_json::Value;
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+/// The image of open files.
+const FILES_IMAGE: &str = "files.img";
 
 /// Where and under which name an arriving container runs.
 #[derive(Debug, Clone)]
@@ -254,7 +260,11 @@ impl Arrival {
             if let Some(process) = format::process_of_pagemap(name) {
                 pagemaps.push((process, Pagemap::decode(&section.body)?));
             }
-            std::fs::write(images.join(name), &section.body)
+            let mut bytes = Cow::Borrowed(&section.body);
+            if name == FILES_IMAGE && timers::start_again(bytes.to_mut()) > 0 {
+                tracing::debug!("timers that expired while the container stood still start again");
+            }
+            std::fs::write(images.join(name), bytes.as_slice())
                 .map_err(|error| Error::Host(format!("the container's images cannot be written: {error}")))?;
         }
         let parts = Parts {

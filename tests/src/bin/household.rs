@@ -1,15 +1,16 @@
-//! What runs in a container under test and has something of everything: threads, a pipe, a child behind a Unix socket, a lock on a file.
+//! What runs in a container under test and has something of everything: threads, a pipe, a child behind a Unix socket, a timer, a lock on a file.
 //!
 //! ```text
 //! household OUT [echo]
 //! ```
 //!
-//! A thread counts into a pipe, the first one out of it; another asks the child, which answers with the next number. Ten times a second the first one writes
-//! to OUT, always as long: numbers out of the pipe, answers, and how often something was not as it should be: a number that was lost or came twice, a
-//! lock that somebody else could have.
+//! A thread counts into a pipe, the first one out of it; another asks the child, which answers with the next number; a third one waits for a timer that
+//! expires every 10 ms. Ten times a second the first one writes to OUT, always as long: numbers out of the pipe, answers, expirations, and how often
+//! something was not as it should be: a number that was lost or came twice, a lock that somebody else could have.
 #![allow(clippy::expect_used, reason = "a program of tests: it fails by ending, and says why")]
 
 use rustix::fs::FlockOperation;
+use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
 use std::fs::File;
 use std::io::{Read as _, Seek as _, Write as _};
 use std::os::fd::OwnedFd;
@@ -22,12 +23,16 @@ use std::time::Duration;
 /// Between two numbers.
 const PAUSE: Duration = Duration::from_millis(2);
 
+/// Of the timer.
+const PERIOD: Timespec = Timespec { tv_sec: 0, tv_nsec: 10_000_000 };
+
 /// Numbers between two records.
 const RECORD: u64 = 50;
 
 #[derive(Default)]
 struct Counts {
     answers: AtomicU64,
+    expirations: AtomicU64,
     wrong: AtomicU64,
 }
 
@@ -56,6 +61,8 @@ fn main() {
     let (program, out) = (arguments[0].clone(), arguments[1].clone());
     std::thread::spawn(move || ask(&program, &out, &theirs));
 
+    let theirs = Arc::clone(&counts);
+    std::thread::spawn(move || tick(&theirs));
     let mut out =
         File::options().write(true).create(true).truncate(false).open(&arguments[1]).expect("a file");
     rustix::fs::flock(&out, FlockOperation::NonBlockingLockExclusive).expect("nobody has it");
@@ -68,9 +75,9 @@ fn main() {
             if rustix::fs::flock(&other, FlockOperation::NonBlockingLockExclusive).is_ok() {
                 counts.wrong.fetch_add(1, Ordering::Relaxed);
             }
-            let [answers, wrong] =
-                [&counts.answers, &counts.wrong].map(|count| count.load(Ordering::Relaxed));
-            let record = format!("{number:20} {answers:20} {wrong:20}\n");
+            let counted = [&counts.answers, &counts.expirations, &counts.wrong];
+            let [answers, expirations, wrong] = counted.map(|count| count.load(Ordering::Relaxed));
+            let record = format!("{number:20} {answers:20} {expirations:20} {wrong:20}\n");
             out.rewind().and_then(|()| out.write_all(record.as_bytes())).expect("it is written");
         }
     }
@@ -103,5 +110,18 @@ fn echo() {
     while stream.read_exact(&mut bytes).is_ok() {
         let next = u64::from_le_bytes(bytes) + 1;
         stream.write_all(&next.to_le_bytes()).expect("somebody reads");
+    }
+}
+
+/// Counts what a timer does.
+fn tick(counts: &Counts) {
+    let timer =
+        rustix::time::timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC).expect("a timer");
+    let every = Itimerspec { it_interval: PERIOD, it_value: PERIOD };
+    rustix::time::timerfd_settime(&timer, TimerfdTimerFlags::empty(), &every).expect("it is set");
+    let mut bytes = [0; 8];
+    loop {
+        rustix::io::read(&timer, &mut bytes).expect("it expires");
+        counts.expirations.fetch_add(u64::from_ne_bytes(bytes), Ordering::Relaxed);
     }
 }
