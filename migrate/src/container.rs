@@ -44,7 +44,7 @@ pub enum Tracking {
     Auto,
     /// The kernel tells (PAGEMAP_SCAN, Linux 6.7).
     Kernel,
-    /// An older kernel tells (soft-dirty bits): each round pauses the container for some tens of milliseconds.
+    /// An older kernel tells (soft-dirty bits): each round pauses the container while they are read and cleared.
     SoftDirty,
     /// All pages are compared with what was sent of them, by BLAKE3.
     Digests,

@@ -2,6 +2,7 @@
 //! soft-dirty.rst).
 
 use protocol::page::PAGE_SIZE;
+use rustix::io::Errno;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
@@ -23,7 +24,7 @@ const CLEAR_SOFT_DIRTY: &str = "4";
 /// Tells the pages between two addresses whose entries are so, by first page and number, ascending.
 ///
 /// # Errors
-/// The kernel's.
+/// The kernel's; `ESRCH` for memory that is gone.
 pub(super) fn runs(
     pagemap: &File,
     start: u64,
@@ -39,8 +40,8 @@ pub(super) fn runs(
         let read = pagemap.read_at(&mut buffer[..wanted], page * ENTRY_BYTES as u64)?;
         let entries = buffer[..read].as_chunks::<ENTRY_BYTES>().0;
         if entries.is_empty() {
-            // The process has ended, and with it its memory.
-            break;
+            // The process has ended, or runs another program: this memory is nobody's any more.
+            return Err(Errno::SRCH.into());
         }
         for entry in entries {
             match &mut run {

@@ -11,6 +11,7 @@ use std::collections::HashSet;
 use std::fs::{File, TryLockError};
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 const PAGE_BYTES: u64 = PAGE_SIZE as u64;
@@ -25,6 +26,10 @@ pub(crate) struct Process {
     pagemap: File,
     /// Whether the kernel can be asked for ranges of pages (PAGEMAP_SCAN, Linux 6.7).
     can_scan: bool,
+    /// Which program's memory that is: after execve(2) the files above are still those of what was before.
+    program: Option<Program>,
+    /// Whether its soft-dirty bits were cleared once: until then they tell nothing.
+    is_cleared: Cell<bool>,
     /// Once it is tracked.
     userfaultfd: Option<OwnedFd>,
     /// Somebody else tracks some of its memory: who makes pages clean there takes them away from the other.
@@ -43,10 +48,22 @@ pub(crate) enum Which {
 impl Process {
     fn open(pid: i32) -> io::Result<Self> {
         let open = |file: &str| File::open(format!("/proc/{pid}/{file}"));
+        // First: one that begins another program meanwhile is found by the next look.
+        let program = program(pid);
         let (memory, pagemap) = (open("mem")?, open("pagemap")?);
         let inside = inside(pid)?;
         let can_scan = can_scan(&pagemap).is_ok();
-        Ok(Self { inside, pid, memory, pagemap, can_scan, userfaultfd: None, is_shared: Cell::new(false) })
+        Ok(Self {
+            inside,
+            pid,
+            memory,
+            pagemap,
+            can_scan,
+            program,
+            is_cleared: Cell::new(false),
+            userfaultfd: None,
+            is_shared: Cell::new(false),
+        })
     }
 
     /// Begins to track what it writes. Every page counts as written.
@@ -107,17 +124,21 @@ impl Process {
     }
 
     /// Tells its pages that were written since the last time, as `pages` does, and lets all count as clean: for a process that stands still, where the
-    /// kernel keeps soft-dirty bits.
+    /// kernel keeps soft-dirty bits. The first time that is all of them: a child begins with the bits of who started it.
     ///
     /// # Errors
     /// As for `pages`.
     pub(crate) fn soft_dirty(&self, clear: bool, tell: &mut dyn FnMut(u64, u64)) -> io::Result<()> {
-        let is_so =
-            |entry| entry & (pagemap::PRESENT | pagemap::SWAPPED) != 0 && entry & pagemap::SOFT_DIRTY != 0;
+        let wanted = if self.is_cleared.get() { pagemap::SOFT_DIRTY } else { 0 };
+        let is_so = |entry| entry & (pagemap::PRESENT | pagemap::SWAPPED) != 0 && entry & wanted == wanted;
         for (start, end) in areas(self.pid)? {
             pagemap::runs(&self.pagemap, start, end, is_so, tell)?;
         }
-        if clear { pagemap::clear_soft_dirty(self.pid) } else { Ok(()) }
+        if clear {
+            pagemap::clear_soft_dirty(self.pid)?;
+            self.is_cleared.set(true);
+        }
+        Ok(())
     }
 
     /// Sees to it that writes to an area are noticed. All of it counts as written if they were not until now: a mapping that was moved
@@ -226,7 +247,9 @@ impl Tree {
     pub(crate) fn look(&mut self) -> Result<bool> {
         let pids = descendants(self.first);
         let there: HashSet<i32> = pids.iter().copied().collect();
-        self.processes.retain(|process| there.contains(&process.pid));
+        // One that has begun another program is another one: all of its memory is.
+        let is_same = |process: &Process| process.program == program(process.pid);
+        self.processes.retain(|process| there.contains(&process.pid) && is_same(process));
         let known: HashSet<i32> = self.processes.iter().map(|process| process.pid).collect();
         let mut is_new = false;
         for pid in pids.into_iter().filter(|pid| !known.contains(pid)) {
@@ -247,6 +270,29 @@ impl Tree {
 /// Whether an error says that a process is not there any more.
 pub(crate) fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || Errno::from_io_error(error) == Some(Errno::SRCH)
+}
+
+/// What the kernel gave a program when it began: random bytes, by which two of them are told apart that have the same addresses, as after
+/// vfork(2) a child and who started it have, until the child begins its own (`AT_RANDOM` in getauxval(3)).
+type Program = [u8; 16];
+
+/// `AT_RANDOM` (include/uapi/linux/auxvec.h).
+const AT_RANDOM: u64 = 25;
+
+/// Which program a process runs; `None` if it does not tell.
+fn program(pid: i32) -> Option<Program> {
+    let auxiliary = std::fs::read(format!("/proc/{pid}/auxv")).ok()?;
+    let number = |bytes: &[u8; 8]| u64::from_ne_bytes(*bytes);
+    let words: Vec<u64> = auxiliary.as_chunks::<8>().0.iter().map(number).collect();
+    let (_, address) = words
+        .as_chunks::<2>()
+        .0
+        .iter()
+        .map(|[key, value]| (*key, *value))
+        .find(|(key, _)| *key == AT_RANDOM)?;
+    let mut random = Program::default();
+    File::open(format!("/proc/{pid}/mem")).ok()?.read_exact_at(&mut random, address).ok()?;
+    Some(random)
 }
 
 /// A process and everything that it started, and they: those that CRIU would write down.
@@ -333,6 +379,44 @@ mod tests {
             assert_eq!(area(other.as_bytes()), None, "{other}");
         }
         assert_eq!(area(b"1000-2000 rw-p 0 08:01 77 /\xff"), None);
+    }
+
+    #[test]
+    fn another_program_in_a_process_is_another_process() {
+        let child = Command::new("sh")
+            .args(["-c", "read line; echo $line; read line; exec cat"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut child = Killed(child);
+        let pid = child.0.id() as i32;
+        let mut output = io::BufReader::new(child.0.stdout.take().unwrap());
+        let mut say = |line: &str| {
+            io::Write::write_all(child.0.stdin.as_mut().unwrap(), line.as_bytes()).unwrap();
+            let mut heard = String::new();
+            io::BufRead::read_line(&mut output, &mut heard).unwrap();
+            heard
+        };
+        assert_eq!(say("sh runs\n"), "sh runs\n");
+        let mut tree = Tree::of(pid).unwrap();
+        assert!(!tree.look().unwrap());
+        // All bits count as set until they were cleared, whatever they are.
+        let count = |tree: &Tree| {
+            let mut count = 0;
+            tree.processes[0].soft_dirty(false, &mut |_, pages| count += pages).unwrap();
+            count
+        };
+        assert!(count(&tree) > 0);
+        assert_eq!(say("\ncat runs\n"), "cat runs\n");
+        // What was opened before is nobody's memory any more, and says so.
+        let mut tell = |_, _| panic!("there is nothing");
+        let stale = tree.processes[0].soft_dirty(false, &mut tell).unwrap_err();
+        assert!(is_gone(&stale), "{stale}");
+        assert!(tree.look().unwrap(), "it is another one");
+        assert_eq!((tree.processes.len(), tree.processes[0].pid), (1, pid));
+        assert!(count(&tree) > 0);
+        assert!(!tree.look().unwrap());
     }
 
     #[test]
