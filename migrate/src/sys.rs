@@ -99,14 +99,7 @@ pub(crate) fn page_faults(descriptor: &OwnedFd, limit: Duration) -> Result<Vec<u
 /// # Errors
 /// The kernel's.
 pub(crate) fn copy(descriptor: &OwnedFd, address: u64, bytes: &[u8]) -> Result<Filled, Errno> {
-    let src = bytes.as_ptr().expose_provenance() as u64;
-    let mut request = Copy { dst: address, src, len: bytes.len() as u64, mode: 0, copy: 0 };
-    // SAFETY: the opcode is UFFDIO_COPY, whose argument is this struct.
-    let call = unsafe { Updater::<COPY, Copy>::new(&mut request) };
-    // SAFETY: the kernel reads `bytes`, which are alive and as long as it says, and writes to memory of the process
-    // that made the descriptor.
-    let result = unsafe { ioctl(descriptor, call) };
-    filled(result, request.copy)
+    copy_from(descriptor, address, bytes.as_ptr().expose_provenance() as u64, bytes.len() as u64)
 }
 
 /// The same with bytes that are mapped: `bytes` of them from an offset on.
@@ -120,12 +113,15 @@ pub(crate) fn copy_mapped(
     offset: u64,
     bytes: u64,
 ) -> Result<Filled, Errno> {
-    let src = view.address(offset, bytes).ok_or(Errno::INVAL)?;
-    let mut request = Copy { dst: address, src, len: bytes, mode: 0, copy: 0 };
+    copy_from(descriptor, address, view.address(offset, bytes).ok_or(Errno::INVAL)?, bytes)
+}
+
+/// Fills with `len` bytes from an address of this process; the kernel answers `EFAULT` where nothing is mapped.
+fn copy_from(descriptor: &OwnedFd, dst: u64, src: u64, len: u64) -> Result<Filled, Errno> {
+    let mut request = Copy { dst, src, len, mode: 0, copy: 0 };
     // SAFETY: the opcode is UFFDIO_COPY, whose argument is this struct.
     let call = unsafe { Updater::<COPY, Copy>::new(&mut request) };
-    // SAFETY: the kernel reads from the mapping, which is so long and alive (it answers EFAULT where there is nothing behind it), and writes to
-    // memory of the process that made the descriptor.
+    // SAFETY: the kernel reads from this process's memory, and writes to memory of the process that made the descriptor.
     let result = unsafe { ioctl(descriptor, call) };
     filled(result, request.copy)
 }

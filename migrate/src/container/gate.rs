@@ -30,7 +30,7 @@ use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -111,7 +111,15 @@ impl Gate {
 
     /// Whether CRIU has made everything and waits; for at most so long.
     pub(crate) fn is_reached(&self, limit: Duration) -> bool {
-        self.reached.recv_timeout(limit).is_ok()
+        match self.reached.recv_timeout(limit) {
+            Ok(()) => true,
+            Err(RecvTimeoutError::Timeout) => false,
+            Err(RecvTimeoutError::Disconnected) => {
+                // Nobody can come any more: runc notices, and ends.
+                std::thread::sleep(limit);
+                false
+            }
+        }
     }
 
     /// Lets run what was made.
@@ -125,9 +133,7 @@ impl Gate {
             _ => Err(Error::Workload("CRIU did not wait until the container was to run".into())),
         }
     }
-}
 
-impl Gate {
     /// Closes it, and waits until every CRIU has ended. Answers whether all did by themselves: what one made that had to be killed may be anything.
     pub(crate) fn close(mut self) -> bool {
         self.end()

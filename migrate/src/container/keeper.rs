@@ -422,15 +422,7 @@ impl Kept {
             runc.kill().ok();
             runc.wait().ok();
         }
-        let until = Instant::now() + RELEASE_LIMIT;
-        while tracer_of(self.runtime.state(&self.id)?.pid).is_some() {
-            if Instant::now() > until {
-                tracing::warn!("CRIU does not let {} go, and is killed", self.id);
-                return self.kill_tracer();
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        Ok(())
+        free(&self.runtime, &self.id, None, RELEASE_LIMIT)
     }
 
     /// Lets the container go on.
@@ -441,8 +433,7 @@ impl Kept {
         if let Some(Held { mut child, server, .. }) = self.held.take() {
             drop(server);
             if crate::programs::wait(&mut child, RELEASE_LIMIT).is_none() {
-                tracing::warn!("CRIU does not let {} go, and is killed", self.id);
-                self.kill_tracer()?;
+                free(&self.runtime, &self.id, None, Duration::ZERO)?;
                 crate::programs::end_group(&mut child);
             }
         }
@@ -464,26 +455,12 @@ impl Kept {
                 }
             }
             // Killed before it hears that it may let go: its sockets would say that they are closed.
-            self.kill_tracer()?;
+            free(&self.runtime, &self.id, None, Duration::ZERO)?;
             crate::programs::end_group(&mut child);
             drop(server);
         }
         end_container(&self.runtime, &self.id)?;
         self.forget()
-    }
-
-    /// Kills CRIU, which need not be in runc's process group, and waits until it holds nothing any more.
-    fn kill_tracer(&self) -> Result<()> {
-        let first = self.runtime.state(&self.id)?.pid;
-        let until = Instant::now() + RELEASE_LIMIT;
-        while let Some(tracer) = tracer_of(first) {
-            rustix::process::kill_process(tracer, Signal::KILL).ok();
-            if Instant::now() > until {
-                return Err(Error::Workload(format!("CRIU was killed and still holds {}", self.id)));
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        Ok(())
     }
 
     fn forget(&self) -> Result<()> {
@@ -543,6 +520,28 @@ fn tracer_of(pid: i32) -> Option<Pid> {
     Pid::from_raw(tracer.trim().parse().ok()?)
 }
 
+/// Waits until CRIU, which need not be in runc's process group, holds nothing of a container any more. Where it listens, if that is known, it is told so; who does
+/// not let go for so long is killed.
+fn free(runtime: &Runtime, id: &str, port: Option<u16>, patience: Duration) -> Result<()> {
+    let first = runtime.state(id)?.pid;
+    let until = Instant::now() + patience;
+    while let Some(tracer) = tracer_of(first) {
+        if let Some(port) = port {
+            // Nobody may listen there yet.
+            drop(TcpStream::connect(("127.0.0.1", port)));
+        }
+        if Instant::now() >= until {
+            tracing::debug!("CRIU does not let {id} go, and is killed");
+            rustix::process::kill_process(tracer, Signal::KILL).ok();
+        }
+        if Instant::now() > until + RELEASE_LIMIT {
+            return Err(Error::Workload(format!("CRIU was killed and still holds {id}")));
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    Ok(())
+}
+
 /// Ends a container that stands still.
 fn end_container(runtime: &Runtime, id: &str) -> Result<()> {
     runtime.kill(id)?;
@@ -569,26 +568,6 @@ impl Note {
         UnixStream::connect(socket_path(runtime_dir, &self.id)).is_ok()
     }
 
-    /// Makes a CRIU let go of the container whose keeper was killed: it may still be at work, or wait for somebody who will not come any more.
-    fn free(&self, runtime: &Runtime) -> Result<()> {
-        let until = Instant::now() + HOLD_LIMIT;
-        while let Some(tracer) = tracer_of(runtime.state(&self.id)?.pid) {
-            if let Some(port) = self.port {
-                // Nobody may listen there yet.
-                drop(TcpStream::connect(("127.0.0.1", port)));
-            }
-            if Instant::now() > until {
-                tracing::warn!("CRIU does not let {} go, and is killed", self.id);
-                rustix::process::kill_process(tracer, Signal::KILL).ok();
-            }
-            if Instant::now() > until + RELEASE_LIMIT {
-                return Err(Error::Workload(format!("CRIU was killed and still holds {}", self.id)));
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        Ok(())
-    }
-
     /// Lets the container go on here, or end: by its keeper, if that lives.
     ///
     /// # Errors
@@ -599,7 +578,8 @@ impl Note {
         }
         let runtime = self.programs.find()?;
         if goes_on {
-            self.free(&runtime)?;
+            // A CRIU whose keeper was killed may still be at work, or wait for somebody who will not come any more.
+            free(&runtime, &self.id, self.port, HOLD_LIMIT)?;
         }
         match goes_on {
             true if runtime.state(&self.id)?.status == "paused" => runtime.resume(&self.id)?,
